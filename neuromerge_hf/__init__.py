@@ -1,0 +1,53 @@
+"""neuromerge_hf: merge fine-tuned transformers models and PEFT adapters into one, by NeuroMerging.
+
+* `AutoMergedModel.from_pretrained([...])` merges and loads.
+* `merge([...], output_dir)` merges into a directory; `merge_recipe` makes a directory again from its recipe.
+* `plan_merge([...])` checks everything without reading a weight.
+* `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neuromerge_hf.auto import AutoMergedModel
+    from neuromerge_hf.config import NeuroMergingConfig
+    from neuromerge_hf.errors import MergeError
+    from neuromerge_hf.merge import merge, merge_recipe
+    from neuromerge_hf.plan import MergePlan, plan_merge
+    from neuromerge_hf.report import MergeReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoMergedModel",
+    "MergeError",
+    "MergePlan",
+    "MergeReport",
+    "NeuroMergingConfig",
+    "merge",
+    "merge_recipe",
+    "plan_merge",
+]
+
+# Importing torch and transformers takes seconds; `import neuromerge_hf` and `neuromerge --help` need neither.
+_MODULES = {
+    "AutoMergedModel": "auto",
+    "MergeError": "errors",
+    "MergePlan": "plan",
+    "MergeReport": "report",
+    "NeuroMergingConfig": "config",
+    "merge": "merge",
+    "merge_recipe": "merge",
+    "plan_merge": "plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

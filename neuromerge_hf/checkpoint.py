@@ -1,0 +1,77 @@
+"""The weight files of a folder, as one dictionary of stored tensors."""
+
+import json
+from pathlib import Path
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.tensors import StoredTensor, open_pickle, open_safetensors
+
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers looks for, in its order."""
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT looks for, in its order."""
+
+
+def find_weights(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of `names` that is in the folder."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def weight_files(main: Path) -> list[Path]:
+    """The files that hold the tensors: `main` itself, or those that it lists if it is an index.
+
+    Raises:
+        MergeError: if the index is damaged, names a file outside its folder, or a file is missing.
+    """
+    if not main.name.endswith(".index.json"):
+        return [main]
+    try:
+        names = sorted(set(json.loads(main.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise MergeError(
+            f"{main} is not a valid index of a sharded checkpoint ({error!r}). Download it again."
+        ) from error
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise MergeError(
+                f"{main} names the file {name!r}, which is outside its folder. "
+                "Such an index could read any file of this machine; do not use this checkpoint."
+            )
+        if not (main.parent / name).is_file():
+            raise MergeError(f"{main.parent / name} is missing, but {main.name} lists it. Download the model again.")
+    return [main.parent / name for name in names]
+
+
+def open_weights(main: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint or adapter by name, in the order of the files, from their headers alone.
+
+    Args:
+        main: a weight file or an index, see `find_weights`.
+
+    Raises:
+        MergeError: if a file is missing, truncated or damaged.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(main):
+        if path.suffix == ".safetensors":
+            tensors.update(open_safetensors(path))
+        else:
+            tensors.update(open_pickle(path))
+    if main.name.endswith(".index.json"):
+        missing = sorted(set(json.loads(main.read_text())["weight_map"]) - set(tensors))
+        if missing:
+            raise MergeError(
+                f"{main} lists the tensor {missing[0]}{_more(missing)}, but its file does not hold it. "
+                "Download the model again."
+            )
+    return tensors
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,0 +1,92 @@
+"""The command line: ``neuromerge merge``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Merge fine-tunes of one base model by NeuroMerging."""
+
+
+@app.command("merge")
+def merge_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="The experts: folders or ids on the Hub (id@revision). Or one recipe.yaml.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
+    base_model: Annotated[
+        str | None, typer.Option(help="The model they were fine-tuned from.", show_default="the adapters' own")
+    ] = None,
+    density: Annotated[float, typer.Option(help="The fraction of each task vector that is kept.")] = 0.2,
+    lambda_parallel: Annotated[float, typer.Option(help="The weight of the parallel part, lambda_1.")] = 0.0,
+    lambda_orthogonal: Annotated[str, typer.Option(help="The weight of the orthogonal part, lambda_2.")] = "auto",
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="The largest size of a weight file.")] = "5GB",
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute.", show_default="the accelerator, or cpu")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="How many threads.", show_default="all processors")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory that is not empty.")] = False,
+    token: Annotated[str | None, typer.Option(help="For private and gated models.", envvar="HF_TOKEN")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the repositories.")
+    ] = False,
+) -> None:
+    """Merge fine-tunes and adapters into their base, or make a model again from its recipe."""
+    from neuromerge_hf.config import NeuroMergingConfig
+    from neuromerge_hf.errors import MergeError
+    from neuromerge_hf.merge import merge, merge_recipe
+
+    try:
+        if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+            report = merge_recipe(
+                models[0],
+                output,
+                device=device,
+                threads=threads,
+                overwrite=overwrite,
+                token=token,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            config = NeuroMergingConfig(
+                density=density,
+                lambda_parallel=lambda_parallel,
+                lambda_orthogonal=_number_or_auto(lambda_orthogonal),
+                exclude=tuple(exclude or ()),
+            )
+            report = merge(
+                models,
+                output,
+                base_model=base_model,
+                config=config,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                device=device,
+                threads=threads,
+                overwrite=overwrite,
+                token=token,
+                trust_remote_code=trust_remote_code,
+            )
+    except MergeError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(report)
+
+
+def _number_or_auto(value: str) -> Any:
+    try:
+        return float(value)
+    except ValueError:
+        return value  # the config says what is wrong, unless it is "auto"

@@ -1,0 +1,84 @@
+"""Task heads: what an expert has and the base does not. They have no task vector, so each is kept as it is."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from peft import TaskType
+from safetensors.torch import save_file
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from neuromerge_hf.skeleton import Skeleton, auto_model_class
+from neuromerge_hf.tensors import StoredTensor, read_whole
+
+HEADS = "heads"
+"""The folder of an output directory in which the heads lie, one folder for each expert."""
+
+HEAD_WEIGHTS = "head.safetensors"
+"""The file of a head's tensors, by their names in the expert's task model."""
+
+TASK_CLASSES = {
+    TaskType.SEQ_CLS: transformers.AutoModelForSequenceClassification,
+    TaskType.TOKEN_CLS: transformers.AutoModelForTokenClassification,
+    TaskType.QUESTION_ANS: transformers.AutoModelForQuestionAnswering,
+    TaskType.CAUSAL_LM: transformers.AutoModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: transformers.AutoModelForSeq2SeqLM,
+    TaskType.FEATURE_EXTRACTION: transformers.AutoModel,
+}
+"""The Auto class on which PEFT puts an adapter of each task type."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """An expert's own parameters.
+
+    Attributes:
+        config: the configuration of the expert's task model, whose `architectures` names its class.
+        tensors: by their name in the task model.
+    """
+
+    config: PretrainedConfig
+    tensors: dict[str, StoredTensor]
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``head.safetensors``."""
+        folder.mkdir(parents=True)
+        self.config.to_json_file(folder / "config.json")
+        tensors = {name: read_whole(tensor) for name, tensor in sorted(self.tensors.items())}
+        save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+
+
+def task_class(task_type: str | None, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The model class on which PEFT puts an adapter of this task type; None if the adapter does not name its task."""
+    auto_class = TASK_CLASSES.get(TaskType(task_type)) if task_type else None
+    try:
+        return auto_model_class(auto_class, config) if auto_class else None
+    except KeyError:  # this architecture has no model for the task
+        return None
+
+
+def task_config(
+    base_config: PretrainedConfig,
+    folder: Path,
+    model_class: type[PreTrainedModel] | None,
+    tensors: dict[str, StoredTensor],
+) -> PretrainedConfig:
+    """The configuration of an adapter's task model.
+
+    It is the ``config.json`` beside the adapter where there is one (PEFT saves none), else the base's, with the number
+    of labels that fits the head. Its `architectures` is empty where the adapter does not name its task.
+    """
+    if (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder)
+    config = copy.deepcopy(base_config)
+    config.architectures = [model_class.__name__] if model_class else None
+    if model_class is None:
+        return config
+    for num_labels in sorted({tensor.shape[0] for tensor in tensors.values() if tensor.shape}):
+        sized = copy.deepcopy(config)
+        sized.num_labels = num_labels
+        shapes = Skeleton(model_class, sized).shapes
+        if all(shapes.get(name, tensor.shape) == tensor.shape for name, tensor in tensors.items()):
+            return sized
+    return config

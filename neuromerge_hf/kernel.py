@@ -1,0 +1,175 @@
+"""The mathematics of NeuroMerging (Fang et al., arXiv:2503.05320) on plain tensors.
+
+A *neuron* is one output unit of a weight: the vector of its incoming weights ``w_0``. Every expert's change of it
+(its *neuronal task vector* ``tau_t``, trimmed) is split into a part parallel and a part orthogonal to ``w_0``, and the
+tasks' conflicts are settled inside each part by electing a sign. Stacking ``X = [w_0; tau_1; ..; tau_T]``, everything
+that is needed stands in the small Gram matrix ``G = X X^T``, so the merged neuron is one linear combination of the
+rows of ``X`` and nothing of the weight's own size is ever factorised.
+
+Pure functions, any device, no dependency but torch. Inputs are float32; the Gram matrix and its eigenproblem are
+float64: experts that have much in common make it nearly singular, and then float32 is not enough.
+"""
+
+import torch
+from torch import Tensor
+
+ROUNDING = 1e-10
+"""Entries of the eigenvectors below this are rounding and count as exactly 0."""
+
+PARALLEL = 1e-12
+"""A task whose orthogonal energy is below this share of its energy has no orthogonal part at that neuron."""
+
+ALIGNMENT = 64
+"""In bytes. Where a row starts changes the last bit of a matrix product, so all rows start at a multiple of this."""
+
+
+def trim(task_vector: Tensor, threshold: float) -> Tensor:
+    """Set the entries with ``|entry| < threshold`` to 0; entries equal to the threshold stay (paper, section 3.1).
+
+    Args:
+        task_vector: float32, any shape.
+        threshold: the j-th smallest magnitude of the expert's whole task vector, a float32 value; 0 keeps everything.
+    """
+    if threshold == 0:
+        return task_vector
+    # hardshrink also zeroes entries equal to its bound, so the bound is the next float32 below the threshold.
+    bound = torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(0.0)).item()
+    return torch.nn.functional.hardshrink(task_vector, bound)
+
+
+def elect_mean(x: Tensor, dim: int, tie_sign: Tensor | None = None, rounding: float = 0.0) -> Tensor:
+    """Elect the sign of the sum along `dim` and return the mean of the entries that have it.
+
+    Entries that are exactly 0 have no sign and are not counted. Where the sum is a tie (magnitude <= `rounding`), the
+    sign is `tie_sign` (broadcast against the sum with `dim` kept); the result is 0 where that is missing or 0.
+    """
+    sign = elected_sign(x, dim, rounding)
+    if tie_sign is not None:
+        sign = torch.where(sign == 0, tie_sign, sign)
+    elected = (x.sign() == sign) & (sign != 0)
+    return (x * elected).sum(dim) / elected.sum(dim).clamp(min=1)
+
+
+def elected_sign(x: Tensor, dim: int, rounding: float = 0.0) -> Tensor:
+    """The sign (-1, 0, 1) of the sum of `x` along `dim`, which is kept; sums of magnitude <= `rounding` have sign 0."""
+    total = x.sum(dim, keepdim=True)
+    return torch.where(total.abs() <= rounding, 0.0, total.sign())
+
+
+def merge_neurons(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tensor:
+    """Merge every neuron: ``w_0 + lambda_1 psi_par + lambda_2 psi_orth`` (paper, section 3.2).
+
+    Args:
+        x: (neurons, 1 + T, n) float32; row 0 of each neuron is ``w_0``, rows 1..T are the trimmed task vectors.
+        lambda_parallel: the paper's lambda_1.
+        lambda_orthogonal: the paper's lambda_2.
+
+    Returns:
+        (neurons, n) float32. Each neuron depends on its own rows alone, to the last bit, and a neuron that no task
+        changes is returned bit for bit.
+
+    Raises:
+        FloatingPointError: if `x` holds a NaN or an infinity.
+    """
+    n = x.shape[2]
+    x = _aligned(x)
+    gram = gram_matrix(x)
+    base = x[:, 0]
+    coefficients = merge_coefficients(gram, lambda_parallel, lambda_orthogonal).to(x.dtype)
+    merged = torch.baddbmm(base.unsqueeze(1), coefficients.unsqueeze(1), x).squeeze(1)
+    unchanged = (gram.diagonal(dim1=1, dim2=2)[:, 1:] == 0).all(1)
+    if unchanged.any():
+        merged[unchanged] = base[unchanged]
+    return merged[:, :n]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` with zeros added to its last dimension, so that a row's result does not depend on where in memory it is."""
+    missing = -x.shape[2] % (ALIGNMENT // x.element_size())
+    x = torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """The inner products of each neuron's rows: (neurons, 1 + T, 1 + T) float64, from `x` (neurons, 1 + T, n) float32.
+
+    Raises:
+        FloatingPointError: if `x` holds a NaN or an infinity.
+    """
+    exact = x.double()
+    gram = torch.bmm(exact, exact.mT)
+    if not gram.isfinite().all():
+        raise FloatingPointError("a weight is NaN or infinite")
+    return gram
+
+
+def decompose(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Split each neuron's task vectors at ``w_0``, from inner products alone (ALGORITHM.md, section 6).
+
+    Args:
+        gram: (neurons, 1 + T, 1 + T), row and column 0 belonging to ``w_0``.
+
+    Returns:
+        ``alpha`` (neurons, T), the coordinate of each task's parallel part ``alpha_t w_0`` (0 where ``w_0 = 0``), and
+        ``P`` (neurons, T, T), the inner products of the orthogonal parts.
+    """
+    norm2 = gram[:, 0, 0, None]
+    products = gram[:, 0, 1:]
+    alpha = torch.where(norm2 > 0, products / norm2, 0.0)
+    return alpha, gram[:, 1:, 1:] - alpha.unsqueeze(2) * products.unsqueeze(1)
+
+
+def merge_coefficients(gram: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tensor:
+    """The numbers ``a`` with ``merged neuron = w_0 + a @ X``: (neurons, 1 + T) float64.
+
+    Args:
+        gram: (neurons, 1 + T, 1 + T) float64, see `gram_matrix`.
+        lambda_parallel: the paper's lambda_1.
+        lambda_orthogonal: the paper's lambda_2.
+    """
+    alpha, orthogonal = decompose(gram)
+    c = orthogonal_coefficients(orthogonal, gram[:, 1:, 1:].diagonal(dim1=1, dim2=2))
+    on_base = lambda_parallel * elect_mean(alpha, dim=1) - lambda_orthogonal * (c * alpha).sum(1)
+    return torch.cat([on_base.unsqueeze(1), lambda_orthogonal * c], dim=1)
+
+
+def orthogonal_coefficients(orthogonal: Tensor, energy: Tensor) -> Tensor:
+    """The numbers ``c`` with ``psi_orth = sum_t c_t tau_orth,t``: (neurons, T) float64.
+
+    The eigenvectors of ``P = U diag(S^2) U^T`` are the left singular vectors of the stacked orthogonal parts. Electing
+    the mean of column j of ``U S`` and rebuilding along ``v_j`` cancels ``S_j``, which leaves ``c = U elect_mean(U)``.
+
+    Args:
+        orthogonal: (neurons, T, T) float64, the inner products ``P`` of the orthogonal parts.
+        energy: (neurons, T) float64, ``||tau_t||^2``.
+    """
+    eigenvalues, u = torch.linalg.eigh(orthogonal)
+    absent = orthogonal.diagonal(dim1=1, dim2=2) <= PARALLEL * energy
+    u = torch.where(absent.unsqueeze(2) | (u.abs() < ROUNDING), 0.0, u)
+    # A direction without length has no coordinates, hence no vote in the other directions' ties.
+    voting = eigenvalues > PARALLEL * eigenvalues[:, -1:]
+    votes = elected_sign(u, dim=1, rounding=ROUNDING) * voting.unsqueeze(1)
+    elected = elect_mean(u, dim=1, tie_sign=votes.sum(2, keepdim=True).sign(), rounding=ROUNDING)
+    return (u @ elected.unsqueeze(2)).squeeze(2)
+
+
+def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: float) -> Tensor:
+    """Merge a parameter that is not neuronal (a bias, a norm, a gate) entry by entry.
+
+    Args:
+        base: (n,) float32.
+        task_vectors: (T, n) float32, trimmed.
+        lambda_orthogonal: the paper's lambda_2.
+
+    Returns:
+        (n,) float32; an entry that no task changes is returned bit for bit.
+
+    Raises:
+        FloatingPointError: if an input holds a NaN or an infinity.
+    """
+    tasks = task_vectors.double()
+    majority = elected_sign(tasks, dim=0).sum(1, keepdim=True).sign()
+    change = lambda_orthogonal * elect_mean(tasks, dim=0, tie_sign=majority)
+    if not (base.isfinite().all() and tasks.isfinite().all()):
+        raise FloatingPointError("a weight is NaN or infinite")
+    return torch.where(change == 0, base, (base.double() + change).float())

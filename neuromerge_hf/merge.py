@@ -1,0 +1,208 @@
+"""`merge`: from ids and paths to a complete directory."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.utils.tqdm import tqdm
+
+from neuromerge_hf.blocks import default_threads
+from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.engine import merge_weights
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.heads import HEADS
+from neuromerge_hf.plan import MergePlan, ModelId, check_disk, plan_merge
+from neuromerge_hf.recipe import Recipe, ingredient, load_recipe
+from neuromerge_hf.report import MergeReport, make_report
+from neuromerge_hf.trim import Trimming, find_trimmings
+from neuromerge_hf.writer import CheckpointWriter
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "*.model",
+    "chat_template*",
+    "*processor_config.json",
+)
+"""The files beside the weights that the merged model takes from its base: tokenizer, processor, generation settings."""
+
+
+def merge(
+    models: Sequence[ModelId],
+    output_dir: str | os.PathLike[str],
+    *,
+    base_model: ModelId | None = None,
+    config: NeuroMergingConfig | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: str | int = "5GB",
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Merge fine-tunes of one base model by NeuroMerging (Fang et al., arXiv:2503.05320).
+
+    Args:
+        models: the experts: full checkpoints and PEFT adapters, mixed freely. Each is a folder or an id on the Hub,
+            which may end in ``@revision``.
+        output_dir: where the merged model is written: weights, configuration, tokenizer, the experts' heads, and the
+            recipe that reproduces it. A directory that exists is complete.
+        base_model: the model that they were fine-tuned from; found from the adapters where they agree.
+        config: the hyper-parameters.
+        dtype: of the merged weights: "auto" for each tensor's own dtype in the base, or "float32", "float16",
+            "bfloat16". The arithmetic is always float32.
+        max_shard_size: the largest size of one weight file ("5GB").
+        device: where to compute; the accelerator that accelerate sees, or the CPU.
+        threads: how many threads to compute with; all processors that this process may use.
+        overwrite: replace an output directory that is not empty.
+        token: for private and gated repositories.
+        trust_remote_code: run model code from the repositories.
+
+    Raises:
+        MergeError: if the models cannot be merged. Nothing is left behind.
+    """
+    target = Path(output_dir).expanduser()
+    check_output(target, overwrite)
+    plan = plan_merge(
+        models, base_model=base_model, config=config, dtype=dtype, token=token, trust_remote_code=trust_remote_code
+    )
+    for location in (plan.base.location, *(expert.location for expert in plan.experts)):
+        if target.resolve() == location.folder.resolve():
+            raise MergeError(f"The output directory {target} is also the model {location}. Choose another one.")
+    started = time.perf_counter()
+    device = torch.device(device) if device else PartialState().device
+    with directory_in_the_making(target, overwrite) as folder:
+        check_disk(plan, folder)
+        with ThreadPoolExecutor(1) as background:
+            ingredients = background.map(
+                ingredient, [plan.base.location, *(expert.location for expert in plan.experts)]
+            )
+            trimmings, lambda_orthogonal = _write_weights(
+                plan, folder, max_shard_size, device, threads or default_threads()
+            )
+            _write_companions(plan, folder, trust_remote_code)
+            for expert in plan.experts:
+                if expert.head:
+                    expert.head.save(folder / HEADS / expert.name)
+            base, *experts = ingredients
+            Recipe(base, tuple(experts), plan.config, plan.dtype, max_shard_size).save(folder)
+    return make_report(plan, trimmings, lambda_orthogonal, target, time.perf_counter() - started)
+
+
+def merge_recipe(
+    path: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Make a model again from the recipe that its merge wrote; see `merge` for the arguments.
+
+    Raises:
+        MergeError: if an input is not the one that the recipe was made with.
+    """
+    recipe = load_recipe(Path(path))
+    recipe.check_files()
+    return merge(
+        [model.reference for model in recipe.models],
+        output_dir,
+        base_model=recipe.base_model.reference,
+        config=recipe.config,
+        dtype=recipe.dtype,
+        max_shard_size=recipe.max_shard_size,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def check_output(target: Path, overwrite: bool) -> None:
+    """Raise a `MergeError` if the output directory cannot be made."""
+    if target.exists() and not target.is_dir():
+        raise MergeError(f"The output directory {target} is a file.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise MergeError(
+            f"The output directory {target} exists and is not empty. "
+            "Choose another one, or pass overwrite=True (--overwrite) to replace it."
+        )
+
+
+@contextmanager
+def directory_in_the_making(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)
+        if overwrite and target.is_dir():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            target.rename(replaced / target.name)
+            folder.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            folder.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MergeError(
+                f"No space is left on the disk of {target.parent}. Free some, or choose another."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_weights(
+    plan: MergePlan, folder: Path, max_shard_size: str | int, device: torch.device, threads: int
+) -> tuple[list[Trimming], float]:
+    with tqdm(total=plan.bytes_read, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merge") as bar:
+        trimmings = find_trimmings(plan, device, threads, bar.update)
+        lambda_orthogonal = plan.config.lambda_orthogonal
+        if lambda_orthogonal == "auto":
+            lambda_orthogonal = 1 / (1 - max(trimming.sigma for trimming in trimmings))
+        writer = CheckpointWriter(folder, plan.units, max_shard_size)
+        try:
+            thresholds = [trimming.threshold for trimming in trimmings]
+            merge_weights(plan, thresholds, lambda_orthogonal, writer, device, threads, bar.update)
+        finally:
+            writer.close()
+    return trimmings, lambda_orthogonal
+
+
+def _write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
+    base = plan.base.location.folder
+    config = json.loads((base / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    if plan.architecture:
+        config["architectures"] = [plan.architecture]
+    if plan.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
+    for path in sorted(base.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,148 @@
+"""The recipe that every merge writes, and that reproduces it byte for byte."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neuromerge_hf.checkpoint import ADAPTER_FILES, CHECKPOINT_FILES, find_weights, weight_files
+from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.location import Location
+
+RECIPE_NAME = "recipe.yaml"
+
+PACKAGES = ("neuromerge-hf", "torch", "transformers", "peft", "safetensors")
+"""Whose versions the recipe records."""
+
+HEADER = """\
+# The recipe of this model. It is made again, byte for byte, by
+#   neuromerge merge recipe.yaml --output DIRECTORY
+"""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A model that went into a merge.
+
+    Attributes:
+        id: the folder or the id on the Hub.
+        revision: the commit on the Hub.
+        sha256: for a local folder, the hash of each file that was read.
+    """
+
+    id: str
+    revision: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> str:
+        """What `merge` takes: the folder, or ``id@revision``."""
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"id": self.id, **({"revision": self.revision} if self.revision else {"sha256": self.sha256})}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a merged model."""
+
+    base_model: Ingredient
+    models: tuple[Ingredient, ...]
+    config: NeuroMergingConfig
+    dtype: str = "auto"
+    max_shard_size: str | int = "5GB"
+
+    def save(self, folder: Path) -> None:
+        """Write ``recipe.yaml``."""
+        content = {
+            "base_model": self.base_model.to_dict(),
+            "models": [model.to_dict() for model in self.models],
+            "config": self.config.to_dict(),
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_size,
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+        (folder / RECIPE_NAME).write_text(HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def check_files(self) -> None:
+        """Raise a `MergeError` if a local file is not the one that the recipe was made with."""
+        problems = []
+        for ingredient in (self.base_model, *self.models):
+            for name, expected in ingredient.sha256.items():
+                path = Path(ingredient.id).expanduser() / name
+                if not path.is_file():
+                    problems.append(f"{path} is missing, but the recipe needs it.")
+                elif (found := file_hash(path)) != expected:
+                    problems.append(
+                        f"{path} has changed since the recipe was written: its sha256 is {found}, not {expected}. "
+                        "Bring the old file back, or merge the models themselves for a new recipe."
+                    )
+        if problems:
+            raise MergeError(problems)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        MergeError: if the file is missing or is no recipe.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+        return Recipe(
+            base_model=Ingredient(**content["base_model"]),
+            models=tuple(Ingredient(**model) for model in content["models"]),
+            config=NeuroMergingConfig(**content["config"]),
+            dtype=content["dtype"],
+            max_shard_size=content["max_shard_size"],
+        )
+    except OSError as error:
+        raise MergeError(f"The recipe {path} cannot be read: {error}") from error
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        if isinstance(error, KeyError):
+            error = KeyError(f"{error} is missing")
+        raise MergeError(f"{path} is not a recipe that `neuromerge merge` wrote: {error}") from error
+
+
+def read_files(location: Location) -> list[Path]:
+    """The files of a local model that determine a merge: configurations and weights."""
+    main = find_weights(location.folder, ADAPTER_FILES + CHECKPOINT_FILES)
+    configs = [location.folder / name for name in ("config.json", "adapter_config.json")]
+    weights = weight_files(main) if main else []
+    return [path for path in dict.fromkeys([*configs, *([main] if main else []), *weights]) if path.is_file()]
+
+
+def ingredient(location: Location) -> Ingredient:
+    """A model as the recipe records it. Reads a local model's files whole, to hash them."""
+    if location.commit:
+        return Ingredient(location.id, revision=location.commit)
+    return Ingredient(location.id, sha256={path.name: file_hash(path) for path in read_files(location)})
+
+
+def fingerprint(base: Location | None, models: Sequence[Location], *settings: object) -> str:
+    """A short name for a merge by its inputs, without reading them: commits, or sizes and times of local files."""
+    identity: list[object] = [version("neuromerge-hf"), *(str(setting) for setting in settings)]
+    for location in (base, *models):
+        if location is None or location.commit:
+            identity.append((location.id, location.commit) if location else None)
+        else:
+            stats = [(path.name, path.stat()) for path in read_files(location)]
+            files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+            identity.append((str(location.folder.resolve()), files))
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

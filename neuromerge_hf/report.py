@@ -1,0 +1,117 @@
+"""What a merge did."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from neuromerge_hf.plan import MergePlan
+from neuromerge_hf.trim import Trimming
+
+
+@dataclass(frozen=True)
+class ExpertReport:
+    """One expert of a merge.
+
+    Attributes:
+        name: by which `AutoMergedModel.from_pretrained(..., head=name)` finds its head.
+        id: the folder or the id on the Hub, with the commit.
+        kind: "full", or "LoRA" with its rank.
+        entries: how many entries its task vector has.
+        threshold: the magnitude below which they were trimmed.
+        sigma: the share of the task vector's L1 norm that was trimmed.
+        head: the names of its own parameters, kept unmerged.
+        ignored: tensors of its files that its model class does not know.
+    """
+
+    name: str
+    id: str
+    kind: str
+    entries: int
+    threshold: float
+    sigma: float
+    head: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; `str()` gives it in a few lines.
+
+    Attributes:
+        output_dir: where the merged model is.
+        base_model: the base's folder or id, with the commit.
+        sigma: the largest of the experts' sigmas.
+        lambda_orthogonal: the paper's lambda_2 as it was used.
+        merged: names of the parameters that were merged.
+        copied: names of the parameters and buffers that are the base's.
+        seconds: wall time of the merge, downloads not counted.
+        bytes_read: how much of the inputs was read.
+        bytes_written: the size of the merged weights.
+    """
+
+    output_dir: Path
+    base_model: str
+    experts: list[ExpertReport]
+    density: float
+    sigma: float
+    lambda_parallel: float
+    lambda_orthogonal: float
+    merged: list[str]
+    copied: list[str]
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+
+    def __str__(self) -> str:
+        lines = [f"Merged {len(self.experts)} experts into {self.base_model}:"]
+        for expert in self.experts:
+            head = f", own head kept: {', '.join(expert.head)}" if expert.head else ""
+            lines.append(f"  {expert.name} ({expert.kind}): {expert.entries:,} entries, sigma {expert.sigma:.3f}{head}")
+        lines += [
+            f"  density {self.density:g}, sigma {self.sigma:.4f}, lambda_parallel {self.lambda_parallel:g}, "
+            f"lambda_orthogonal {self.lambda_orthogonal:.4f}",
+            f"  {len(self.merged)} parameters merged, {len(self.copied)} copied from the base",
+            f"  {self.seconds:.1f} s, {_size(self.bytes_read)} read, {_size(self.bytes_written)} written",
+            f"The merged model is in {self.output_dir}",
+        ]
+        return "\n".join(lines)
+
+
+def make_report(
+    plan: MergePlan, trimmings: list[Trimming], lambda_orthogonal: float, output_dir: Path, seconds: float
+) -> MergeReport:
+    """The report of a finished merge."""
+    experts = [
+        ExpertReport(
+            name=expert.name,
+            id=str(expert.location),
+            kind=expert.kind,
+            entries=trimming.entries,
+            threshold=trimming.threshold,
+            sigma=trimming.sigma,
+            head=sorted(expert.head.tensors) if expert.head else [],
+            ignored=expert.ignored,
+        )
+        for expert, trimming in zip(plan.experts, trimmings, strict=True)
+    ]
+    return MergeReport(
+        output_dir=output_dir,
+        base_model=str(plan.base.location),
+        experts=experts,
+        density=plan.config.density,
+        sigma=max(trimming.sigma for trimming in trimmings),
+        lambda_parallel=plan.config.lambda_parallel,
+        lambda_orthogonal=lambda_orthogonal,
+        merged=plan.merged,
+        copied=plan.copied,
+        seconds=seconds,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

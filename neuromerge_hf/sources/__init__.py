@@ -1,0 +1,1 @@
+"""Where task vectors come from: one module for each kind of expert."""

@@ -1,0 +1,125 @@
+"""What every kind of expert is opened to, and the base that it is compared with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from transformers import PretrainedConfig
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.heads import Head
+from neuromerge_hf.layout import Block, Layout
+from neuromerge_hf.location import Location
+from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.sources.task_vector import TaskVector
+from neuromerge_hf.tensors import MERGEABLE, StoredTensor, read_rows
+
+COMPARED_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model.
+
+    Attributes:
+        tensors: its stored tensors by their name in the checkpoint, each tied parameter once.
+        places: what each is in the model; None for tensors that the model class does not know.
+        layouts: how its entries form neurons; None for those that are not neuronal.
+    """
+
+    location: Location
+    config: PretrainedConfig
+    skeleton: Skeleton
+    tensors: dict[str, StoredTensor]
+    places: dict[str, Place | None]
+    layouts: dict[str, Layout | None]
+
+    def at(self, place: Place | None) -> tuple[StoredTensor, Layout] | None:
+        """The stored tensor at a place, with its layout (one row if it is not neuronal)."""
+        name = self._names.get(place) if place is not None else None
+        if name is None:
+            return None
+        tensor = self.tensors[name]
+        return tensor, self.layouts[name] or Layout.of(tensor.shape, None)
+
+    def is_tied(self, place: Place) -> bool:
+        """Whether several of the model's parameters share this one."""
+        return place.parameter in self.skeleton.ties.values()
+
+    @cached_property
+    def _names(self) -> dict[Place, str]:
+        return {place: name for name, place in self.places.items() if place is not None and name in self.tensors}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert, opened: nothing of its weights is read yet.
+
+    Attributes:
+        name: the last part of its id, by which its head is asked for.
+        kind: "full", or "LoRA" with its ranks.
+        model_class_name: the architecture that it was trained as, if it says so.
+        task_vectors: its changes of the base, by place.
+        head: the parameters that it has and the base does not.
+        ignored: tensors of its files that its own model class does not know.
+    """
+
+    name: str
+    location: Location
+    kind: str
+    model_class_name: str | None
+    task_vectors: dict[Place, TaskVector]
+    head: Head | None = None
+    ignored: list[str] = field(default_factory=list)
+
+
+def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skeleton, place: Place) -> str:
+    """The sentence that says why two tensors of the same place cannot be merged."""
+    sides = f"{name} is {theirs.shape} in {theirs.path}, but {base.shape} in the base's {base.path}."
+    embeddings = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
+    if skeleton.model.get_submodule(place.parameter.rpartition(".")[0]) in embeddings:
+        return (
+            f"The vocabularies differ: {sides} Resize the expert's embeddings to the base's vocabulary "
+            "(model.resize_token_embeddings) and save it again."
+        )
+    return f"The shapes differ: {sides} Experts must be fine-tunes of this very base; check base_model."
+
+
+def is_mergeable(tensor: StoredTensor) -> bool:
+    """Whether a tensor is a floating-point parameter; the others are copied from the base."""
+    return tensor.dtype in MERGEABLE
+
+
+def without_tied_copies(
+    tensors: Mapping[str, StoredTensor], places: Mapping[str, Place | None]
+) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors with each tied parameter once.
+
+    Files written by other tools, and ``.bin`` files, hold tied parameters under each of their names.
+
+    Raises:
+        MergeError: if two copies of a tied parameter differ.
+    """
+    kept: dict[Place, str] = {}
+    for name in sorted(tensors, key=lambda name: places[name] != Place(name)):
+        place = places[name]
+        if place is None or place not in kept:
+            kept[place or Place(name)] = name
+        elif not _equal(tensors[name], tensors[kept[place]]):
+            raise MergeError(
+                f"{name} and {kept[place]} differ in {tensors[name].path}, but the model's config.json ties them "
+                "(tie_word_embeddings). Set it to false in the config.json of the base and of every expert."
+            )
+    names = set(kept.values())
+    return {name: tensor for name, tensor in tensors.items() if name in names}
+
+
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    layout = Layout(1, 1, Layout.of(a.shape, None).width, 1)
+    blocks = (
+        Block(0, i, min(i + COMPARED_AT_ONCE, layout.neurons)) for i in range(0, layout.neurons, COMPARED_AT_ONCE)
+    )
+    return all(torch.equal(read_rows(a, layout, block), read_rows(b, layout, block)) for block in blocks)

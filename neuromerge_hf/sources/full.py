@@ -1,0 +1,104 @@
+"""Experts that are full checkpoints."""
+
+from transformers import PretrainedConfig
+
+from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.heads import Head
+from neuromerge_hf.location import Location
+from neuromerge_hf.skeleton import Place, Skeleton, model_class_of
+from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch, without_tied_copies
+from neuromerge_hf.sources.task_vector import Difference, TaskVector
+from neuromerge_hf.tensors import StoredTensor
+
+
+def check_architecture(
+    location: Location, config: PretrainedConfig, base: Skeleton, base_location: Location
+) -> list[str]:
+    """What makes an expert's configuration another architecture than the base's: found without its weights."""
+    ours, theirs = base.model.config.model_type, config.model_type
+    if ours != theirs:
+        return [
+            f"{location} is a {theirs} model, but the base {base_location} is a {ours} model. "
+            "Only fine-tunes of the same base can be merged."
+        ]
+    shapes = Skeleton(base.model_class, config).shapes
+    for name in sorted(set(shapes) ^ set(base.shapes)):
+        has, lacks = (location, base_location) if name in shapes else (base_location, location)
+        return [f"The architectures differ: {has} has the parameter {name}, and {lacks} does not. Check base_model."]
+    embeddings = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
+    for name, shape in base.shapes.items():
+        if shapes[name] == shape or base.is_head(name):
+            continue
+        if id(base.model.get_submodule(name.rpartition(".")[0])) in embeddings:
+            return [
+                f"The vocabularies differ: {name} is {shapes[name]} in {location}, but {shape} in the base "
+                f"{base_location}. Resize the expert's embeddings to the base's vocabulary "
+                "(model.resize_token_embeddings) and save it again."
+            ]
+        return [
+            f"The architectures differ: {name} is {shapes[name]} in {location}, but {shape} in the base "
+            f"{base_location}. Check base_model."
+        ]
+    return []
+
+
+def open_full(
+    name: str, location: Location, config: PretrainedConfig, base: Base, trust_remote_code: bool = False
+) -> Expert:
+    """Open a full checkpoint.
+
+    Raises:
+        MergeError: if a file or a parameter is missing or damaged, or does not fit the base.
+    """
+    main = find_weights(location.folder, CHECKPOINT_FILES)
+    if main is None:
+        raise MergeError(f"{location} has no weights: none of {', '.join(CHECKPOINT_FILES)} is in {location.folder}.")
+    model_class = model_class_of(config, location.folder, trust_remote_code, default=base.skeleton.model_class)
+    skeleton = Skeleton(model_class, config)
+    tensors = open_weights(main)
+    own_places = skeleton.places(tensors)
+    tensors = without_tied_copies(tensors, own_places)
+    _check_complete(location, skeleton, own_places, str(main))
+    base_places = base.skeleton.places(tensors)
+
+    task_vectors: dict[Place, TaskVector] = {}
+    head: dict[str, StoredTensor] = {}
+    ignored, problems = [], []
+    for key, tensor in tensors.items():
+        place, own = base_places[key], own_places[key]
+        found = base.at(place)
+        if own is None:
+            ignored.append(key)
+        elif (
+            place is None
+            or found is None
+            or (base.skeleton.is_head(place.parameter) and found[0].shape != tensor.shape)
+        ):
+            head[own.piece or own.parameter] = tensor
+        elif found[0].shape != tensor.shape:
+            problems.append(mismatch(key, found[0], tensor, base.skeleton, place))
+        elif is_mergeable(found[0]) != is_mergeable(tensor):
+            problems.append(
+                f"{key} is {tensor.dtype} in {tensor.path}, but {found[0].dtype} in the base's {found[0].path}. "
+                "Quantised weights cannot be merged: save the expert in float32, float16 or bfloat16."
+            )
+        elif is_mergeable(tensor):
+            task_vectors[place] = Difference(tensor, found[1])
+    if problems:
+        raise MergeError(problems)
+    return Expert(
+        name, location, "full", model_class.__name__, task_vectors, Head(config, head) if head else None, ignored
+    )
+
+
+def _check_complete(location: Location, skeleton: Skeleton, places: dict[str, Place | None], file: str) -> None:
+    stored = {
+        parameter for place in places.values() if place is not None for parameter in (place.parameter, *place.also)
+    }
+    for parameter, _ in skeleton.model.named_parameters():
+        if skeleton.ties.get(parameter, parameter) not in stored:
+            raise MergeError(
+                f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
+                f"it is not in {file}. Save or download the model again."
+            )

@@ -1,0 +1,152 @@
+"""Experts that are plain LoRA adapters: task vectors ``scaling * B @ A``, formed a block of rows at a time."""
+
+import re
+from collections import defaultdict
+
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.utils.other import get_pattern_key
+
+from neuromerge_hf.checkpoint import ADAPTER_FILES, find_weights, open_weights
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.heads import Head, task_class, task_config
+from neuromerge_hf.layout import Layout
+from neuromerge_hf.location import Location
+from neuromerge_hf.skeleton import Place
+from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch
+from neuromerge_hf.sources.task_vector import Difference, LowRank, TaskVector
+from neuromerge_hf.tensors import StoredTensor, read_whole
+
+SUPPORTED = (
+    "What can be merged now: full checkpoints, and LoRA adapters (any rank, alpha, rslora, rank and alpha patterns, "
+    "linear layers, Conv1D and embeddings, bias, modules_to_save). For any other adapter, merge it into its base with "
+    "PEFT's merge_and_unload(), save the model, and give that."
+)
+
+NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of LoraConfig.init_lora_weights that leave the base's weights as they are."""
+
+LOW_RANK_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
+
+
+def check_adapter(location: Location, config: PeftConfig) -> list[str]:
+    """What makes an adapter one that cannot be merged: found without its weights."""
+    reasons = []
+    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
+        reasons.append(f"is a {getattr(config.peft_type, 'value', config.peft_type)} adapter")
+    else:
+        variants = {
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias,
+            "target_parameters": config.target_parameters,
+            "trainable_token_indices": config.trainable_token_indices,
+            "layer_replication": config.layer_replication,
+            "alora_invocation_tokens": config.alora_invocation_tokens,
+            "use_qalora": config.use_qalora,
+            "use_bdlora": getattr(config, "use_bdlora", None),
+            "arrow_config": config.arrow_config,
+            "velora_config": getattr(config, "velora_config", None),
+            "monteclora_config": getattr(config, "monteclora_config", None),
+        }
+        reasons += [f"uses {name}={value!r}" for name, value in variants.items() if value]
+        if config.init_lora_weights not in NEUTRAL_INITIALISATIONS:
+            reasons.append(f"changes its base's weights (init_lora_weights={config.init_lora_weights!r})")
+    return [f"{location} {reason}. {SUPPORTED}" for reason in reasons]
+
+
+def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> Expert:
+    """Open a LoRA adapter. Its small factors are read now, as float32.
+
+    Raises:
+        MergeError: if a file is missing or damaged, or the adapter does not fit the base.
+    """
+    main = find_weights(location.folder, ADAPTER_FILES)
+    if main is None:
+        raise MergeError(f"{location} has no weights: none of {', '.join(ADAPTER_FILES)} is in {location.folder}.")
+    factors: dict[tuple[str, bool], dict[str, StoredTensor]] = defaultdict(dict)
+    stored: dict[str, StoredTensor] = {}
+    for key, tensor in open_weights(main).items():
+        module = key.removeprefix("base_model.model.")
+        if match := LOW_RANK_KEY.match(module):
+            factors[match["module"], bool(match["embedding"])][match["side"]] = tensor
+        else:
+            stored[module] = tensor
+    places = base.skeleton.places([*stored, *(f"{module}.weight" for module, _ in factors)])
+
+    problems: list[str] = []
+    task_vectors: dict[Place, TaskVector] = {}
+    head: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        place = places[key]
+        found = base.at(place)
+        if ".lora_" in key or ".base_layer." in key:
+            problems.append(f"{tensor.path} holds {key}, which is no part of a plain LoRA adapter. {SUPPORTED}")
+        elif place is None or found is None:
+            head[key] = tensor
+        elif found[0].shape != tensor.shape:
+            problems.append(mismatch(key, found[0], tensor, base.skeleton, place))
+        elif base.is_tied(place):
+            problems.append(_unties(location, key))
+        elif is_mergeable(tensor):
+            task_vectors[place] = Difference(tensor, found[1])
+    for (module, embedding), sides in factors.items():
+        place = places[f"{module}.weight"]
+        found = base.at(place)
+        if set(sides) != {"A", "B"}:
+            problems.append(f"{main} holds only one of lora_A and lora_B of {module}. Save the adapter again.")
+        elif place is None or found is None:
+            problems.append(
+                f"{location} changes {module}, which the base {base.location} does not have. "
+                "Check base_model: it must be the model that the adapter was trained on."
+            )
+        elif base.is_tied(place):
+            problems.append(_unties(location, module))
+        else:
+            factor = _low_rank(module, sides, embedding, config, found[1], str(main))
+            if isinstance(factor, str):
+                problems.append(f"{factor} The base's {module}.weight is {found[0].shape}. Check base_model.")
+            else:
+                task_vectors[place] = factor
+    if problems:
+        raise MergeError(problems)
+
+    model_class = task_class(config.task_type, base.config)
+    head_config = task_config(base.config, location.folder, model_class, head) if head else None
+    return Expert(
+        name=name,
+        location=location,
+        kind=f"LoRA r={_ranks(task_vectors)}",
+        model_class_name=model_class.__name__ if model_class else None,
+        task_vectors=task_vectors,
+        head=Head(head_config, head) if head_config else None,
+    )
+
+
+def _low_rank(
+    module: str, sides: dict[str, StoredTensor], embedding: bool, config: LoraConfig, layout: Layout, file: str
+) -> LowRank | str:
+    """The task vector of a module, or the sentence that says why its factors do not fit."""
+    a, b = (read_whole(sides[side]).float() for side in "AB")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise MergeError(f"{file}: lora_A or lora_B of {module} holds a NaN or an infinity. This adapter is damaged.")
+    r = a.shape[0]
+    alphas = config.alpha_pattern or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    scaling = alpha / (r**0.5 if config.use_rslora else r)
+    left, right = (a.T, b.T) if embedding else (b, a)
+    left, right = left.flatten(1), right.flatten(1)
+    if left.shape != (layout.rows, r) or right.shape != (r, layout.width):
+        return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {module} in {file} do not fit."
+    return LowRank((scaling * left).contiguous(), right.contiguous(), layout, file)
+
+
+def _unties(location: Location, name: str) -> str:
+    return (
+        f"{location} changes {name} alone, which the base's config.json ties to another parameter "
+        "(tie_word_embeddings): its model has two matrices where the base has one. "
+        "Exclude this module from the adapter."
+    )
+
+
+def _ranks(task_vectors: dict[Place, TaskVector]) -> str:
+    ranks: set[int] = {vector.right.shape[0] for vector in task_vectors.values() if isinstance(vector, LowRank)}
+    return "/".join(str(rank) for rank in sorted(ranks))

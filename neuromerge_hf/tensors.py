@@ -1,0 +1,209 @@
+"""Tensors as they lie in checkpoint files: known by their header, read in stretches, never loaded whole."""
+
+import json
+import math
+import os
+import struct
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.layout import Block, Layout
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+"""The safetensors format's names of dtypes."""
+
+MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def path(self) -> Path: ...
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """Fill `out`, 1-D and of this dtype on the CPU, with the entries [start, stop) of the flattened tensor."""
+        ...
+
+
+def read_rows(tensor: StoredTensor, layout: Layout, block: Block, buffer: Tensor | None = None) -> Tensor:
+    """The neurons of a block, (len(block), layout.width), in the tensor's own dtype, on the CPU.
+
+    Args:
+        buffer: uint8 memory to read into, reused by the caller; the result is valid until its next use.
+    """
+    count = len(block) * layout.width
+    if buffer is None:
+        flat = torch.empty(count, dtype=tensor.dtype)
+    else:
+        flat = buffer[: count * tensor.dtype.itemsize].view(tensor.dtype)
+    position = 0
+    for start, stop in layout.runs(block):
+        tensor.read(start, stop, flat[position : position + stop - start])
+        position += stop - start
+    return layout.to_rows(flat, block)
+
+
+def read_whole(tensor: StoredTensor) -> Tensor:
+    """The whole tensor, on the CPU: for small ones."""
+    out = torch.empty(tensor.shape, dtype=tensor.dtype)
+    tensor.read(0, out.numel(), out.view(-1))
+    return out
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """An open safetensors file. Reading is safe from any number of threads."""
+
+    path: Path
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @cached_property
+    def descriptor(self) -> int:
+        """The file descriptor, opened at the first use and closed with this object."""
+        return os.open(self.path, os.O_RDONLY)
+
+    def pread(self, offset: int, out: Tensor) -> None:
+        """Fill `out` (contiguous, CPU) from the bytes at `offset`."""
+        view = memoryview(out.view(torch.uint8).numpy().data)
+        with self._lock:
+            descriptor = self.descriptor
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if count == 0:
+                raise MergeError(f"{self.path} ended early: it changed while it was read. Run the merge again.")
+            view, offset = view[count:], offset + count
+
+    def __del__(self) -> None:
+        if "descriptor" in self.__dict__:
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class SafetensorsTensor:
+    """A tensor of a safetensors file; `offset` is its first byte in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: SafetensorsFile
+    offset: int
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        self.file.pread(self.offset + start * self.dtype.itemsize, out)
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor of a ``.bin`` file, mapped into memory by torch."""
+
+    name: str
+    tensor: Tensor
+    path: Path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self.tensor.reshape(-1)[start:stop])
+
+
+def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Raises:
+        MergeError: if the file is truncated or is not a safetensors file.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise _truncated(path, f"its header should have {length} bytes")
+            header = json.loads(file.read(length))
+        opened = SafetensorsFile(path)
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name} has {end - begin} bytes, not those of {dtype} {shape}")
+            if 8 + length + end > size:
+                raise _truncated(path, f"tensor {name} should end at byte {8 + length + end}")
+            tensors[name] = SafetensorsTensor(name, dtype, shape, opened, 8 + length + begin)
+    except (struct.error, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, MergeError):
+            raise
+        raise MergeError(f"{path} is not a valid safetensors file ({error}). Download or save it again.") from error
+    return tensors
+
+
+def _truncated(path: Path, expectation: str) -> MergeError:
+    return MergeError(
+        f"{path} is truncated: it has {path.stat().st_size} bytes, but {expectation}. Download or copy it again."
+    )
+
+
+def open_pickle(path: Path) -> dict[str, PickledTensor]:
+    """The tensors of a ``.bin`` file. Nothing in it is executed: it is read with ``weights_only=True``.
+
+    Raises:
+        MergeError: if the file is damaged, or holds anything but tensors.
+    """
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # The format of before torch 1.6 cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load documents no exception types
+        raise MergeError(
+            f"{path} cannot be read with torch.load(weights_only=True) ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Save the model again, as safetensors."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise MergeError(f"{path} is not a state dict of tensors. Save the model again, with save_pretrained.")
+    return {name: PickledTensor(name, tensor, path) for name, tensor in state.items()}

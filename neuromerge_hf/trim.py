@@ -1,0 +1,202 @@
+"""Exact, model-wide trim thresholds, found by streaming: memory does not grow with the model.
+
+The threshold of an expert is the j-th smallest magnitude of its whole task vector (ALGORITHM.md, section 2). The bits
+of a non-negative float32, read as an integer, are in the order of its value, so a histogram of the integers finds it. A
+small sample predicts a range so narrow that each float32 in it has a bin of its own, and then one pass over the inputs
+settles the exact value. Where the prediction misses, the pass has narrowed the range, and another follows.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from neuromerge_hf.blocks import BLOCK_ENTRIES, Memory, load_block, map_in_order, non_finite
+from neuromerge_hf.kernel import trim
+from neuromerge_hf.layout import Block
+from neuromerge_hf.plan import MergePlan, Unit
+
+BINS = 1 << 16
+"""The first pass tells apart this many float32 values around the predicted threshold: 0.4% to both sides."""
+
+SAMPLE_ENTRIES = 1 << 22
+"""How many entries of each expert predict its threshold."""
+
+INFINITY = 0x7F800000
+"""The bits of infinity: those of finite magnitudes are below."""
+
+
+@dataclass(frozen=True)
+class Trimming:
+    """How one expert's task vector is trimmed.
+
+    Attributes:
+        threshold: entries with a smaller magnitude become 0.
+        sigma: the share of the task vector's L1 norm that is trimmed.
+        entries: how many entries the task vector has: those of the parameters that the expert may change.
+    """
+
+    threshold: float
+    sigma: float
+    entries: int
+
+
+def trim_rank(entries: int, density: float) -> int:
+    """j = floor((1 - density) * entries), exact for the decimal number that the user wrote."""
+    return math.floor((1 - Fraction(repr(density))) * entries)
+
+
+def find_trimmings(
+    plan: MergePlan, device: torch.device, threads: int, advance: Callable[[int], object] = lambda _: None
+) -> list[Trimming]:
+    """The exact threshold and sigma of every expert.
+
+    Args:
+        advance: called with the number of bytes that have been read.
+
+    Raises:
+        MergeError: if a weight is NaN or infinite.
+    """
+    experts = range(len(plan.experts))
+    entries = [sum(unit.entries for unit in plan.units if expert in unit.changing) for expert in experts]
+    ranks = [trim_rank(count, plan.config.density) for count in entries]
+    settled = {expert: Trimming(0.0, 0.0, entries[expert]) for expert in experts if ranks[expert] == 0}
+    counters: dict[int, _Counter] = {}
+    if len(settled) < len(experts):
+        counters = _predict(plan, ranks, entries, device, threads)
+    while len(settled) < len(experts):
+        counters = {expert: counter for expert, counter in counters.items() if expert not in settled}
+        _count(plan, counters, device, threads, advance)
+        for expert, counter in counters.items():
+            trimming = counter.settle(ranks[expert], entries[expert])
+            if trimming:
+                settled[expert] = trimming
+            else:
+                counters[expert] = counter.narrowed(ranks[expert])
+    return [settled[expert] for expert in experts]
+
+
+class _Counter:
+    """Counts the magnitudes whose bits are in [low, low + (BINS << shift)), in BINS bins, and those outside.
+
+    Attributes:
+        counts: of the magnitudes below the range, in each bin, and above the range.
+        norm: the L1 norm of all entries.
+        kept: the L1 norm of the entries that are not below the range.
+    """
+
+    def __init__(self, low: int, high: int):
+        self.low = max(0, low)
+        self.shift = max(0, (high - self.low - 1).bit_length() - (BINS - 1).bit_length())
+        self.counts = torch.zeros(BINS + 2, dtype=torch.int64)
+        self.norm = 0.0
+        self.kept = 0.0
+
+    def bins(self, magnitudes: Tensor) -> Tensor:
+        """The bin of each magnitude, 1-D. Overwrites its argument, which is contiguous float32."""
+        bits = magnitudes.view(torch.int32).flatten()
+        return bits.sub_(self.low).bitwise_right_shift_(self.shift).clamp_(-1, BINS).add_(1)
+
+    def settle(self, rank: int, entries: int) -> Trimming | None:
+        """The exact trimming, if the rank-th smallest magnitude is in a bin of one value."""
+        found = self._find(rank)
+        if self.shift or not 0 < found <= BINS:
+            return None
+        threshold = self.low + found - 1
+        values = torch.arange(self.low, threshold, dtype=torch.int32).view(torch.float32).double()
+        kept = self.kept - (self.counts[1:found].double() @ values).item()
+        sigma = 1 - kept / self.norm if self.norm > 0 else 0.0
+        return Trimming(_magnitude(threshold), sigma, entries)
+
+    def narrowed(self, rank: int) -> "_Counter":
+        """The counter for the next pass, around the rank-th smallest magnitude."""
+        found = self._find(rank)
+        if found == 0:
+            return _Counter(0, self.low)
+        first = self.low + ((found - 1) << self.shift)
+        return _Counter(first, INFINITY if found > BINS else first + (1 << self.shift))
+
+    def _find(self, rank: int) -> int:
+        return int(torch.searchsorted(self.counts.cumsum(0), rank))
+
+
+def _magnitude(bits: int) -> float:
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+
+
+def _predict(
+    plan: MergePlan, ranks: list[int], entries: list[int], device: torch.device, threads: int
+) -> dict[int, _Counter]:
+    """Counters around the quantiles of a sample: some neurons of every unit, evenly spaced."""
+    memory = Memory()
+    step = max(1, max(entries) // SAMPLE_ENTRIES)
+
+    def sample(item: tuple[Unit, Block]) -> list[tuple[int, Tensor]]:
+        unit, block = item
+        x = load_block(unit, block, memory, device)
+        return [(expert, x[:, t].abs().flatten().cpu()) for t, expert in enumerate(unit.changing, start=1)]
+
+    samples: list[list[Tensor]] = [[] for _ in plan.experts]
+    blocks = ((unit, block) for unit in plan.units if unit.task_vectors for block in _every(step, unit))
+    for found in map_in_order(sample, blocks, threads):
+        for expert, magnitudes in found:
+            samples[expert].append(magnitudes)
+    counters = {}
+    for expert, rank in enumerate(ranks):
+        if rank > 0:
+            magnitudes = torch.cat(samples[expert])
+            k = min(magnitudes.numel(), 1 + rank * magnitudes.numel() // entries[expert])
+            bits = int(magnitudes.kthvalue(k).values.view(torch.int32))
+            counters[expert] = _Counter(bits - BINS // 2, max(bits, BINS // 2) + BINS // 2)
+    return counters
+
+
+def _every(step: int, unit: Unit) -> Iterator[Block]:
+    layout = unit.layout
+    for row in range(min(step, layout.rows) // 2, layout.rows, step):
+        batch, start = divmod(row, layout.neurons)
+        yield Block(batch, start, start + 1)
+
+
+def _count(
+    plan: MergePlan, counters: dict[int, _Counter], device: torch.device, threads: int, advance: Callable[[int], object]
+) -> None:
+    """Fill the counters, in one pass over the inputs."""
+    memory = Memory()
+    names = [expert.name for expert in plan.experts]
+
+    def count(item: tuple[Unit, Block]) -> dict[int, tuple[Tensor, Tensor]]:
+        unit, block = item
+        x = load_block(unit, block, memory, device)
+        found = {}
+        for t, expert in enumerate(unit.changing, start=1):
+            if expert in counters:
+                counter = counters[expert]
+                magnitudes = x[:, t].abs()
+                norms = (
+                    torch.stack([magnitudes.sum(1), trim(magnitudes, _magnitude(counter.low)).sum(1)]).cpu().double()
+                )
+                if not norms.isfinite().all():
+                    raise non_finite(unit, block, names, device)
+                found[expert] = torch.bincount(counter.bins(magnitudes), minlength=BINS + 2).cpu(), norms
+        return found
+
+    units = [unit for unit in plan.units if counters.keys() & set(unit.changing)]
+    results = map_in_order(
+        count, ((unit, block) for unit in units for block in unit.layout.blocks(BLOCK_ENTRIES)), threads
+    )
+    for unit in units:
+        norms: dict[int, list[Tensor]] = {expert: [] for expert in unit.changing if expert in counters}
+        for block in unit.layout.blocks(BLOCK_ENTRIES):
+            for expert, (counts, norm) in next(results).items():
+                counters[expert].counts += counts
+                norms[expert].append(norm)
+            advance(unit.bytes_read * len(block) // unit.layout.rows)
+        # A neuron's norm does not depend on the blocks. Summed over whole units, neither does the total.
+        for expert, of_neurons in norms.items():
+            norm, kept = torch.cat(of_neurons, dim=1).sum(1).tolist()
+            counters[expert].norm += norm
+            counters[expert].kept += kept
