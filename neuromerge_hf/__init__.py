@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from neuromerge_hf.auto import AutoMergedModel
     from neuromerge_hf.config import NeuroMergingConfig
     from neuromerge_hf.errors import MergeError
-    from neuromerge_hf.merge import merge, merge_recipe
+    from neuromerge_hf.merging import merge, merge_recipe
     from neuromerge_hf.plan import MergePlan, plan_merge
     from neuromerge_hf.report import MergeReport
 
@@ -37,8 +37,8 @@ _MODULES = {
     "MergePlan": "plan",
     "MergeReport": "report",
     "NeuroMergingConfig": "config",
-    "merge": "merge",
-    "merge_recipe": "merge",
+    "merge": "merging",
+    "merge_recipe": "merging",
     "plan_merge": "plan",
 }
 

@@ -17,8 +17,8 @@ from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.heads import HEAD_WEIGHTS, HEADS
 from neuromerge_hf.location import Location, download, locate
-from neuromerge_hf.merge import directory_in_the_making, merge
-from neuromerge_hf.plan import ModelId
+from neuromerge_hf.merging import directory_in_the_making, merge
+from neuromerge_hf.plan import ModelId, find_models
 from neuromerge_hf.recipe import RECIPE_NAME, fingerprint
 from neuromerge_hf.skeleton import model_class_of
 
@@ -68,14 +68,18 @@ class AutoMergedModel:
         """
         cache = Path(cache_dir or Path(constants.HF_HOME, "neuromerge")).expanduser()
         token, trust_remote_code = kwargs.get("token"), kwargs.get("trust_remote_code", False)
+        revision = kwargs.pop("revision", None)
         if isinstance(models, str | os.PathLike):
-            location = locate(models, token=token)
+            location = locate(models, revision=revision, token=token)
             if not (location.folder / RECIPE_NAME).is_file():
                 raise MergeError(f"{location} is not a merged model. Give the experts as a list.")
             location.fetch_weights()
             if head and location.commit:
-                download(location.id, location.commit, token, [f"{HEADS}/{head}/*"], ignore=None)
+                heads = [f"{HEADS}/*/config.json", f"{HEADS}/{head}/*"]
+                download(location.id, location.commit, token, heads, ignore=None)
             folder = location.folder
+        elif revision is not None:
+            raise MergeError(f"Each model has its own revision: write it as id@{revision}, and leave revision= out.")
         else:
             folder = _find_or_merge(models, base_model, config, cache, device, token, trust_remote_code)
         if head is not None:
@@ -96,15 +100,14 @@ def _find_or_merge(
     token: str | bool | None,
     trust_remote_code: bool,
 ) -> Path:
-    locations = [locate(model, token=token) for model in models]
-    base = locate(base_model, token=token) if base_model is not None else None
+    base, locations, _ = find_models(models, base_model, token)
     folder = cache / fingerprint(base, locations, config or NeuroMergingConfig())
     if not folder.is_dir():
         try:
             merge(
                 [_reference(location) for location in locations],
                 folder,
-                base_model=_reference(base) if base else None,
+                base_model=_reference(base),
                 config=config,
                 device=device,
                 token=token,
@@ -122,39 +125,46 @@ def _reference(location: Location) -> str:
 
 def _with_head(folder: Path, head: str, cache: Path) -> Path:
     """A folder of links in which the merged weights stand together with one expert's head."""
-    source = folder / HEADS / head
-    if not source.is_dir():
-        heads = sorted(path.name for path in (folder / HEADS).iterdir()) if (folder / HEADS).is_dir() else []
+    heads = sorted(path.name for path in (folder / HEADS).iterdir()) if (folder / HEADS).is_dir() else []
+    if head not in heads:
         raise MergeError(
             f"head={head!r} names no expert with a head of its own. "
             + (f"There are: {', '.join(heads)}." if heads else "No expert of this merge has one: leave head= out.")
         )
+    identity = f"{folder.resolve()} {(folder / RECIPE_NAME).stat().st_mtime_ns}"
+    target = cache / "heads" / hashlib.sha256(identity.encode()).hexdigest()[:32] / head
+    if not target.is_dir():
+        try:
+            with directory_in_the_making(target, overwrite=False) as made:
+                _link(folder, folder / HEADS / head, made)
+        except OSError:
+            if not target.is_dir():  # else another process finished the same links meanwhile
+                raise
+    return target
+
+
+def _link(folder: Path, source: Path, made: Path) -> None:
+    """Fill `made` with links to the merged weights in `folder` and to the head in `source`."""
     main = find_weights(folder, CHECKPOINT_FILES)
     if main is None:
         raise MergeError(f"{folder} has no weights. Merge the models again.")
-    identity = f"{folder.resolve()} {(folder / RECIPE_NAME).stat().st_mtime_ns}"
-    target = cache / "heads" / hashlib.sha256(identity.encode()).hexdigest()[:32] / head
-    if target.is_dir():
-        return target
-    with directory_in_the_making(target, overwrite=False) as made:
-        for path in folder.iterdir():
-            if path.is_file() and path.name not in ("config.json", "model.safetensors.index.json"):
-                (made / path.name).symlink_to(path.resolve())
-        (made / LINKED_HEAD).symlink_to((source / HEAD_WEIGHTS).resolve())
-        weight_map = {}
-        for path in [*weight_files(main), made / LINKED_HEAD]:
-            with safe_open(path, "pt") as file:
-                weight_map.update(dict.fromkeys(file.keys(), path.name))
-        if (made / "model.safetensors").is_symlink():
-            # Beside an index, transformers would read this file alone.
-            (made / "model.safetensors").rename(made / "model-merged.safetensors")
-            weight_map = {
-                key: name.replace("model.safetensors", "model-merged.safetensors") for key, name in weight_map.items()
-            }
-        index = {"metadata": {}, "weight_map": weight_map}
-        (made / "model.safetensors.index.json").write_text(json.dumps(index))
-        config = json.loads((source / "config.json").read_text())
-        merged = json.loads((folder / "config.json").read_text())
-        config["dtype"] = merged.get("dtype", merged.get("torch_dtype"))
-        (made / "config.json").write_text(json.dumps(config))
-    return target
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in ("config.json", "model.safetensors.index.json"):
+            (made / path.name).symlink_to(path.resolve())
+    (made / LINKED_HEAD).symlink_to((source / HEAD_WEIGHTS).resolve())
+    weight_map = {}
+    for path in [*weight_files(main), made / LINKED_HEAD]:
+        with safe_open(path, "pt") as file:
+            weight_map.update(dict.fromkeys(file.keys(), path.name))
+    if (made / "model.safetensors").is_symlink():
+        # Beside an index, transformers would read this file alone.
+        (made / "model.safetensors").rename(made / "model-merged.safetensors")
+        weight_map = {
+            key: name.replace("model.safetensors", "model-merged.safetensors") for key, name in weight_map.items()
+        }
+    index = {"metadata": {}, "weight_map": weight_map}
+    (made / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((source / "config.json").read_text())
+    merged = json.loads((folder / "config.json").read_text())
+    config["dtype"] = merged.get("dtype", merged.get("torch_dtype"))
+    (made / "config.json").write_text(json.dumps(config))

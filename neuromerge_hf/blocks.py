@@ -38,19 +38,19 @@ class Memory(threading.local):
 
 
 def load_block(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
-    """A block of the base and of the task vectors of the experts that change it: (neurons, 1 + T, width) float32.
+    """A block of the base and of the task vectors of the experts that change it: (1 + T, neurons, width) float32.
 
     The result is valid until the next call on the same thread.
     """
     vectors = [vector for vector in unit.task_vectors if vector]
-    width = unit.layout.width
-    count = len(block) * width
+    count = len(block) * unit.layout.width
     # float64 is the widest dtype that a file may hold
     raw = memory.take("raw", count * 8, torch.uint8, torch.device("cpu"))
-    x = memory.take("x", (1 + len(vectors)) * count, torch.float32, device).view(len(block), 1 + len(vectors), width)
-    x[:, 0].copy_(read_rows(unit.tensor, unit.layout, block, raw))
-    for t, vector in enumerate(vectors, start=1):
-        vector.write(x[:, t], block, x[:, 0], raw)
+    x = memory.take("x", (1 + len(vectors)) * count, torch.float32, device)
+    x = x.view(1 + len(vectors), len(block), unit.layout.width)
+    x[0].copy_(read_rows(unit.tensor, unit.layout, block, raw))
+    for task_vector, vector in zip(x[1:], vectors, strict=True):
+        vector.write(task_vector, block, x[0], raw)
     return x
 
 
@@ -60,7 +60,7 @@ def non_finite(unit: Unit, block: Block, experts: list[str], device: torch.devic
     names = [expert for expert, vector in zip(experts, unit.task_vectors, strict=True) if vector]
     files = [str(unit.tensor.path), *(vector.file for vector in unit.task_vectors if vector)]
     for t, (name, file) in enumerate(zip(["the base model", *names], files, strict=True)):
-        if not x[:, t].isfinite().all():
+        if not x[t].isfinite().all():
             return MergeError(
                 f"{unit.parameter} of {name} holds a NaN or an infinity ({file}). "
                 "A damaged model cannot be merged: train or download it again, or leave it out."

@@ -1,6 +1,8 @@
 """The weight files of a folder, as one dictionary of stored tensors."""
 
 import json
+import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 from neuromerge_hf.errors import MergeError
@@ -17,6 +19,30 @@ CHECKPOINT_FILES = (
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT looks for, in its order."""
 
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "*.model",
+    "chat_template*",
+    "*processor_config.json",
+    "*.py",
+)
+"""The files beside the weights that a merged model takes from its base: tokenizer, processor, generation, code."""
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The companions that are in a base's folder."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+    ]
+
 
 def find_weights(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The first of `names` that is in the folder."""
@@ -31,8 +57,21 @@ def weight_files(main: Path) -> list[Path]:
     """
     if not main.name.endswith(".index.json"):
         return [main]
+    files = indexed_files(main)
+    for file in files:
+        if not file.is_file():
+            raise MergeError(f"{file} is missing, but {main.name} lists it. Download the model again.")
+    return files
+
+
+def indexed_files(main: Path) -> list[Path]:
+    """The files that an index lists, whether they are there or not.
+
+    Raises:
+        MergeError: if the index is damaged, or names a file outside its folder.
+    """
     try:
-        names = sorted(set(json.loads(main.read_text())["weight_map"].values()))
+        names = sorted({os.fspath(name) for name in json.loads(main.read_text())["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise MergeError(
             f"{main} is not a valid index of a sharded checkpoint ({error!r}). Download it again."
@@ -43,8 +82,6 @@ def weight_files(main: Path) -> list[Path]:
                 f"{main} names the file {name!r}, which is outside its folder. "
                 "Such an index could read any file of this machine; do not use this checkpoint."
             )
-        if not (main.parent / name).is_file():
-            raise MergeError(f"{main.parent / name} is missing, but {main.name} lists it. Download the model again.")
     return [main.parent / name for name in names]
 
 

@@ -5,6 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
+IN_RECIPE = (
+    "base_model",
+    "density",
+    "lambda_parallel",
+    "lambda_orthogonal",
+    "exclude",
+    "dtype",
+    "max_shard_size",
+)
+"""The options that a recipe holds."""
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -15,6 +26,7 @@ def main() -> None:
 
 @app.command("merge")
 def merge_command(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(
@@ -46,10 +58,15 @@ def merge_command(
     """Merge fine-tunes and adapters into their base, or make a model again from its recipe."""
     from neuromerge_hf.config import NeuroMergingConfig
     from neuromerge_hf.errors import MergeError
-    from neuromerge_hf.merge import merge, merge_recipe
+    from neuromerge_hf.merging import merge, merge_recipe
 
     try:
         if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+            sources = {name: context.get_parameter_source(name) for name in IN_RECIPE}
+            given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+            if given:
+                options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise MergeError(f"The recipe {models[0]} says this itself: leave {options} out.")
             report = merge_recipe(
                 models[0],
                 output,

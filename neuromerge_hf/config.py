@@ -37,8 +37,8 @@ class NeuroMergingConfig:
             raise MergeError(f"lambda_parallel must be a finite number, not {self.lambda_parallel!r}.")
         if self.lambda_orthogonal != "auto" and not _is_number(self.lambda_orthogonal):
             raise MergeError(f'lambda_orthogonal must be "auto" or a finite number, not {self.lambda_orthogonal!r}.')
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise MergeError(f"exclude must be a sequence of patterns of parameter names, not {self.exclude!r}.")
+        if not isinstance(self.exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise MergeError(f"exclude must be a tuple or list of patterns of parameter names, not {self.exclude!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     def to_dict(self) -> dict[str, Any]:

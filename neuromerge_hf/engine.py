@@ -41,11 +41,11 @@ def merge_weights(
         x = load_block(unit, block, memory, device)
         for t, expert in enumerate(unit.changing, start=1):
             if thresholds[expert] > 0:
-                x[:, t] = trim(x[:, t], thresholds[expert])
+                x[t] = trim(x[t], thresholds[expert])
         try:
             if unit.is_neuronal:
-                return merge_neurons(x, plan.config.lambda_parallel, lambda_orthogonal)
-            return merge_elementwise(x[0, 0], x[0, 1:], lambda_orthogonal).unsqueeze(0)
+                return merge_neurons(x.transpose(0, 1), plan.config.lambda_parallel, lambda_orthogonal)
+            return merge_elementwise(x[0, 0], x[1:, 0], lambda_orthogonal).unsqueeze(0)
         except FloatingPointError:
             raise non_finite(unit, block, names, device) from None
 

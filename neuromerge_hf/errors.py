@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+LISTED = 3
+"""How many problems of one model are spelled out: a wrong base is wrong in every layer."""
+
 
 class MergeError(ValueError):
     """What was asked for cannot be merged. The message names both sides, the file, and what to do.
@@ -17,3 +20,9 @@ class MergeError(ValueError):
         else:
             message = "\n".join([f"{len(self.problems)} problems were found:", *(f"  * {p}" for p in self.problems)])
         super().__init__(message)
+
+
+def abridged(problems: Sequence[str]) -> list[str]:
+    """The first problems of one model, and how many more it has."""
+    more = len(problems) - LISTED
+    return [*problems[:LISTED], f"... and {more} more of the same model."] if more > 1 else list(problems)

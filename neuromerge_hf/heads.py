@@ -1,6 +1,7 @@
 """Task heads: what an expert has and the base does not. They have no task vector, so each is kept as it is."""
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class Head:
 
     config: PretrainedConfig
     tensors: dict[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensors."""
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``head.safetensors``."""

@@ -14,13 +14,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from neuromerge_hf.checkpoint import indexed_files
 from neuromerge_hf.errors import MergeError
 
-METADATA = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
-"""Small files: configurations, tokenizers, indexes."""
+METADATA = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md", "recipe.yaml"]
+"""Small files: configurations, tokenizers, indexes, recipes."""
 
-SAFETENSORS = ["*.safetensors"]
-PICKLES = ["*.bin"]
+SAFETENSORS = ["adapter_model.safetensors", "model.safetensors"]
+PICKLES = ["adapter_model.bin", "pytorch_model.bin"]
 SUBFOLDERS = ["*/*"]
 
 
@@ -49,12 +50,18 @@ class Location:
         return Path(self.id).name if self.commit else self.folder.resolve().name
 
     def fetch_weights(self) -> None:
-        """Download the weight files that are not here yet: safetensors, or ``.bin`` where there are none."""
+        """Download the weight files that are not here yet: safetensors, or ``.bin`` where there are none.
+
+        Raises:
+            MergeError: if they cannot be had, or an index names a file outside its folder.
+        """
         if self.commit is None:
             return
-        for patterns in (SAFETENSORS, PICKLES):
-            download(self.id, self.commit, self.token, patterns)
-            if any(path for pattern in patterns for path in self.folder.glob(pattern)):
+        for names in (SAFETENSORS, PICKLES):
+            indexes = [self.folder / f"{name}.index.json" for name in names]
+            shards = [path.name for index in indexes if index.is_file() for path in indexed_files(index)]
+            download(self.id, self.commit, self.token, [*names, *shards])
+            if any((self.folder / name).is_file() for name in [*names, *shards]):
                 return
 
 

@@ -20,7 +20,7 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location, locate
 from neuromerge_hf.skeleton import Skeleton, model_class_of
-from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, without_tied_copies
+from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, without_tied_copies
 from neuromerge_hf.sources.full import check_architecture, open_full
 from neuromerge_hf.sources.lora import check_adapter, open_lora
 from neuromerge_hf.sources.task_vector import TaskVector
@@ -136,21 +136,11 @@ def plan_merge(
     Raises:
         MergeError: with all the problems that were found.
     """
-    if isinstance(models, str | os.PathLike) or not models:
-        raise MergeError(
-            f"models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), not {models!r}."
-        )
     target = resolve_dtype(dtype)
     config = config or NeuroMergingConfig()
     problems: list[str] = []
 
-    locations = _collect(problems, [partial(locate, model, token=token) for model in models])
-    adapters = _collect(problems, [partial(_adapter_config, location) for location in locations])
-    for location, adapter in zip(locations, adapters, strict=True):
-        if adapter:
-            problems += check_adapter(location, adapter)
-    _raise(problems)
-    base_location = _find_base(base_model, locations, adapters, token)
+    base_location, locations, adapters = find_models(models, base_model, token)
     base_config = load_config(base_location, trust_remote_code)
     base_class = model_class_of(base_config, base_location.folder, trust_remote_code)
     skeleton = Skeleton(base_class, base_config)
@@ -184,6 +174,28 @@ def plan_merge(
     return plan
 
 
+def find_models(
+    models: Sequence[ModelId], base_model: ModelId | None, token: str | bool | None
+) -> tuple[Location, list[Location], list[PeftConfig | None]]:
+    """Where the base and the experts are, and the configurations of those that are adapters.
+
+    Raises:
+        MergeError: if one is not found, or is an adapter that cannot be merged.
+    """
+    if isinstance(models, str | os.PathLike) or not models:
+        raise MergeError(
+            f"models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), not {models!r}."
+        )
+    problems: list[str] = []
+    locations = _collect(problems, [partial(locate, model, token=token) for model in models])
+    adapters = _collect(problems, [partial(_adapter_config, location) for location in locations])
+    for location, adapter in zip(locations, adapters, strict=True):
+        if adapter:
+            problems += check_adapter(location, adapter)
+    _raise(problems)
+    return _find_base(base_model, locations, adapters, token), locations, adapters
+
+
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """The dtype of the output; None for "auto", each tensor's own dtype in the base."""
     if dtype == "auto":
@@ -201,6 +213,8 @@ def load_config(location: Location, trust_remote_code: bool = False) -> Pretrain
         MergeError: if there is none, it is damaged, needs code that is not trusted, or is that of a quantised model.
     """
     if not (location.folder / "config.json").is_file():
+        if (location.folder / "adapter_config.json").is_file():
+            raise MergeError(f"{location} is an adapter, not a base. Give the model that it was trained on.")
         raise MergeError(f"{location} is no model: there is neither a config.json nor an adapter_config.json in it.")
     try:
         config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
@@ -217,7 +231,7 @@ def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) 
     """Open the base's weights, from their headers alone."""
     main = find_weights(location.folder, CHECKPOINT_FILES)
     if main is None:
-        raise MergeError(f"The base {location} has no weights: none of {', '.join(CHECKPOINT_FILES)} is there.")
+        raise MergeError(f"The base {location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")
     tensors = open_weights(main)
     places = skeleton.places(tensors)
     tensors = without_tied_copies(tensors, places)
@@ -226,6 +240,7 @@ def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) 
         raise MergeError(
             f"{main} holds no parameter of the class {skeleton.model_class.__name__}. Check its config.json."
         )
+    check_complete(location, skeleton, places, main)
     return Base(location, config, skeleton, tensors, places, skeleton.stored_layouts(known))
 
 
@@ -244,11 +259,21 @@ def unique_names(locations: Sequence[Location]) -> list[str]:
 def check_disk(plan: MergePlan, folder: Path) -> None:
     """Raise a `MergeError` if the output does not fit on the disk of `folder`, which exists."""
     free = shutil.disk_usage(folder).free
-    if free < plan.bytes_written:
+    needed = plan.bytes_written + sum(expert.head.nbytes for expert in plan.experts if expert.head)
+    if free < needed:
         raise MergeError(
-            f"No space on the disk: the merged model needs {plan.bytes_written / 1e9:.2f} GB, but {folder} has "
-            f"{free / 1e9:.2f} GB free. Free some space or choose another output directory."
+            f"No space on the disk: the merged model needs {readable_size(needed)}, but only {readable_size(free)} are "
+            f"free in {folder.parent}. Free some space or choose another output directory."
         )
+
+
+def readable_size(count: float) -> str:
+    """A number of bytes with three digits: "1.24 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def _adapter_config(location: Location) -> PeftConfig | None:

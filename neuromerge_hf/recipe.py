@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from neuromerge_hf.checkpoint import ADAPTER_FILES, CHECKPOINT_FILES, find_weights, weight_files
+from neuromerge_hf.checkpoint import ADAPTER_FILES, CHECKPOINT_FILES, companion_files, find_weights, weight_files
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.location import Location
@@ -38,6 +38,10 @@ class Ingredient:
     id: str
     revision: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not isinstance(self.sha256, dict):
+            raise TypeError(f"{self.to_dict()} describes no model")
 
     @property
     def reference(self) -> str:
@@ -77,7 +81,9 @@ class Recipe:
             for name, expected in ingredient.sha256.items():
                 path = Path(ingredient.id).expanduser() / name
                 if not path.is_file():
-                    problems.append(f"{path} is missing, but the recipe needs it.")
+                    problems.append(
+                        f"{path} is missing, but the recipe needs it (relative paths start at the current folder)."
+                    )
                 elif (found := file_hash(path)) != expected:
                     problems.append(
                         f"{path} has changed since the recipe was written: its sha256 is {found}, not {expected}. "
@@ -104,35 +110,39 @@ def load_recipe(path: Path) -> Recipe:
         )
     except OSError as error:
         raise MergeError(f"The recipe {path} cannot be read: {error}") from error
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        if isinstance(error, KeyError):
-            error = KeyError(f"{error} is missing")
-        raise MergeError(f"{path} is not a recipe that `neuromerge merge` wrote: {error}") from error
+    except MergeError as error:
+        raise MergeError([f"{path}: {problem}" for problem in error.problems]) from error
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise MergeError(f"{path} is not a recipe that `neuromerge merge` wrote: {reason}") from error
 
 
-def read_files(location: Location) -> list[Path]:
-    """The files of a local model that determine a merge: configurations and weights."""
+def read_files(location: Location, *, is_base: bool = False) -> list[Path]:
+    """The files of a local model that determine a merge: configurations and weights, and the base's companions."""
     main = find_weights(location.folder, ADAPTER_FILES + CHECKPOINT_FILES)
     configs = [location.folder / name for name in ("config.json", "adapter_config.json")]
     weights = weight_files(main) if main else []
-    return [path for path in dict.fromkeys([*configs, *([main] if main else []), *weights]) if path.is_file()]
+    companions = companion_files(location.folder) if is_base else []
+    files = dict.fromkeys([*configs, *([main] if main else []), *weights, *companions])
+    return [path for path in files if path.is_file()]
 
 
-def ingredient(location: Location) -> Ingredient:
+def ingredient(location: Location, *, is_base: bool = False) -> Ingredient:
     """A model as the recipe records it. Reads a local model's files whole, to hash them."""
     if location.commit:
         return Ingredient(location.id, revision=location.commit)
-    return Ingredient(location.id, sha256={path.name: file_hash(path) for path in read_files(location)})
+    files = read_files(location, is_base=is_base)
+    return Ingredient(location.id, sha256={path.name: file_hash(path) for path in files})
 
 
-def fingerprint(base: Location | None, models: Sequence[Location], *settings: object) -> str:
+def fingerprint(base: Location, models: Sequence[Location], *settings: object) -> str:
     """A short name for a merge by its inputs, without reading them: commits, or sizes and times of local files."""
     identity: list[object] = [version("neuromerge-hf"), *(str(setting) for setting in settings)]
     for location in (base, *models):
-        if location is None or location.commit:
-            identity.append((location.id, location.commit) if location else None)
+        if location.commit:
+            identity.append((location.id, location.commit))
         else:
-            stats = [(path.name, path.stat()) for path in read_files(location)]
+            stats = [(path.name, path.stat()) for path in read_files(location, is_base=location is base)]
             files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
             identity.append((str(location.folder.resolve()), files))
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neuromerge_hf.plan import MergePlan
+from neuromerge_hf.plan import MergePlan, readable_size
 from neuromerge_hf.trim import Trimming
 
 
@@ -62,7 +62,8 @@ class MergeReport:
     bytes_written: int
 
     def __str__(self) -> str:
-        lines = [f"Merged {len(self.experts)} experts into {self.base_model}:"]
+        experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
+        lines = [f"Merged {experts} into {self.base_model}:"]
         for expert in self.experts:
             head = f", own head kept: {', '.join(expert.head)}" if expert.head else ""
             lines.append(f"  {expert.name} ({expert.kind}): {expert.entries:,} entries, sigma {expert.sigma:.3f}{head}")
@@ -70,7 +71,8 @@ class MergeReport:
             f"  density {self.density:g}, sigma {self.sigma:.4f}, lambda_parallel {self.lambda_parallel:g}, "
             f"lambda_orthogonal {self.lambda_orthogonal:.4f}",
             f"  {len(self.merged)} parameters merged, {len(self.copied)} copied from the base",
-            f"  {self.seconds:.1f} s, {_size(self.bytes_read)} read, {_size(self.bytes_written)} written",
+            f"  {self.seconds:.1f} s, {readable_size(self.bytes_read)} read, "
+            f"{readable_size(self.bytes_written)} written",
             f"The merged model is in {self.output_dir}",
         ]
         return "\n".join(lines)
@@ -107,11 +109,3 @@ def make_report(
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -100,6 +100,11 @@ class Skeleton:
         """Whether a parameter of this model is outside its backbone."""
         return self.backbone_prefix is not None and not name.startswith(self.backbone_prefix)
 
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether a parameter has a row for each token: the input and the output embeddings."""
+        embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return any(self.model.get_submodule(name.rpartition(".")[0]) is module for module in embeddings)
+
     # ------------------------------------------------------------------------------------------------------ names
 
     def places(self, names: Iterable[str]) -> dict[str, Place | None]:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import struct
+import pickle
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,9 @@ DTYPES = {
     "C64": torch.complex64,
 }
 """The safetensors format's names of dtypes."""
+
+MAX_HEADER = 100_000_000
+"""The format's own limit, in bytes."""
 
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -156,7 +159,12 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if size < 8:
+                raise _truncated(path, "the length of its header alone has 8")
+            if length > MAX_HEADER:
+                raise ValueError(f"it starts with {start!r}, like a web page or a pointer of Git LFS")
             if length > size - 8:
                 raise _truncated(path, f"its header should have {length} bytes")
             header = json.loads(file.read(length))
@@ -172,7 +180,7 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
             if 8 + length + end > size:
                 raise _truncated(path, f"tensor {name} should end at byte {8 + length + end}")
             tensors[name] = SafetensorsTensor(name, dtype, shape, opened, 8 + length + begin)
-    except (struct.error, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, MergeError):
             raise
         raise MergeError(f"{path} is not a valid safetensors file ({error}). Download or save it again.") from error
@@ -199,10 +207,15 @@ def open_pickle(path: Path) -> dict[str, PickledTensor]:
                 raise
             # The format of before torch 1.6 cannot be mapped.
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MergeError(
+            f"{path} is damaged or holds more than tensors, and torch.load(weights_only=True) refuses it; nothing in "
+            "it was executed. Download it again, or save the model as safetensors."
+        ) from error
     except Exception as error:  # torch.load documents no exception types
         raise MergeError(
-            f"{path} cannot be read with torch.load(weights_only=True) ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Save the model again, as safetensors."
+            f"{path} cannot be read ({type(error).__name__}: {str(error).partition('. ')[0]}). "
+            "It may be truncated: download or save it again."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise MergeError(f"{path} is not a state dict of tensors. Save the model again, with save_pretrained.")

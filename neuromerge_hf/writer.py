@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.layout import Block
 from neuromerge_hf.plan import Unit
 from neuromerge_hf.tensors import DTYPES
+
+SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -77,6 +81,16 @@ class CheckpointWriter:
         """Close the files."""
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+
+def check_shard_size(max_shard_size: str | int) -> None:
+    """Raise a `MergeError` if this is no size."""
+    if isinstance(max_shard_size, str):
+        is_size = SHARD_SIZE.fullmatch(max_shard_size) is not None
+    else:
+        is_size = isinstance(max_shard_size, int) and max_shard_size > 0
+    if not is_size:
+        raise MergeError(f'max_shard_size must be a size such as "5GB", or a number of bytes, not {max_shard_size!r}.')
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -74,11 +75,23 @@ class Expert:
     ignored: list[str] = field(default_factory=list)
 
 
+def check_complete(location: Location, skeleton: Skeleton, places: Mapping[str, Place | None], main: Path) -> None:
+    """Raise a `MergeError` if a checkpoint lacks a parameter of its own model class."""
+    stored = {
+        parameter for place in places.values() if place is not None for parameter in (place.parameter, *place.also)
+    }
+    for parameter, _ in skeleton.model.named_parameters():
+        if skeleton.ties.get(parameter, parameter) not in stored:
+            raise MergeError(
+                f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
+                f"it is not in {main}. Save or download the model again."
+            )
+
+
 def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skeleton, place: Place) -> str:
     """The sentence that says why two tensors of the same place cannot be merged."""
     sides = f"{name} is {theirs.shape} in {theirs.path}, but {base.shape} in the base's {base.path}."
-    embeddings = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
-    if skeleton.model.get_submodule(place.parameter.rpartition(".")[0]) in embeddings:
+    if skeleton.is_vocabulary(place.parameter) and theirs.shape[1:] == base.shape[1:]:
         return (
             f"The vocabularies differ: {sides} Resize the expert's embeddings to the base's vocabulary "
             "(model.resize_token_embeddings) and save it again."

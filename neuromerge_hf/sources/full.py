@@ -3,11 +3,11 @@
 from transformers import PretrainedConfig
 
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.heads import Head
 from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton, model_class_of
-from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch, without_tied_copies
+from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, mismatch, without_tied_copies
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.tensors import StoredTensor
 
@@ -22,15 +22,21 @@ def check_architecture(
             f"{location} is a {theirs} model, but the base {base_location} is a {ours} model. "
             "Only fine-tunes of the same base can be merged."
         ]
-    shapes = Skeleton(base.model_class, config).shapes
+    skeleton = Skeleton(base.model_class, config)
+    shapes = skeleton.shapes
     for name in sorted(set(shapes) ^ set(base.shapes)):
         has, lacks = (location, base_location) if name in shapes else (base_location, location)
         return [f"The architectures differ: {has} has the parameter {name}, and {lacks} does not. Check base_model."]
-    embeddings = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
+    for tie in sorted(skeleton.ties.items() ^ base.ties.items()):
+        one, other = (location, base_location) if tie in skeleton.ties.items() else (base_location, location)
+        return [
+            f"The architectures differ: the config.json of {one} ties {tie[0]} to {tie[1]} (tie_word_embeddings), and "
+            f"that of {other} does not. Save the base and every expert with the same setting."
+        ]
     for name, shape in base.shapes.items():
         if shapes[name] == shape or base.is_head(name):
             continue
-        if id(base.model.get_submodule(name.rpartition(".")[0])) in embeddings:
+        if base.is_vocabulary(name) and shapes[name][1:] == shape[1:]:
             return [
                 f"The vocabularies differ: {name} is {shapes[name]} in {location}, but {shape} in the base "
                 f"{base_location}. Resize the expert's embeddings to the base's vocabulary "
@@ -53,13 +59,13 @@ def open_full(
     """
     main = find_weights(location.folder, CHECKPOINT_FILES)
     if main is None:
-        raise MergeError(f"{location} has no weights: none of {', '.join(CHECKPOINT_FILES)} is in {location.folder}.")
+        raise MergeError(f"{location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")
     model_class = model_class_of(config, location.folder, trust_remote_code, default=base.skeleton.model_class)
     skeleton = Skeleton(model_class, config)
     tensors = open_weights(main)
     own_places = skeleton.places(tensors)
     tensors = without_tied_copies(tensors, own_places)
-    _check_complete(location, skeleton, own_places, str(main))
+    check_complete(location, skeleton, own_places, main)
     base_places = base.skeleton.places(tensors)
 
     task_vectors: dict[Place, TaskVector] = {}
@@ -86,19 +92,7 @@ def open_full(
         elif is_mergeable(tensor):
             task_vectors[place] = Difference(tensor, found[1])
     if problems:
-        raise MergeError(problems)
+        raise MergeError(abridged(problems))
     return Expert(
         name, location, "full", model_class.__name__, task_vectors, Head(config, head) if head else None, ignored
     )
-
-
-def _check_complete(location: Location, skeleton: Skeleton, places: dict[str, Place | None], file: str) -> None:
-    stored = {
-        parameter for place in places.values() if place is not None for parameter in (place.parameter, *place.also)
-    }
-    for parameter, _ in skeleton.model.named_parameters():
-        if skeleton.ties.get(parameter, parameter) not in stored:
-            raise MergeError(
-                f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
-                f"it is not in {file}. Save or download the model again."
-            )

@@ -1,5 +1,6 @@
 """Experts that are plain LoRA adapters: task vectors ``scaling * B @ A``, formed a block of rows at a time."""
 
+import dataclasses
 import re
 from collections import defaultdict
 
@@ -7,7 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from neuromerge_hf.checkpoint import ADAPTER_FILES, find_weights, open_weights
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.heads import Head, task_class, task_config
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location
@@ -18,12 +19,15 @@ from neuromerge_hf.tensors import StoredTensor, read_whole
 
 SUPPORTED = (
     "What can be merged now: full checkpoints, and LoRA adapters (any rank, alpha, rslora, rank and alpha patterns, "
-    "linear layers, Conv1D and embeddings, bias, modules_to_save). For any other adapter, merge it into its base with "
-    "PEFT's merge_and_unload(), save the model, and give that."
+    "linear layers, Conv1D and embeddings, bias, modules_to_save). Put any other adapter that changes weights into its "
+    "base with PEFT's merge_and_unload(), save that model, and give it in place of the adapter."
 )
 
 NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of LoraConfig.init_lora_weights that leave the base's weights as they are."""
+
+WRAPPER = re.compile(r"\.(base_layer|modules_to_save)\.")
+"""PEFT's modules around those of the model, in the names of biases (bias="all") and of adapted embeddings."""
 
 LOW_RANK_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
 
@@ -32,7 +36,7 @@ def check_adapter(location: Location, config: PeftConfig) -> list[str]:
     """What makes an adapter one that cannot be merged: found without its weights."""
     reasons = []
     if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
-        reasons.append(f"is a {getattr(config.peft_type, 'value', config.peft_type)} adapter")
+        reasons.append(f"is an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}")
     else:
         variants = {
             "use_dora": config.use_dora,
@@ -61,11 +65,13 @@ def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> 
     """
     main = find_weights(location.folder, ADAPTER_FILES)
     if main is None:
-        raise MergeError(f"{location} has no weights: none of {', '.join(ADAPTER_FILES)} is in {location.folder}.")
+        raise MergeError(f"{location} has no weights: it holds none of {', '.join(ADAPTER_FILES)}.")
     factors: dict[tuple[str, bool], dict[str, StoredTensor]] = defaultdict(dict)
     stored: dict[str, StoredTensor] = {}
     for key, tensor in open_weights(main).items():
-        module = key.removeprefix("base_model.model.")
+        if ".original_module." in key:  # bias="all" stores what modules_to_save has replaced
+            continue
+        module = WRAPPER.sub(".", key.removeprefix("base_model.model."))
         if match := LOW_RANK_KEY.match(module):
             factors[match["module"], bool(match["embedding"])][match["side"]] = tensor
         else:
@@ -78,7 +84,7 @@ def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> 
     for key, tensor in stored.items():
         place = places[key]
         found = base.at(place)
-        if ".lora_" in key or ".base_layer." in key:
+        if ".lora_" in key:
             problems.append(f"{tensor.path} holds {key}, which is no part of a plain LoRA adapter. {SUPPORTED}")
         elif place is None or found is None:
             head[key] = tensor
@@ -105,9 +111,9 @@ def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> 
             if isinstance(factor, str):
                 problems.append(f"{factor} The base's {module}.weight is {found[0].shape}. Check base_model.")
             else:
-                task_vectors[place] = factor
+                task_vectors[place] = dataclasses.replace(factor, stored=task_vectors.get(place))
     if problems:
-        raise MergeError(problems)
+        raise MergeError(abridged(problems))
 
     model_class = task_class(config.task_type, base.config)
     head_config = task_config(base.config, location.folder, model_class, head) if head else None
@@ -127,7 +133,10 @@ def _low_rank(
     """The task vector of a module, or the sentence that says why its factors do not fit."""
     a, b = (read_whole(sides[side]).float() for side in "AB")
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise MergeError(f"{file}: lora_A or lora_B of {module} holds a NaN or an infinity. This adapter is damaged.")
+        raise MergeError(
+            f"{file}: lora_A or lora_B of {module} holds a NaN or an infinity. "
+            "A damaged adapter cannot be merged: train or download it again, or leave it out."
+        )
     r = a.shape[0]
     alphas = config.alpha_pattern or {}
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)

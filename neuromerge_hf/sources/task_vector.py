@@ -70,17 +70,29 @@ class LowRank:
         left: (rows, r) float32, the scaling included: one row for each neuron of the layout.
         right: (r, width) float32.
         file: the adapter's weight file.
+        stored: the change of the weight under the factors, where the adapter holds that as well.
     """
 
     left: Tensor
     right: Tensor
     layout: Layout
     file: str
+    stored: TaskVector | None = None
 
-    needs_base = False
-    bytes_read = 0
+    @property
+    def needs_base(self) -> bool:
+        return self.stored is not None
+
+    @property
+    def bytes_read(self) -> int:
+        return self.stored.bytes_read if self.stored else 0
 
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
         first = block.batch * self.layout.neurons
         left = self.left[first + block.start : first + block.stop]
-        out.copy_(torch.mm(left.to(out.device), self.right.to(out.device)))
+        product = torch.mm(left.to(out.device), self.right.to(out.device))
+        if self.stored:
+            self.stored.write(out, block, base, buffer)
+            out.add_(product)
+        else:
+            out.copy_(product)

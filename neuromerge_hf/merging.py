@@ -3,13 +3,12 @@
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from accelerate import PartialState
 from huggingface_hub.utils.tqdm import tqdm
 
 from neuromerge_hf.blocks import default_threads
+from neuromerge_hf.checkpoint import companion_files
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.engine import merge_weights
 from neuromerge_hf.errors import MergeError
@@ -25,21 +25,7 @@ from neuromerge_hf.plan import MergePlan, ModelId, check_disk, plan_merge
 from neuromerge_hf.recipe import Recipe, ingredient, load_recipe
 from neuromerge_hf.report import MergeReport, make_report
 from neuromerge_hf.trim import Trimming, find_trimmings
-from neuromerge_hf.writer import CheckpointWriter
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "normalizer.json",
-    "*.model",
-    "chat_template*",
-    "*processor_config.json",
-)
-"""The files beside the weights that the merged model takes from its base: tokenizer, processor, generation settings."""
+from neuromerge_hf.writer import CheckpointWriter, check_shard_size
 
 
 def merge(
@@ -77,31 +63,32 @@ def merge(
     Raises:
         MergeError: if the models cannot be merged. Nothing is left behind.
     """
-    target = Path(output_dir).expanduser()
+    target = Path(output_dir).expanduser().absolute()
     check_output(target, overwrite)
+    check_shard_size(max_shard_size)
+    compute_device = find_device(device)
     plan = plan_merge(
         models, base_model=base_model, config=config, dtype=dtype, token=token, trust_remote_code=trust_remote_code
     )
     for location in (plan.base.location, *(expert.location for expert in plan.experts)):
-        if target.resolve() == location.folder.resolve():
-            raise MergeError(f"The output directory {target} is also the model {location}. Choose another one.")
+        folder = location.folder.resolve()
+        if target.resolve() in (folder, *folder.parents):
+            raise MergeError(f"The output directory {target} holds the model {location}. Choose another one.")
     started = time.perf_counter()
-    device = torch.device(device) if device else PartialState().device
     with directory_in_the_making(target, overwrite) as folder:
         check_disk(plan, folder)
         with ThreadPoolExecutor(1) as background:
-            ingredients = background.map(
-                ingredient, [plan.base.location, *(expert.location for expert in plan.experts)]
-            )
+            base = background.submit(ingredient, plan.base.location, is_base=True)
+            experts = [background.submit(ingredient, expert.location) for expert in plan.experts]
             trimmings, lambda_orthogonal = _write_weights(
-                plan, folder, max_shard_size, device, threads or default_threads()
+                plan, folder, max_shard_size, compute_device, threads or default_threads()
             )
             _write_companions(plan, folder, trust_remote_code)
             for expert in plan.experts:
                 if expert.head:
                     expert.head.save(folder / HEADS / expert.name)
-            base, *experts = ingredients
-            Recipe(base, tuple(experts), plan.config, plan.dtype, max_shard_size).save(folder)
+            merged = tuple(expert.result() for expert in experts)
+            Recipe(base.result(), merged, plan.config, plan.dtype, max_shard_size).save(folder)
     return make_report(plan, trimmings, lambda_orthogonal, target, time.perf_counter() - started)
 
 
@@ -148,37 +135,73 @@ def check_output(target: Path, overwrite: bool) -> None:
         )
 
 
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device to compute on: the accelerator that accelerate sees, or the CPU, if none is given.
+
+    Raises:
+        MergeError: if the device is not there.
+    """
+    if device is None:
+        return PartialState().device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch's own where it is built without this kind of device
+        raise MergeError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 @contextmanager
 def directory_in_the_making(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    missing = [parent for parent in target.parents if not parent.exists()]
+    folder = _beside(target)
     try:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise MergeError(f"The output directory {target} cannot be written: {error}") from error
         yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
         if overwrite and target.is_dir():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            target.rename(replaced / target.name)
-            folder.rename(target)
-            shutil.rmtree(replaced)
+            _replace(target, folder)
         else:
             folder.rename(target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MergeError(
-                f"No space is left on the disk of {target.parent}. Free some, or choose another."
+                f"No space is left on the disk of {target.parent}. Free some, or choose another output directory."
             ) from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if not target.exists():
+            for parent in missing:
+                with suppress(OSError):  # another process may have put something there
+                    parent.rmdir()
+
+
+def _replace(target: Path, folder: Path) -> None:
+    """Put `folder` in the place of the directory `target`."""
+    old = _beside(target)
+    try:
+        target.rename(old)
+        folder.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        if target.exists():  # else the old one must not be lost
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A hidden path beside `target` that does not exist yet. Known before it is made, it is sure to be cleared."""
+    return target.with_name(f".{target.name}-{secrets.token_hex(4)}")
 
 
 def _write_weights(
     plan: MergePlan, folder: Path, max_shard_size: str | int, device: torch.device, threads: int
 ) -> tuple[list[Trimming], float]:
-    with tqdm(total=plan.bytes_read, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merge") as bar:
+    with tqdm(total=plan.bytes_read, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merging") as bar:
         trimmings = find_trimmings(plan, device, threads, bar.update)
         lambda_orthogonal = plan.config.lambda_orthogonal
         if lambda_orthogonal == "auto":
@@ -202,7 +225,6 @@ def _write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) ->
         config.pop("torch_dtype", None)
         config["dtype"] = plan.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
-    for path in sorted(base.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
+    for path in companion_files(base):
+        if trust_remote_code or path.suffix != ".py":
             shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,1 @@
+"""`NeuroMergeCallback`, one module per training framework: merge when training ends."""

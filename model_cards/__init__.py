@@ -1,0 +1,1 @@
+"""The templates of the model cards that a merge writes."""

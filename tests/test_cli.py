@@ -1,0 +1,239 @@
+"""The command line says what it did, or one sentence on what is wrong; importing the package costs nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+import neuromerge_hf
+from neuromerge_hf import NeuroMergingConfig, merge
+from neuromerge_hf.cli import app
+from tiny_models import contents, save_adapter, save_fine_tune, save_llama
+
+NEUROMERGE = Path(sys.executable).with_name("neuromerge")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    base = save_llama(root / "base")
+    save_fine_tune(base, root / "math", seed=1)
+    save_adapter(base, root / "code", seed=2)
+    return root
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_merges_and_reports(models, tmp_path):
+    done = run(
+        "merge", models / "math", models / "code", "--base-model", models / "base", "--output", tmp_path / "merged"
+    )
+    assert done.exit_code == 0, done.output
+    merge([models / "math", models / "code"], tmp_path / "same", base_model=models / "base")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "same")
+    for part in (
+        f"Merged 2 experts into {models / 'base'}:",
+        "math (full): 18,080 entries, sigma 0.",
+        "code (LoRA r=4): 15,360 entries, sigma 0.",
+        "density 0.2",
+        "lambda_parallel 0",
+        "lambda_orthogonal 2.",
+        "21 parameters merged, 0 copied from the base",
+        "72.3 kB written",
+        f"The merged model is in {tmp_path / 'merged'}",
+    ):
+        assert part in done.stdout
+    assert re.search(r"\d+\.\d s, .* read", done.stdout)
+
+
+def test_the_report_counts_one_expert_as_one(models, tmp_path):
+    assert "Merged 1 expert into" in run("merge", models / "code", "--output", tmp_path / "merged").stdout
+
+
+def test_the_base_is_found_from_an_adapter(models, tmp_path):
+    done = run("merge", models / "math", models / "code", "--output", tmp_path / "merged")
+    assert done.exit_code == 0, done.output
+
+
+def test_options_reach_the_merge(models, tmp_path):
+    options = "--density 0.5 --lambda-parallel 0.25 --lambda-orthogonal 1.5 --exclude *norm* --exclude lm_head.*"
+    options += " --dtype bfloat16 --max-shard-size 10KB --device cpu --threads 1"
+    done = run("merge", models / "code", "--output", tmp_path / "merged", *options.split())
+    assert done.exit_code == 0, done.output
+    recipe = yaml.safe_load((tmp_path / "merged" / "recipe.yaml").read_text())
+    config = NeuroMergingConfig(
+        density=0.5, lambda_parallel=0.25, lambda_orthogonal=1.5, exclude=("*norm*", "lm_head.*")
+    )
+    assert recipe["config"] == config.to_dict()
+    assert (recipe["dtype"], recipe["max_shard_size"]) == ("bfloat16", "10KB")
+    shards = sorted((tmp_path / "merged").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    with safe_open(shards[0], "pt") as file:
+        names = file.keys()
+        assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "density 0.5" in done.stdout
+    assert "lambda_orthogonal 1.5" in done.stdout
+
+
+def test_the_defaults_are_those_of_the_config(models, tmp_path):
+    run("merge", models / "code", "--output", tmp_path / "merged")
+    recipe = yaml.safe_load((tmp_path / "merged" / "recipe.yaml").read_text())
+    assert recipe["config"] == NeuroMergingConfig().to_dict()
+    assert (recipe["dtype"], recipe["max_shard_size"]) == ("auto", "5GB")
+
+
+def test_a_recipe_makes_the_model_again(models, tmp_path):
+    run("merge", models / "math", models / "code", "--density", "0.7", "--output", tmp_path / "first")
+    done = run("merge", tmp_path / "first" / "recipe.yaml", "--output", tmp_path / "second")
+    assert done.exit_code == 0, done.output
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+def test_a_recipe_with_other_settings_is_refused(models, tmp_path):
+    run("merge", models / "code", "--output", tmp_path / "first")
+    done = run("merge", tmp_path / "first" / "recipe.yaml", "--density", "0.7", "--output", tmp_path / "second")
+    assert done.exit_code != 0
+    assert "--density" in done.stderr
+    assert "recipe" in done.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_overwrite_replaces(models, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "old.txt").write_text("old")
+    arguments = ["merge", models / "code", "--output", tmp_path / "merged"]
+    refused = run(*arguments)
+    assert refused.exit_code == 1
+    assert "--overwrite" in refused.stderr
+    assert contents(tmp_path / "merged") == {"old.txt": b"old"}
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert "old.txt" not in contents(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["./missing"], "Error: ./missing is not a folder on this machine"),
+        (["missing.yaml"], "Error: The recipe missing.yaml cannot be read"),
+        (["{math}"], "Error: No base model"),
+        (["{code}", "--density", "2"], "Error: density must be a number with 0 < density <= 1, not 2.0."),
+        (["{code}", "--lambda-orthogonal", "large"], 'Error: lambda_orthogonal must be "auto" or a finite number'),
+        (["{code}", "--dtype", "int8"], "Error: dtype must be"),
+        (["./a", "./b"], "Error: 2 problems were found:\n  * ./a"),
+    ],
+)
+def test_what_is_wrong_is_said_on_stderr(models, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    done = run(
+        "merge", *(option.format(math=models / "math", code=models / "code") for option in options), "--output", "x"
+    )
+    assert done.exit_code == 1
+    assert done.stderr.startswith(message)
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_without_models_or_output_shows_how_it_is_used(models):
+    for arguments in (["merge"], ["merge", models / "code"], ["merge", models / "code", "--outptu", "x"]):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert "Usage" in done.stderr
+
+
+def test_help_names_every_option():
+    done = run("merge", "--help")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    for option in (
+        "base-model",
+        "density",
+        "lambda-parallel",
+        "lambda-orthogonal",
+        "exclude",
+        "dtype",
+        "max-shard-size",
+    ):
+        assert f"--{option[:14]}" in plain
+    assert run().exit_code == 2
+    assert "merge" in run("--help").stdout
+
+
+def test_the_installed_command_works(models, tmp_path):
+    command = [NEUROMERGE, "merge", models / "math", models / "code", "--output", tmp_path / "merged"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The merged model is in" in done.stdout
+    assert "Merging: 100%" in done.stderr
+    assert "Warning" not in done.stderr
+    failed = subprocess.run(
+        [NEUROMERGE, "merge", "./missing", "--output", tmp_path / "x"], capture_output=True, text=True
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "Error: ./missing is not a folder on this machine, and no id of a model on the Hub."
+
+
+LIGHT = """
+import sys
+import neuromerge_hf
+from neuromerge_hf.cli import app
+dir(neuromerge_hf)
+heavy = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "lightning"}
+print(sorted(heavy & set(sys.modules)))
+"""
+
+SETTINGS = """
+import logging, os, sys, warnings
+import torch, transformers
+
+def settings():
+    return (
+        torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype(), torch.get_default_device(),
+        torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+        torch.random.initial_seed(), torch.random.get_rng_state().sum().item(),
+        transformers.utils.logging.get_verbosity(), logging.getLogger().level, logging.getLogger().handlers,
+        list(warnings.filters), dict(os.environ), os.getcwd(), os.umask(os.umask(0)),
+    )
+
+import accelerate, peft
+torch.set_num_threads(2)
+before = settings()
+import neuromerge_hf.merging  # must not hide the function
+from neuromerge_hf import *
+from neuromerge_hf import merge
+for name in neuromerge_hf.__all__:
+    assert callable(getattr(neuromerge_hf, name)), name
+print(before == settings())
+merge([sys.argv[1]], sys.argv[2], threads=2)
+print([(a, b) for a, b in zip(before, settings()) if a != b])
+"""
+
+
+def test_importing_loads_no_framework():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_and_merging_change_no_global_setting(models, tmp_path):
+    command = [sys.executable, "-c", SETTINGS, models / "code", tmp_path / "merged"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["True", "[]"]
+
+
+def test_the_public_names_are_there():
+    names = {"AutoMergedModel", "MergeError", "MergePlan", "MergeReport", "NeuroMergingConfig"}
+    assert set(neuromerge_hf.__all__) == names | {"merge", "merge_recipe", "plan_merge"}
+    assert set(neuromerge_hf.__all__) <= set(dir(neuromerge_hf))
+    for name in neuromerge_hf.__all__:
+        assert getattr(neuromerge_hf, name).__name__ == name
+        assert getattr(neuromerge_hf, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'unmerge'"):
+        neuromerge_hf.unmerge  # noqa: B018

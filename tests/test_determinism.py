@@ -1,0 +1,103 @@
+"""A merge's bytes depend on its inputs alone: not on threads, not on the run, and hardly on the size of blocks.
+
+Whole output directories are compared, with models whose rows are of odd lengths and blocks that do not fit into them.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import Relatives
+from neuromerge_hf import NeuroMergingConfig, engine, merge, trim
+from tiny_models import contents, save_adapter, save_fine_tune, save_llama
+
+BOTH_PARTS = NeuroMergingConfig(density=0.3, lambda_parallel=0.5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base with rows of 39 and 51 entries; two fine-tunes and two adapters of it."""
+    folder = tmp_path_factory.mktemp("odd")
+    base = save_llama(
+        folder / "base", hidden_size=39, num_attention_heads=3, num_key_value_heads=1, head_dim=6, intermediate_size=51
+    )
+    fine_tunes = [save_fine_tune(base, folder / f"full-{seed}", seed=seed) for seed in (1, 2)]
+    adapters = [save_adapter(base, folder / f"lora-{seed}", seed=seed, r=r) for seed, r in ((3, 5), (4, 9))]
+    return [base, *fine_tunes, *adapters]
+
+
+@pytest.fixture(scope="module")
+def transposed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base with fused experts whose neurons are columns; two fine-tunes and an adapter of it."""
+    relatives = Relatives("gpt-oss", tmp_path_factory.mktemp("transposed"))
+    return [relatives.base, relatives.full(0), relatives.full(1), relatives.adapter(2)]
+
+
+def merged_bytes(models: list[Path], output: Path, threads: int = 1) -> dict[str, bytes]:
+    base, *experts = models
+    merge(experts, output, base_model=base, config=BOTH_PARTS, device="cpu", threads=threads)
+    return contents(output)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_bytes(
+    threads: int, models: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    for module in (engine, trim):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 150)  # so that threads have something to share
+    want = merged_bytes(models, tmp_path / "want")
+    assert merged_bytes(models, tmp_path / "got", threads) == want
+    assert {"model.safetensors", "recipe.yaml", "config.json"} <= want.keys()
+
+
+@pytest.mark.parametrize("threads_of_torch", [1, 2])
+def test_torchs_own_threads_change_nothing(threads_of_torch: int, models: list[Path], tmp_path: Path) -> None:
+    want = merged_bytes(models, tmp_path / "want")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_of_torch)
+    try:
+        assert merged_bytes(models, tmp_path / "got", 2) == want
+        assert torch.get_num_threads() == threads_of_torch
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("entries", [1, 100, sys.maxsize])
+def test_any_size_of_blocks_gives_the_same_bytes(
+    entries: int, kind: str, models: list[Path], transposed: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    fine_tunes = {"rows": models[:3], "columns": transposed[:3]}[kind]
+    want = merged_bytes(fine_tunes, tmp_path / "want")
+    for module in (engine, trim):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
+    assert merged_bytes(fine_tunes, tmp_path / "got", threads=2) == want
+
+
+@pytest.mark.parametrize("entries", [40, 1000])
+def test_the_size_of_blocks_moves_an_adapters_last_bits_at_most(
+    entries: int, models: list[Path], transposed: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    # A row of lora_B @ lora_A depends in its last bit on how many rows are formed at once.
+    for number, family in enumerate((models, transposed)):
+        want, got = tmp_path / f"want-{number}", tmp_path / f"got-{number}"
+        with monkeypatch.context() as patch:
+            merged_bytes(family, want)
+            for module in (engine, trim):
+                patch.setattr(module, "BLOCK_ENTRIES", entries)
+            merged_bytes(family, got)
+        tensors = load_file(got / "model.safetensors")
+        for name, tensor in load_file(want / "model.safetensors").items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_order_of_experts_hardly_matters(models: list[Path], tmp_path: Path) -> None:
+    base, *experts = models
+    want = merge(experts, tmp_path / "want", base_model=base, config=BOTH_PARTS, device="cpu", threads=1)
+    got = merge(experts[::-1], tmp_path / "got", base_model=base, config=BOTH_PARTS, device="cpu", threads=1)
+    by_name = {expert.name: (expert.threshold, expert.sigma, expert.entries) for expert in want.experts}
+    assert by_name == {expert.name: (expert.threshold, expert.sigma, expert.entries) for expert in got.experts}
+    assert got.lambda_orthogonal == want.lambda_orthogonal

@@ -1,0 +1,167 @@
+"""A directory that exists is complete, whatever happens while it is made and whoever makes it too."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neuromerge_hf import AutoMergedModel, MergeError, merge
+from neuromerge_hf.merging import directory_in_the_making
+from tiny_models import contents, load, logits, save_bert, save_fine_tune, save_llama
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Large enough that there is a middle of the merge."""
+    root = tmp_path_factory.mktemp("models")
+    base = save_llama(root / "base", vocab_size=1_000, hidden_size=512, intermediate_size=512)
+    for seed in (1, 2, 3):
+        save_fine_tune(base, root / f"expert-{seed}", seed=seed)
+    return root
+
+
+def experts(models: Path) -> list[Path]:
+    return [models / f"expert-{seed}" for seed in (1, 2, 3)]
+
+
+@pytest.fixture
+def interrupted():
+    """Press Ctrl-C as soon as a file appears that fits a pattern."""
+    threads = []
+
+    def press(folder: Path, pattern: str) -> None:
+        def watch():
+            deadline = time.monotonic() + 60
+            while not any(folder.glob(pattern)) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threads.append(threading.Thread(target=watch))
+        threads[-1].start()
+
+    yield press
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "moment", [".merged-*", ".merged-*/model.safetensors"], ids=["while-trimming", "while-writing"]
+)
+def test_an_interrupted_merge_leaves_nothing_behind(models, tmp_path, interrupted, moment):
+    interrupted(tmp_path, moment)
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        merge(experts(models), tmp_path / "merged", base_model=models / "base", threads=1)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.get_num_threads() == before
+
+
+def test_an_interrupted_replacement_keeps_the_old_directory(models, tmp_path, interrupted):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "old.txt").write_text("old")
+    interrupted(tmp_path, ".merged-*")
+    with pytest.raises(KeyboardInterrupt):
+        merge(experts(models), tmp_path / "merged", base_model=models / "base", threads=1, overwrite=True)
+    assert contents(tmp_path) == {"merged/old.txt": b"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_failed_replacement_keeps_the_old_directory(tmp_path):
+    base = save_llama(tmp_path / "models" / "base")
+    expert = save_fine_tune(base, tmp_path / "models" / "expert", seed=1)
+    output = tmp_path / "outputs" / "merged"
+    merge([expert], output, base_model=base)
+    before = contents(output)
+    tensors = load_file(expert / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, expert / "model.safetensors")
+    with pytest.raises(MergeError, match="NaN"):
+        merge([expert], output, base_model=base, overwrite=True)
+    assert contents(output) == before
+    assert [path.name for path in output.parent.iterdir()] == ["merged"]
+
+
+def test_a_replacement_leaves_only_the_new_directory(tmp_path):
+    base = save_llama(tmp_path / "models" / "base")
+    expert = save_fine_tune(base, tmp_path / "models" / "expert", seed=1)
+    output = tmp_path / "outputs" / "merged"
+    (output / "heads" / "old").mkdir(parents=True)
+    (output / "heads" / "old" / "head.safetensors").write_bytes(b"old")
+    merge([expert], output, base_model=base, overwrite=True)
+    assert not (output / "heads").exists()
+    assert [path.name for path in output.parent.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MergeError, OSError])
+def test_any_exception_clears_the_directory_in_the_making(tmp_path, error):
+    def make():
+        with directory_in_the_making(tmp_path / "new" / "deep" / "merged", overwrite=False) as folder:
+            (folder / "half").write_text("half")
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        make()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_replaced_stays(tmp_path):
+    """Someone filled the output directory while the merge ran."""
+    target = tmp_path / "merged"
+
+    def make():
+        with directory_in_the_making(target, overwrite=False) as folder:
+            (folder / "ours").write_text("ours")
+            target.mkdir()
+            (target / "theirs").write_text("theirs")
+
+    with pytest.raises(OSError, match="not empty"):
+        make()
+    assert contents(tmp_path) == {"merged/theirs": b"theirs"}
+
+
+def test_the_directory_has_the_usual_permissions(tmp_path):
+    with directory_in_the_making(tmp_path / "merged", overwrite=False):
+        pass
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "merged").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+RACE = """
+import pathlib, sys, time
+from neuromerge_hf import AutoMergedModel
+base, expert, cache = sys.argv[1:]
+import neuromerge_hf.auto
+print("ready", flush=True)
+sys.stdin.readline()
+model = AutoMergedModel.from_pretrained([expert], base_model=base, head="topics", cache_dir=cache)
+print(type(model).__name__)
+"""
+
+
+def test_two_processes_share_one_cache(tmp_path):
+    base = save_bert(tmp_path / "base", vocab_size=1_000, hidden_size=512)
+    task = {"model_class": "BertForSequenceClassification", "num_labels": 3}
+    expert = save_fine_tune(base, tmp_path / "topics", seed=1, **task)
+    command = [sys.executable, "-c", RACE, base, expert, tmp_path / "cache"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out == "BertForSequenceClassification\n"
+    assert [path for path in (tmp_path / "cache").rglob(".*") if path.name.startswith(".")] == []
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.name != "heads"]) == 1
+    model = AutoMergedModel.from_pretrained([expert], base_model=base, head="topics", cache_dir=tmp_path / "cache")
+    assert logits(model).shape == logits(load(expert)).shape

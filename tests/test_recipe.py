@@ -1,0 +1,194 @@
+"""The recipe that a merge writes makes the same bytes again, from the same inputs or not at all."""
+
+import shutil
+
+import pytest
+import yaml
+
+from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe
+from neuromerge_hf.recipe import file_hash
+from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    llama = save_llama(root / "llama", dtype="bfloat16")
+    save_fine_tune(llama, root / "math", seed=1, shard="10KB")
+    save_adapter(llama, root / "code", seed=2, use_rslora=True)
+    bert = save_bert(root / "bert")
+    task = {"model_class": "BertForSequenceClassification", "num_labels": 3}
+    save_fine_tune(bert, root / "topics", seed=3, **task)
+    save_adapter(bert, root / "spam", seed=4, task_type="SEQ_CLS", **task)
+    return root
+
+
+@pytest.fixture
+def copied(models, tmp_path):
+    def copy(*names: str):
+        return [shutil.copytree(models / name, tmp_path / "models" / name) for name in names]
+
+    return copy
+
+
+SETTINGS = {
+    "defaults": {},
+    "everything": {
+        "config": NeuroMergingConfig(
+            density=0.1 + 0.2, lambda_parallel=0.25, lambda_orthogonal=1 / 3, exclude=("*[nN]orm*",)
+        ),
+        "dtype": "float16",
+        "max_shard_size": "15KB",
+    },
+    "whole": {"config": NeuroMergingConfig(density=1, exclude=["*.1.*"]), "max_shard_size": 15_000},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("base", "experts"), [("llama", ["math", "code"]), ("bert", ["topics", "spam"])])
+@pytest.mark.parametrize("place", ["local", "hub"])
+def test_the_recipe_reproduces_every_byte(hub, models, tmp_path, base, experts, settings, place):
+    names = {name: str(models / name) for name in (base, *experts)}
+    if place == "hub":
+        for name in (base, experts[0]):
+            names[name] = f"recipes/{name}"
+            hub.add_folder(names[name], models / name)
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    merge([names[expert] for expert in experts], first, base_model=names[base], **settings)
+    merge_recipe(first / "recipe.yaml", second, threads=1)
+    merge_recipe(second / "recipe.yaml", third, threads=3)
+    made = contents(first)
+    assert ("heads/topics/head.safetensors" in made) == (base == "bert")
+    assert ("model.safetensors.index.json" in made) == ("max_shard_size" in settings)
+    assert contents(second) == made
+    assert contents(third) == made
+
+
+def test_a_recipe_of_hub_models_stays_with_their_commits(hub, models, tmp_path):
+    hub.add_folder("moving/math", models / "math")
+    hub.add_folder("moving/llama", models / "llama")
+    merge(["moving/math"], tmp_path / "first", base_model="moving/llama")
+    hub.add_folder("moving/math", save_fine_tune(models / "llama", tmp_path / "newer", seed=9))
+    merge_recipe(tmp_path / "first" / "recipe.yaml", tmp_path / "second")
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+def test_the_recipe_says_everything_and_no_more(models, tmp_path):
+    merge([models / "math", models / "code"], tmp_path / "merged", base_model=models / "llama", dtype="float32")
+    text = (tmp_path / "merged" / "recipe.yaml").read_text()
+    assert "neuromerge merge recipe.yaml --output" in text
+    content = yaml.safe_load(text)
+    assert list(content) == ["base_model", "models", "config", "dtype", "max_shard_size", "versions"]
+    assert content["config"] == NeuroMergingConfig().to_dict()
+    assert (content["dtype"], content["max_shard_size"]) == ("float32", "5GB")
+    assert set(content["versions"]) == {"neuromerge-hf", "torch", "transformers", "peft", "safetensors"}
+    base, math, code = content["base_model"], *content["models"]
+    assert (base["id"], math["id"], code["id"]) == tuple(str(models / name) for name in ("llama", "math", "code"))
+    assert set(base["sha256"]) == {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {"config.json", "model.safetensors.index.json"} < set(math["sha256"])
+    assert set(code["sha256"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    for entry in (base, math, code):
+        assert "revision" not in entry
+        for name, digest in entry["sha256"].items():
+            assert digest == file_hash(models / entry["id"] / name)
+
+
+def test_no_file_names_a_place_that_the_user_did_not_write(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    merge(["topics", "./spam"], tmp_path / "merged", base_model="bert")
+    content = yaml.safe_load((tmp_path / "merged" / "recipe.yaml").read_text())
+    assert [content["base_model"]["id"], *(model["id"] for model in content["models"])] == ["bert", "topics", "./spam"]
+    for name, data in contents(tmp_path / "merged").items():
+        assert str(tmp_path).encode() not in data, name
+        assert str(models).encode() not in data, name
+    merge_recipe(tmp_path / "merged" / "recipe.yaml", tmp_path / "again")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "again")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MergeError, match=r"bert/config\.json is missing.*current folder"):
+        merge_recipe(tmp_path / "merged" / "recipe.yaml", tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("math", "model-00001-of-*.safetensors"),
+        ("math", "config.json"),
+        ("code", "adapter_model.safetensors"),
+        ("code", "adapter_config.json"),
+        ("llama", "model.safetensors"),
+        ("llama", "tokenizer.json"),
+    ],
+)
+def test_a_changed_input_is_refused_with_both_hashes(copied, tmp_path, model, file):
+    llama, math, code = copied("llama", "math", "code")
+    merge([math, code], tmp_path / "merged", base_model=llama)
+    (changed,) = (tmp_path / "models" / model).glob(file)
+    before = file_hash(changed)
+    changed.write_bytes(changed.read_bytes() + b" ")
+    with pytest.raises(MergeError) as caught:
+        merge_recipe(tmp_path / "merged" / "recipe.yaml", tmp_path / "again")
+    for part in (changed, before, file_hash(changed), "has changed since the recipe was written"):
+        assert str(part) in str(caught.value)
+    assert not (tmp_path / "again").exists()
+
+
+def test_every_changed_or_missing_input_is_listed(copied, tmp_path):
+    llama, math, code = copied("llama", "math", "code")
+    merge([math, code], tmp_path / "merged", base_model=llama)
+    (math / "config.json").write_text("{}")
+    (code / "adapter_model.safetensors").unlink()
+    with pytest.raises(MergeError) as caught:
+        merge_recipe(tmp_path / "merged" / "recipe.yaml", tmp_path / "again")
+    assert len(caught.value.problems) == 2
+    assert str(math / "config.json") in str(caught.value)
+    assert f"{code / 'adapter_model.safetensors'} is missing" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "just a sentence",
+        "[1, 2]",
+        "{",
+        "base_model: {id: a}\n",
+        "base_model: 3\nmodels: []\nconfig: {}\ndtype: auto\nmax_shard_size: 5GB\n",
+        "base_model: {id: 3}\nmodels: [{id: b}]\nconfig: {}\ndtype: auto\nmax_shard_size: 5GB\n",
+        "base_model: {id: a, sha256: x}\nmodels: [{id: b}]\nconfig: {}\ndtype: auto\nmax_shard_size: 5GB\n",
+        "base_model: {id: a}\nmodels: 3\nconfig: {}\ndtype: auto\nmax_shard_size: 5GB\n",
+        "base_model: {id: a}\nmodels: [{id: a, weight: 3}]\nconfig: {}\ndtype: auto\nmax_shard_size: 5GB\n",
+        "base_model: {id: a}\nmodels: []\nconfig: {sparsity: 3}\ndtype: auto\nmax_shard_size: 5GB\n",
+        "!!python/object/apply:os.mkdir [executed]",
+    ],
+)
+def test_a_damaged_recipe_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(MergeError, match=r"recipe\.yaml is not a recipe that `neuromerge merge` wrote: .{5}"):
+        merge_recipe("recipe.yaml", "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(MergeError, match=r"is not a recipe"):
+        merge_recipe(tmp_path / "recipe.yaml", tmp_path / "merged")
+
+
+def test_a_recipe_with_a_value_out_of_range_is_refused(models, tmp_path):
+    merge([models / "code"], tmp_path / "merged")
+    path = tmp_path / "merged" / "recipe.yaml"
+    path.write_text(path.read_text().replace("density: 0.2", "density: 2"))
+    with pytest.raises(MergeError, match=r"recipe\.yaml: density must be a number with 0 < density <= 1, not 2"):
+        merge_recipe(path, tmp_path / "again")
+
+
+def test_a_missing_recipe_is_refused(tmp_path):
+    with pytest.raises(MergeError, match=r"recipe .*missing\.yaml cannot be read"):
+        merge_recipe(tmp_path / "missing.yaml", tmp_path / "merged")

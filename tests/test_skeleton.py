@@ -1,0 +1,261 @@
+"""Where `Skeleton` finds neurons, against what modules compute: an output unit answers to its own neuron alone.
+
+Also against the layouts that `families` states for whole models, and stored tensors against tensors in memory.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.pytorch_utils import Conv1D
+
+from families import FAMILIES, Relatives
+from neuromerge_hf.layout import Layout
+from neuromerge_hf.skeleton import NeuronAxis, Skeleton
+from reference import Neurons
+
+ROUTED = transformers.MixtralConfig(hidden_size=6, intermediate_size=4, num_local_experts=3)
+FUSED = transformers.GptOssConfig(hidden_size=6, intermediate_size=4, num_local_experts=3)
+
+
+class Zoo(transformers.PreTrainedModel):
+    """A module of every kind in ALGORITHM.md's table of neurons."""
+
+    config_class = transformers.BertConfig
+
+    def __init__(self, config: transformers.PretrainedConfig):
+        super().__init__(config)
+        self.linear = nn.Linear(3, 4)
+        self.square = nn.Linear(4, 4, bias=False)
+        self.conv1d = Conv1D(4, 3)
+        self.square_conv1d = Conv1D(4, 4)
+        self.convolution = nn.Conv2d(2, 4, (3, 2))
+        self.in_groups = nn.Conv1d(4, 6, 3, groups=2)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.transposed = nn.ConvTranspose2d(2, 4, (3, 2))
+        self.square_transposed = nn.ConvTranspose1d(4, 4, 3)
+        self.transposed_in_groups = nn.ConvTranspose1d(4, 6, 3, groups=2)
+        self.embedding = nn.Embedding(5, 3)
+        self.bag = nn.EmbeddingBag(5, 3)
+        self.norm = nn.LayerNorm(4)
+        self.batch_norm = nn.BatchNorm1d(4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.routed = MixtralExperts(ROUTED)
+        self.fused = GptOssExperts(FUSED)
+        self.normalised = weight_norm(nn.Conv1d(2, 4, 3))
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.positions = nn.Parameter(torch.zeros(1, 5, 4))
+        self.projection = nn.Parameter(torch.zeros(5, 4))
+        self.post_init()
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Skeleton:
+    return Skeleton(Zoo, transformers.BertConfig())
+
+
+ROWS, COLUMNS = NeuronAxis(0), NeuronAxis(1)
+
+AXES = {
+    "linear.weight": ROWS,
+    "linear.bias": None,
+    "square.weight": ROWS,
+    "conv1d.weight": COLUMNS,
+    "conv1d.bias": None,
+    "square_conv1d.weight": COLUMNS,
+    "square_conv1d.bias": None,
+    "convolution.weight": ROWS,
+    "convolution.bias": None,
+    "in_groups.weight": ROWS,
+    "in_groups.bias": None,
+    "depthwise.weight": ROWS,
+    "depthwise.bias": None,
+    "transposed.weight": COLUMNS,
+    "transposed.bias": None,
+    "square_transposed.weight": COLUMNS,
+    "square_transposed.bias": None,
+    "transposed_in_groups.weight": COLUMNS,
+    "transposed_in_groups.bias": None,
+    "embedding.weight": ROWS,
+    "bag.weight": ROWS,
+    "norm.weight": None,
+    "norm.bias": None,
+    "batch_norm.weight": None,
+    "batch_norm.bias": None,
+    "batch_norm.running_mean": None,
+    "batch_norm.running_var": None,
+    "batch_norm.num_batches_tracked": None,
+    "attention.in_proj_weight": ROWS,
+    "attention.in_proj_bias": None,
+    "attention.out_proj.weight": ROWS,
+    "attention.out_proj.bias": None,
+    "routed.gate_up_proj": NeuronAxis(1, fused=True),
+    "routed.down_proj": NeuronAxis(1, fused=True),
+    "fused.gate_up_proj": NeuronAxis(2, fused=True),
+    "fused.gate_up_proj_bias": None,
+    "fused.down_proj": NeuronAxis(2, fused=True),
+    "fused.down_proj_bias": None,
+    "normalised.bias": None,
+    "normalised.parametrizations.weight.original0": None,  # one magnitude for each output unit
+    "normalised.parametrizations.weight.original1": ROWS,
+    "gate": None,
+    "class_token": None,
+    "positions": NeuronAxis(1),
+    "projection": ROWS,
+}
+
+
+def test_every_kind_of_parameter_has_its_neurons_along_the_right_axis(zoo: Skeleton) -> None:
+    assert {name: zoo.neuron_axis(name) for name in zoo.shapes} == AXES
+
+
+UNITS = {
+    "linear.weight": (lambda x, w: nn.functional.linear(x, w), torch.ones(2, 3)),
+    "square.weight": (lambda x, w: nn.functional.linear(x, w), torch.ones(2, 4)),
+    "convolution.weight": (lambda x, w: nn.functional.conv2d(x, w).flatten(2).sum(2), torch.ones(1, 2, 4, 4)),
+    "in_groups.weight": (lambda x, w: nn.functional.conv1d(x, w, groups=2).sum(2), torch.ones(1, 4, 5)),
+    "transposed.weight": (lambda x, w: nn.functional.conv_transpose2d(x, w).flatten(2).sum(2), torch.ones(1, 2, 2, 2)),
+    "square_transposed.weight": (lambda x, w: nn.functional.conv_transpose1d(x, w).sum(2), torch.ones(1, 4, 2)),
+}
+
+
+def only_neuron(layout: Layout, shape: tuple[int, ...], neuron: int) -> Tensor:
+    """A weight that is 1 in one neuron and 0 elsewhere."""
+    weight = torch.zeros(shape).flatten()
+    for block in layout.blocks(1):
+        if block.batch * layout.neurons + block.start == neuron:
+            for start, stop in layout.runs(block):
+                weight[start:stop] = 1
+    return weight.view(shape)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_an_output_unit_answers_to_its_neuron_alone(name: str, zoo: Skeleton) -> None:
+    compute, example = UNITS[name]
+    layout = zoo.neuron_axis(name).layout(zoo.shapes[name])
+    for neuron in range(layout.rows):
+        answering = compute(example, only_neuron(layout, zoo.shapes[name], neuron)).any(0)
+        assert answering.nonzero().flatten().tolist() == [neuron]
+
+
+@pytest.mark.parametrize("name", ["conv1d", "square_conv1d"])
+def test_an_output_unit_of_conv1d_answers_to_its_column(name: str, zoo: Skeleton) -> None:
+    shape = zoo.shapes[f"{name}.weight"]
+    layout = zoo.neuron_axis(f"{name}.weight").layout(shape)
+    module = Conv1D(shape[1], shape[0])
+    for neuron in range(layout.rows):
+        module.weight.data = only_neuron(layout, shape, neuron)
+        assert module(torch.ones(1, shape[0])).nonzero()[:, 1].tolist() == [neuron]
+
+
+@pytest.mark.parametrize(("kind", "config"), [(MixtralExperts, ROUTED), (GptOssExperts, FUSED)])
+def test_an_output_unit_of_a_fused_expert_answers_to_its_neuron(kind: type[nn.Module], config, zoo: Skeleton) -> None:
+    name = {MixtralExperts: "routed", GptOssExperts: "fused"}[kind]
+    shape = zoo.shapes[f"{name}.down_proj"]
+    layout = zoo.neuron_axis(f"{name}.down_proj").layout(shape)
+    assert (layout.rows, layout.width) == (3 * 6, 4)
+    config._experts_implementation = "eager"
+    module = kind(config)
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 0.5)
+    if name == "fused":
+        nn.init.zeros_(module.down_proj_bias)
+    experts = torch.arange(3)[:, None]  # token i goes to expert i
+    for neuron in range(layout.rows):
+        module.down_proj.data = only_neuron(layout, shape, neuron)
+        with torch.no_grad():
+            answers = module(torch.ones(3, 6), experts, torch.ones(3, 1))
+        assert answers.flatten().nonzero().flatten().tolist() == [neuron]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_neurons_of_whole_models_are_those_that_the_reference_is_told(name: str) -> None:
+    family = FAMILIES[name]
+    skeleton = Skeleton(family.base_class, family.config)
+    parameters = {parameter: torch.empty(shape) for parameter, shape in skeleton.shapes.items()}
+    for parameter, neurons in family.neurons_of(parameters).items():
+        axis = skeleton.neuron_axis(parameter)
+        if axis is None or neurons is None:
+            assert axis is neurons is None, parameter
+        else:
+            assert neurons == Neurons((0, axis.axis) if axis.fused else (axis.axis,)), parameter
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_stored_tensor_has_its_own_place(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    base = Relatives(name, tmp_path).base
+    skeleton = Skeleton(family.base_class, family.config)
+    with safe_open(base / "model.safetensors", "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    places = skeleton.places(shapes)
+    assert len(set(places.values())) == len(places)
+    named = {place.parameter for place in places.values()}
+    assert named == {skeleton.ties.get(parameter, parameter) for parameter in skeleton.shapes}
+    for key, place in places.items():
+        if place.piece is None:
+            assert skeleton.shapes[place.parameter] == shapes[key]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit", "mixtral"])
+def test_unknown_names_have_no_place(name: str) -> None:
+    skeleton = Skeleton(FAMILIES[name].base_class, FAMILIES[name].config)
+    assert skeleton.places(["no.such.weight", "weight"]) == {"no.such.weight": None, "weight": None}
+
+
+def test_places_do_not_depend_on_a_prefix() -> None:
+    config = FAMILIES["bert"].config
+    bare = Skeleton(transformers.BertModel, config)
+    headed = Skeleton(transformers.BertForSequenceClassification, config)
+    name = "encoder.layer.0.output.LayerNorm.weight"
+    old = name.replace("weight", "gamma")
+    for skeleton, parameter in ((bare, name), (headed, f"bert.{name}")):
+        spelled = [name, f"bert.{name}", old, f"bert.{old}"]
+        assert {place and place.parameter for place in skeleton.places(spelled).values()} == {parameter}
+
+
+def test_experts_stored_one_by_one_have_rows_as_neurons() -> None:
+    skeleton = Skeleton(FAMILIES["mixtral"].base_class, FAMILIES["mixtral"].config)
+    shapes = {
+        f"model.layers.1.block_sparse_moe.experts.{e}.{w}.weight": (16, 12) if w == "w2" else (12, 16)
+        for e in range(3)
+        for w in ("w1", "w2", "w3")
+    }
+    places = skeleton.places(shapes)
+    assert {place.parameter.rpartition(".")[2] for place in places.values()} == {"gate_up_proj", "down_proj"}
+    layouts = skeleton.stored_layouts({name: (places[name], shape) for name, shape in shapes.items()})
+    assert layouts == {name: Layout.of(shape, 0) for name, shape in shapes.items()}
+
+
+def test_ties_name_the_first_parameter() -> None:
+    t5 = Skeleton(FAMILIES["t5"].base_class, FAMILIES["t5"].config)
+    assert t5.ties == dict.fromkeys(
+        ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], "shared.weight"
+    )
+    assert Skeleton(FAMILIES["llama"].base_class, FAMILIES["llama"].config).ties == {}
+
+
+def test_a_head_is_what_is_outside_the_backbone() -> None:
+    headed = Skeleton(transformers.BertForSequenceClassification, FAMILIES["bert"].config)
+    assert [name for name in headed.shapes if headed.is_head(name)] == ["classifier.weight", "classifier.bias"]
+    bare = Skeleton(transformers.BertModel, FAMILIES["bert"].config)
+    assert not any(bare.is_head(name) for name in bare.shapes)
+
+
+def test_a_skeleton_takes_no_memory_and_leaves_its_configuration_alone() -> None:
+    config = transformers.LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
+    before = config.to_dict()
+    skeleton = Skeleton(transformers.LlamaForCausalLM, config)
+    assert {parameter.device.type for parameter in skeleton.model.parameters()} == {"meta"}
+    assert config.to_dict() == before
+    assert not skeleton.model.training
