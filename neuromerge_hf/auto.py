@@ -137,7 +137,7 @@ def _with_head(folder: Path, head: str, cache: Path) -> Path:
         try:
             with directory_in_the_making(target, overwrite=False) as made:
                 _link(folder, folder / HEADS / head, made)
-        except OSError:
+        except (MergeError, OSError):
             if not target.is_dir():  # else another process finished the same links meanwhile
                 raise
     return target

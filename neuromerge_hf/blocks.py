@@ -1,5 +1,6 @@
 """Reading a plan's units block by block, on several threads, in reused memory."""
 
+import math
 import os
 import threading
 from collections import deque
@@ -16,7 +17,7 @@ from neuromerge_hf.layout import Block
 from neuromerge_hf.plan import Unit
 from neuromerge_hf.tensors import read_rows
 
-BLOCK_ENTRIES = 1 << 18
+BLOCK_ENTRIES = 1 << 19
 """How many entries of a tensor are worked on at a time: a few megabytes for all experts, so that they stay in cache."""
 
 Item = TypeVar("Item")
@@ -37,21 +38,30 @@ class Memory(threading.local):
         return buffer[:count]
 
 
+def load_base(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
+    """A block of the base, (neurons, width) float32, valid until the next call on the same thread."""
+    x = memory.take("x", len(block) * unit.layout.width, torch.float32, device).view(len(block), unit.layout.width)
+    return x.copy_(read_rows(unit.tensor, unit.layout, block, _raw(unit, block, memory)))
+
+
 def load_block(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
     """A block of the base and of the task vectors of the experts that change it: (1 + T, neurons, width) float32.
 
     The result is valid until the next call on the same thread.
     """
     vectors = [vector for vector in unit.task_vectors if vector]
-    count = len(block) * unit.layout.width
-    # float64 is the widest dtype that a file may hold
-    raw = memory.take("raw", count * 8, torch.uint8, torch.device("cpu"))
-    x = memory.take("x", (1 + len(vectors)) * count, torch.float32, device)
-    x = x.view(1 + len(vectors), len(block), unit.layout.width)
+    shape = 1 + len(vectors), len(block), unit.layout.width
+    x = memory.take("x", math.prod(shape), torch.float32, device).view(shape)
+    raw = _raw(unit, block, memory)
     x[0].copy_(read_rows(unit.tensor, unit.layout, block, raw))
     for task_vector, vector in zip(x[1:], vectors, strict=True):
         vector.write(task_vector, block, x[0], raw)
     return x
+
+
+def _raw(unit: Unit, block: Block, memory: Memory) -> Tensor:
+    # float64 is the widest dtype that a file may hold
+    return memory.take("raw", len(block) * unit.layout.width * 8, torch.uint8, torch.device("cpu"))
 
 
 def non_finite(unit: Unit, block: Block, experts: list[str], device: torch.device) -> MergeError:

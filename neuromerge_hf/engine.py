@@ -1,13 +1,15 @@
 """The second pass over the inputs: merging every unit, block by block, into the writer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from neuromerge_hf.blocks import BLOCK_ENTRIES, Memory, load_block, map_in_order, non_finite
-from neuromerge_hf.kernel import merge_elementwise, merge_neurons, trim
+from neuromerge_hf import low_rank
+from neuromerge_hf.blocks import BLOCK_ENTRIES, Memory, load_base, load_block, map_in_order, non_finite
+from neuromerge_hf.kernel import merge_elementwise, merge_low_rank, merge_neurons, trim
 from neuromerge_hf.layout import Block
+from neuromerge_hf.low_rank import Factors, find_factors
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.tensors import read_rows
 from neuromerge_hf.writer import CheckpointWriter
@@ -34,26 +36,39 @@ def merge_weights(
     """
     memory = Memory()
     names = [expert.name for expert in plan.experts]
+    lambdas = plan.config.lambda_parallel, lambda_orthogonal
 
-    def merge(unit: Unit, block: Block) -> Tensor:
+    def merge(unit: Unit, block: Block, factors: Factors | None) -> Tensor:
         if not unit.task_vectors:
             return read_rows(unit.tensor, unit.layout, block)
-        x = load_block(unit, block, memory, device)
-        for t, expert in enumerate(unit.changing, start=1):
-            if thresholds[expert] > 0:
-                x[t] = trim(x[t], thresholds[expert])
         try:
+            if factors:
+                base = load_base(unit, block, memory, device)
+                left = factors.rows(unit, block)
+                return merge_low_rank(base, left, factors.right, factors.overlap, *lambdas)
+            x = load_block(unit, block, memory, device)
+            for t, expert in enumerate(unit.changing, start=1):
+                if thresholds[expert] > 0:
+                    x[t] = trim(x[t], thresholds[expert])
             if unit.is_neuronal:
-                return merge_neurons(x.transpose(0, 1), plan.config.lambda_parallel, lambda_orthogonal)
+                return merge_neurons(x.transpose(0, 1), *lambdas)
             return merge_elementwise(x[0, 0], x[1:, 0], lambda_orthogonal).unsqueeze(0)
         except FloatingPointError:
             raise non_finite(unit, block, names, device) from None
 
-    def process(item: tuple[Unit, Block]) -> int:
-        unit, block = item
-        writer.write(unit, block, merge(unit, block))
+    def process(item: tuple[Unit, Block, Factors | None]) -> int:
+        unit, block, factors = item
+        writer.write(unit, block, merge(unit, block, factors))
         return unit.bytes_read * len(block) // unit.layout.rows
 
-    items = ((unit, block) for unit in plan.units for block in unit.layout.blocks(BLOCK_ENTRIES))
-    for count in map_in_order(process, items, threads):
+    for count in map_in_order(process, _items(plan, thresholds, device), threads):
         advance(count)
+
+
+def _items(
+    plan: MergePlan, thresholds: Sequence[float], device: torch.device
+) -> Iterator[tuple[Unit, Block, Factors | None]]:
+    for unit in plan.units:
+        factors = find_factors(unit, thresholds, device)
+        for block in unit.layout.blocks(low_rank.BLOCK_ENTRIES if factors else BLOCK_ENTRIES):
+            yield unit, block, factors

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from peft import TaskType
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -20,12 +19,12 @@ HEAD_WEIGHTS = "head.safetensors"
 """The file of a head's tensors, by their names in the expert's task model."""
 
 TASK_CLASSES = {
-    TaskType.SEQ_CLS: transformers.AutoModelForSequenceClassification,
-    TaskType.TOKEN_CLS: transformers.AutoModelForTokenClassification,
-    TaskType.QUESTION_ANS: transformers.AutoModelForQuestionAnswering,
-    TaskType.CAUSAL_LM: transformers.AutoModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: transformers.AutoModelForSeq2SeqLM,
-    TaskType.FEATURE_EXTRACTION: transformers.AutoModel,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
 }
 """The Auto class on which PEFT puts an adapter of each task type."""
 
@@ -57,11 +56,13 @@ class Head:
 
 def task_class(task_type: str | None, config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The model class on which PEFT puts an adapter of this task type; None if the adapter does not name its task."""
-    auto_class = TASK_CLASSES.get(TaskType(task_type)) if task_type else None
+    auto_class = TASK_CLASSES.get(task_type) if task_type else None
     try:
-        return auto_model_class(auto_class, config) if auto_class else None
+        found = auto_model_class(auto_class, config) if auto_class else None
     except KeyError:  # this architecture has no model for the task
         return None
+    # The text model of a model with images takes another configuration, and is not the model that is merged.
+    return found if found and found.config_class is type(config) else None
 
 
 def task_config(

@@ -19,7 +19,10 @@ ROUNDING = 1e-10
 PARALLEL = 1e-12
 """A task whose orthogonal energy is below this share of its energy has no orthogonal part at that neuron."""
 
-GRAM_ENTRIES = 1 << 17
+CANCELLATION = 1e-3
+"""Below this share of a task's energy, the orthogonal energy is a small difference of large float32 numbers."""
+
+GRAM_ENTRIES = 1 << 18
 """How many numbers are turned into float64 at a time: a megabyte, which stays in a core's cache."""
 
 ALIGNMENT = 64
@@ -49,8 +52,8 @@ def elect_mean(x: Tensor, dim: int, tie_sign: Tensor | None = None, rounding: fl
     sign = elected_sign(x, dim, rounding)
     if tie_sign is not None:
         sign = torch.where(sign == 0, tie_sign, sign)
-    elected = (x.sign() == sign) & (sign != 0)
-    return (x * elected).sum(dim) / elected.sum(dim).clamp(min=1)
+    agreeing = (x * sign).clamp_(min=0)
+    return sign.squeeze(dim) * agreeing.sum(dim) / (agreeing > 0).sum(dim).clamp(min=1)
 
 
 def elected_sign(x: Tensor, dim: int, rounding: float = 0.0) -> Tensor:
@@ -177,3 +180,54 @@ def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: flo
     if not (base.isfinite().all() and tasks.isfinite().all()):
         raise FloatingPointError("a weight is NaN or infinite")
     return torch.where(change == 0, base, (base.double() + change).float())
+
+
+def merge_low_rank(
+    base: Tensor, left: Tensor, right: Tensor, overlap: Tensor, lambda_parallel: float, lambda_orthogonal: float
+) -> Tensor:
+    """Merge neurons whose task vectors are ``tau_t = left_t @ right_t``, without forming them.
+
+    The Gram matrix follows from one product with ``w_0`` and the small overlaps of the right factors, the merged
+    neuron from one product with the right factors.
+
+    Args:
+        base: (neurons, n) float32.
+        left: (neurons, T, r) float32; factors of a lower rank are filled up with zeros.
+        right: (T, r, n) float32.
+        overlap: (T, r, T, r) float64, the inner products of the rows of `right`.
+        lambda_parallel: the paper's lambda_1.
+        lambda_orthogonal: the paper's lambda_2.
+
+    Returns:
+        (neurons, n) float32; a neuron that no task changes is returned bit for bit.
+
+    Raises:
+        FloatingPointError: if an input holds a NaN or an infinity.
+    """
+    neurons, tasks, rank = left.shape
+    rows = right.view(tasks * rank, -1)
+    exact = left.double()
+    gram = base.new_empty(neurons, 1 + tasks, 1 + tasks, dtype=torch.float64)
+    gram[:, 0, 0] = (base * base).sum(1)
+    gram[:, 0, 1:] = ((base @ rows.T).view(left.shape) * exact).sum(2)
+    gram[:, 1:, 0] = gram[:, 0, 1:]
+    for task in range(tasks):
+        products = exact[:, task] @ overlap[task].view(rank, tasks * rank)
+        gram[:, 1 + task, 1:] = (products.view(left.shape) * exact).sum(2)
+    if not gram.isfinite().all():
+        raise FloatingPointError("a weight is NaN or infinite")
+
+    coefficients = merge_coefficients(gram, lambda_parallel, lambda_orthogonal).to(base.dtype)
+    change = (coefficients[:, 1:, None] * left).view(neurons, tasks * rank) @ rows
+    merged = change.add_(base * coefficients[:, :1]).add_(base)
+    energy = gram.diagonal(dim1=1, dim2=2)[:, 1:]
+    unchanged = (energy == 0).all(1)
+    if unchanged.any():
+        merged[unchanged] = base[unchanged]
+    # Where hardly anything is orthogonal, the float32 products with w_0 do not tell how little it is.
+    parallel = (decompose(gram)[1].diagonal(dim1=1, dim2=2) < CANCELLATION * energy).any(1)
+    if parallel.any():
+        task_vectors = torch.einsum("ktr,trn->ktn", left[parallel], right)
+        x = torch.cat([base[parallel].unsqueeze(1), task_vectors], dim=1)
+        merged[parallel] = merge_neurons(x, lambda_parallel, lambda_orthogonal)
+    return merged

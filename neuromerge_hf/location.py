@@ -14,10 +14,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from neuromerge_hf.checkpoint import indexed_files
+from neuromerge_hf.checkpoint import COMPANIONS, indexed_files
 from neuromerge_hf.errors import MergeError
 
-METADATA = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md", "recipe.yaml"]
+METADATA = ["*.json", *COMPANIONS, "README.md", "recipe.yaml"]
 """Small files: configurations, tokenizers, indexes, recipes."""
 
 SAFETENSORS = ["adapter_model.safetensors", "model.safetensors"]

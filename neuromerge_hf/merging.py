@@ -133,6 +133,10 @@ def check_output(target: Path, overwrite: bool) -> None:
             f"The output directory {target} exists and is not empty. "
             "Choose another one, or pass overwrite=True (--overwrite) to replace it."
         )
+    if target.is_mount():
+        raise MergeError(
+            f"The output directory {target} is a mount point, which cannot be replaced. Choose a folder inside it."
+        )
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
@@ -160,10 +164,15 @@ def directory_in_the_making(target: Path, overwrite: bool) -> Iterator[Path]:
         except OSError as error:
             raise MergeError(f"The output directory {target} cannot be written: {error}") from error
         yield folder
-        if overwrite and target.is_dir():
-            _replace(target, folder)
-        else:
-            folder.rename(target)
+        try:
+            if overwrite and target.is_dir():
+                _replace(target, folder)
+            else:
+                folder.rename(target)
+        except OSError as error:  # a bind mount, a layer of a container's image, or someone filled it meanwhile
+            raise MergeError(
+                f"The output directory {target} cannot be put in its place: {error.strerror}. Choose another one."
+            ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MergeError(

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
@@ -22,9 +21,11 @@ from neuromerge_hf.location import Location, locate
 from neuromerge_hf.skeleton import Skeleton, model_class_of
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, without_tied_copies
 from neuromerge_hf.sources.full import check_architecture, open_full
-from neuromerge_hf.sources.lora import check_adapter, open_lora
 from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import StoredTensor
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 T = TypeVar("T")
 
@@ -150,7 +151,7 @@ def plan_merge(
             None if adapter else _attempt(problems, partial(load_config, location, trust_remote_code))
         )
         if expert_configs[-1]:
-            problems += check_architecture(location, expert_configs[-1], skeleton, base_location)
+            problems += check_architecture(location, expert_configs[-1], skeleton, base_location, trust_remote_code)
     _raise(problems)
 
     for location in (base_location, *locations):
@@ -159,7 +160,9 @@ def plan_merge(
     names = unique_names(locations)
     openers: list[Callable[[], Expert]] = []
     for name, location, adapter, expert_config in zip(names, locations, adapters, expert_configs, strict=True):
-        if isinstance(adapter, LoraConfig):
+        if adapter is not None:
+            from neuromerge_hf.sources.lora import open_lora  # imports PEFT, which only adapters need
+
             openers.append(partial(open_lora, name, location, adapter, base))
         elif expert_config is not None:
             openers.append(partial(open_full, name, location, expert_config, base, trust_remote_code))
@@ -176,7 +179,7 @@ def plan_merge(
 
 def find_models(
     models: Sequence[ModelId], base_model: ModelId | None, token: str | bool | None
-) -> tuple[Location, list[Location], list[PeftConfig | None]]:
+) -> "tuple[Location, list[Location], list[LoraConfig | None]]":
     """Where the base and the experts are, and the configurations of those that are adapters.
 
     Raises:
@@ -189,10 +192,6 @@ def find_models(
     problems: list[str] = []
     locations = _collect(problems, [partial(locate, model, token=token) for model in models])
     adapters = _collect(problems, [partial(_adapter_config, location) for location in locations])
-    for location, adapter in zip(locations, adapters, strict=True):
-        if adapter:
-            problems += check_adapter(location, adapter)
-    _raise(problems)
     return _find_base(base_model, locations, adapters, token), locations, adapters
 
 
@@ -276,20 +275,18 @@ def readable_size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _adapter_config(location: Location) -> PeftConfig | None:
-    path = location.folder / "adapter_config.json"
-    if not path.is_file():
+def _adapter_config(location: Location) -> "LoraConfig | None":
+    if not (location.folder / "adapter_config.json").is_file():
         return None
-    try:
-        return PeftConfig.from_pretrained(str(location.folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise MergeError(f"{path} is not an adapter configuration that this PEFT understands: {error}") from error
+    from neuromerge_hf.sources.lora import load_adapter_config  # imports PEFT, which only adapters need
+
+    return load_adapter_config(location)
 
 
 def _find_base(
     base_model: ModelId | None,
     locations: Sequence[Location],
-    adapters: Sequence[PeftConfig | None],
+    adapters: "Sequence[LoraConfig | None]",
     token: str | bool | None,
 ) -> Location:
     named = {

@@ -7,7 +7,7 @@ settles the exact value. Where the prediction misses, the pass has narrowed the 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,11 +20,19 @@ from neuromerge_hf.kernel import trim
 from neuromerge_hf.layout import Block
 from neuromerge_hf.plan import MergePlan, Unit
 
-BINS = 1 << 19
-"""The first pass tells apart this many float32 values around the predicted threshold: 3% to both sides."""
+BINS = 1 << 20
+"""How many bins there are at most: each float32 has its own in a range of 12% around the predicted threshold."""
 
-SAMPLE_ENTRIES = 1 << 22
-"""How many entries of each expert predict its threshold."""
+MARGIN = 0.01
+"""The first pass looks at the values between the sample's quantiles this far below and above the wanted one."""
+
+SAMPLE_ENTRIES = 1 << 21
+"""How many entries of each expert predict its threshold; of a small one, one in SAMPLE_STEP."""
+
+SAMPLE_STEP = 16
+
+SAMPLE_BLOCK = 1 << 11
+"""How many entries of the sample stand together."""
 
 INFINITY = 0x7F800000
 """The bits of infinity: those of finite magnitudes are below."""
@@ -81,7 +89,7 @@ def find_trimmings(
 
 
 class _Counter:
-    """Counts the magnitudes whose bits are in [low, low + (BINS << shift)), in BINS bins, and those below.
+    """Counts the magnitudes whose bits are in [low, high), in at most BINS bins, and those below.
 
     Attributes:
         below: how many magnitudes are below the range.
@@ -91,13 +99,13 @@ class _Counter:
     """
 
     def __init__(self, low: int, high: int):
-        self.low = max(0, low)
-        self.shift = max(0, (high - self.low - 1).bit_length() - (BINS - 1).bit_length())
+        self.low = low
+        self.shift = max(0, (high - low - 1).bit_length() - (BINS - 1).bit_length())
+        self.bins = (high - low - 1 >> self.shift) + 1
         self.below = 0
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self.counts = torch.zeros(self.bins, dtype=torch.int64)
         self.norm = 0.0
         self.kept = 0.0
-        self._waiting: list[Tensor] = []
 
     def look(self, magnitudes: Tensor) -> tuple[int, Tensor, Tensor]:
         """What to add for some neurons' magnitudes, (neurons, width) contiguous float32, which are overwritten.
@@ -110,28 +118,21 @@ class _Counter:
         if offsets.is_cpu:  # numpy's comparisons and selections are several times as fast as torch's
             array = offsets.numpy()
             below = int(np.count_nonzero(array < 0))
-            inside = torch.from_numpy(array[array.view(np.uint32) < BINS << self.shift])
+            inside = torch.from_numpy(array.compress(array.view(np.uint32) < self.bins << self.shift))
         else:
             below = int((offsets < 0).sum())
-            inside = offsets[(offsets >= 0) & (offsets < BINS << self.shift)].cpu()
+            inside = offsets[(offsets >= 0) & (offsets < self.bins << self.shift)].cpu()
         return below, inside >> self.shift, norms
 
     def add(self, below: int, bins: Tensor) -> None:
         """Add what `look` found, but for the norms."""
         self.below += below
-        self._waiting.append(bins)
-        if sum(waiting.numel() for waiting in self._waiting) > BINS:
-            self._count_waiting()
-
-    def _count_waiting(self) -> None:
-        if self._waiting:
-            self.counts += torch.bincount(torch.cat(self._waiting), minlength=BINS)
-            self._waiting.clear()
+        np.add.at(self.counts.numpy(), bins.numpy(), 1)
 
     def settle(self, rank: int, entries: int) -> Trimming | None:
         """The exact trimming, if the rank-th smallest magnitude is in a bin of one value."""
         found = self._find(rank)
-        if self.shift or not 0 <= found < BINS:
+        if self.shift or not 0 <= found < self.bins:
             return None
         values = torch.arange(self.low, self.low + found, dtype=torch.int32).view(torch.float32).double()
         kept = self.kept - (self.counts[:found].double() @ values).item()
@@ -143,12 +144,13 @@ class _Counter:
         found = self._find(rank)
         if found < 0:
             return _Counter(0, self.low)
+        if found == self.bins:
+            return _Counter(self.low + (self.bins << self.shift), INFINITY)
         first = self.low + (found << self.shift)
-        return _Counter(first, INFINITY if found == BINS else first + (1 << self.shift))
+        return _Counter(first, first + (1 << self.shift))
 
     def _find(self, rank: int) -> int:
-        """The bin of the rank-th smallest magnitude: -1 below the range, BINS above."""
-        self._count_waiting()
+        """The bin of the rank-th smallest magnitude: -1 below the range, `bins` above."""
         if rank <= self.below:
             return -1
         return int(torch.searchsorted(self.counts.cumsum(0), rank - self.below))
@@ -163,7 +165,7 @@ def _predict(
 ) -> dict[int, _Counter]:
     """Counters around the quantiles of a sample: some neurons of every unit, evenly spaced."""
     memory = Memory()
-    step = max(1, max(entries) // SAMPLE_ENTRIES)
+    step = max(SAMPLE_STEP, max(entries) // SAMPLE_ENTRIES)
 
     def sample(item: tuple[Unit, Block]) -> list[tuple[int, Tensor]]:
         unit, block = item
@@ -171,25 +173,35 @@ def _predict(
         return [(expert, x[t].abs().flatten().cpu()) for t, expert in enumerate(unit.changing, start=1)]
 
     samples: list[list[Tensor]] = [[] for _ in plan.experts]
-    blocks = ((unit, block) for unit in plan.units if unit.task_vectors for block in _every(step, unit))
-    for found in map_in_order(sample, blocks, threads):
+    units = [unit for unit in plan.units if unit.task_vectors]
+    for found in map_in_order(sample, _evenly_spaced(units, step), threads):
         for expert, magnitudes in found:
             samples[expert].append(magnitudes)
-    counters = {}
-    for expert, rank in enumerate(ranks):
-        if rank > 0:
-            magnitudes = torch.cat(samples[expert])
-            k = min(magnitudes.numel(), 1 + rank * magnitudes.numel() // entries[expert])
-            bits = int(magnitudes.kthvalue(k).values.view(torch.int32))
-            counters[expert] = _Counter(bits - BINS // 2, max(bits, BINS // 2) + BINS // 2)
-    return counters
+    return {
+        expert: _Counter(*_range_around(rank / entries[expert], samples[expert]))
+        for expert, rank in enumerate(ranks)
+        if rank > 0
+    }
 
 
-def _every(step: int, unit: Unit) -> Iterator[Block]:
-    layout = unit.layout
-    for row in range(min(step, layout.rows) // 2, layout.rows, step):
-        batch, start = divmod(row, layout.neurons)
-        yield Block(batch, start, start + 1)
+def _range_around(quantile: float, samples: list[Tensor]) -> tuple[int, int]:
+    if not samples:
+        return 0, INFINITY
+    ordered = torch.cat(samples).sort().values
+    last = len(ordered) - 1
+    low, high = (ordered[min(max(0, round(share * last)), last)] for share in (quantile - MARGIN, quantile + MARGIN))
+    return int(low.view(torch.int32)), int(high.view(torch.int32)) + 1
+
+
+def _evenly_spaced(units: Sequence[Unit], step: int) -> Iterator[tuple[Unit, Block]]:
+    """Small blocks that hold one in `step` of all entries."""
+    seen = due = 0
+    for unit in units:
+        for block in unit.layout.blocks(SAMPLE_BLOCK):
+            if seen >= due:
+                yield unit, block
+                due += step * len(block) * unit.layout.width
+            seen += len(block) * unit.layout.width
 
 
 def _count(

@@ -1,5 +1,6 @@
 """What cannot be merged is refused with one clear error, before any heavy work, and nothing is left behind."""
 
+import errno
 import json
 import os
 import pickle
@@ -199,15 +200,31 @@ def test_a_base_that_is_an_adapter_is_refused(models, refused):
         (peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), "IA3"),
         (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora"),
         (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), "pissa"),
-        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
     ],
-    ids=["ia3", "dora", "pissa", "prompt-tuning"],
+    ids=["ia3", "dora", "pissa"],
 )
 def test_an_adapter_that_is_not_plain_lora_is_refused(models, tmp_path, refused, config, found):
     with seeded(0):
         peft.get_peft_model(load(models / "base"), config).save_pretrained(tmp_path / "adapter")
     message = refused([tmp_path / "adapter"], base_model=models / "base")
     assert says(message, tmp_path / "adapter", found, "full checkpoints", "LoRA adapters", "merge_and_unload")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_an_adapter_that_changes_no_weights_is_refused_outright(models, tmp_path, refused, config):
+    config.save_pretrained(tmp_path / "adapter")
+    message = refused([tmp_path / "adapter"], base_model=models / "base")
+    assert says(message, tmp_path / "adapter", config.peft_type.value, "no change of the base's weights")
+    assert says(message, "cannot be merged")
+    assert "merge_and_unload" not in message
 
 
 def test_a_broken_adapter_configuration_is_refused(models, copied, refused):
@@ -580,6 +597,28 @@ def test_a_disk_that_fills_up_meanwhile_is_reported_and_cleaned(models, small_di
         merge([expert], disk / "merged", base_model=base)
     assert says(str(caught.value), "No space is left", disk)
     assert list(disk.iterdir()) == []
+
+
+def test_a_mount_point_is_refused_before_anything_is_read(models, small_disk):
+    disk = small_disk(10**6)
+    with pytest.raises(MergeError) as caught:
+        merge([models / "math"], disk, base_model=models / "gone")
+    assert says(str(caught.value), disk, "mount point", "inside it")
+    merge([models / "math"], disk / "merged", base_model=models / "base")
+    assert [path.name for path in disk.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_cannot_be_put_in_its_place_is_reported(models, workspace, monkeypatch, overwrite):
+    def refuse(path, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path, None, target)
+
+    (workspace / "merged").mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(MergeError) as caught:
+        merge([models / "math"], workspace / "merged", base_model=models / "base", overwrite=overwrite)
+    assert says(str(caught.value), workspace / "merged", "cross-device", "Choose another")
+    assert [path.name for path in workspace.iterdir()] == ["merged"]
 
 
 def test_a_place_that_may_not_be_written_is_refused(models):

@@ -187,6 +187,8 @@ from neuromerge_hf.cli import app
 dir(neuromerge_hf)
 heavy = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "lightning"}
 print(sorted(heavy & set(sys.modules)))
+neuromerge_hf.merge
+print("peft" in sys.modules)
 """
 
 SETTINGS = """
@@ -216,9 +218,9 @@ print([(a, b) for a, b in zip(before, settings()) if a != b])
 """
 
 
-def test_importing_loads_no_framework():
+def test_importing_loads_no_framework_and_no_peft_without_an_adapter():
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split() == ["[]", "False"]
 
 
 def test_importing_and_merging_change_no_global_setting(models, tmp_path):

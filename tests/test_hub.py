@@ -132,6 +132,18 @@ def test_only_the_files_that_are_needed_are_downloaded(hub, models, tmp_path):
     assert contents(tmp_path / "again") == contents(tmp_path / "merged")
 
 
+def test_every_kind_of_tokenizer_comes_along(hub, models, tmp_path):
+    folder = shutil.copytree(models / "base", tmp_path / "base")
+    names = ["source.spm", "bpe.codes", "qwen.tiktoken", "spiece.model", "vocab.txt", "merges.txt"]
+    for name in names:
+        (folder / name).write_text(name)
+    hub.add_folder("tokenizers/base", folder)
+    merge([models / "math"], tmp_path / "local", base_model=folder)
+    merge([models / "math"], tmp_path / "hub", base_model="tokenizers/base")
+    for output in ("local", "hub"):
+        assert {name: (tmp_path / output / name).read_text() for name in names} == dict(zip(names, names, strict=True))
+
+
 @pytest.mark.parametrize("name", ["model", "shards"])
 def test_bin_files_are_downloaded_where_there_are_no_safetensors(hub, models, tmp_path, name):
     folder = shutil.copytree(models / "math", tmp_path / "math")

@@ -121,7 +121,7 @@ def test_a_directory_that_cannot_be_replaced_stays(tmp_path):
             target.mkdir()
             (target / "theirs").write_text("theirs")
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(MergeError, match="not empty"):
         make()
     assert contents(tmp_path) == {"merged/theirs": b"theirs"}
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import FAMILIES, Relatives, assert_merged_as_reference, assert_same_bits, state
-from neuromerge_hf import MergeError, NeuroMergingConfig, merge
-from tiny_models import contents
+from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge
+from neuromerge_hf.heads import task_class
+from tiny_models import contents, load, load_adapted
 
 GIVES_BACK = NeuroMergingConfig(density=1, lambda_parallel=1, lambda_orthogonal=1)
 """Settings with which one expert is given back unchanged."""
@@ -220,6 +221,38 @@ def test_the_architecture_is_the_experts_where_the_base_is_a_bare_backbone(relat
         assert_same_bits(merged[name], tensor, name)
 
 
+@pytest.fixture
+def bare(relatives_of, tmp_path: Path) -> dict[str, Path]:
+    """The backbones of two Llamas, without the head that the first ties and the second stores."""
+    for name in ("llama-tied", "llama"):
+        load(relatives_of(name).base).base_model.save_pretrained(tmp_path / name)
+    return {name: tmp_path / name for name in ("llama-tied", "llama")}
+
+
+def test_a_head_is_not_left_out_of_its_model(bare, relatives_of, tmp_path: Path) -> None:
+    tied, adapter = relatives_of("llama-tied").full(0), relatives_of("llama").adapter(0)
+    ties = re.escape(f"{tied} ties lm_head.weight to model.embed_tokens.weight")
+    with pytest.raises(MergeError, match=f"{ties}.*{bare['llama']} does not"):
+        merge([tied], tmp_path / "merged", base_model=bare["llama"], **CPU)
+    lacks = re.escape(f"lm_head.weight is in neither the adapter nor the base {bare['llama']}")
+    with pytest.raises(MergeError, match=f"{adapter} was trained as LlamaForCausalLM .*{lacks}"):
+        merge([adapter], tmp_path / "merged", base_model=bare["llama"], **CPU)
+
+
+def test_a_head_of_its_own_is_kept_beside_a_base_that_would_tie_it(bare, relatives_of, tmp_path: Path) -> None:
+    expert = relatives_of("llama").full(0)
+    model = AutoMergedModel.from_pretrained(
+        [expert], base_model=bare["llama-tied"], head=expert.name, cache_dir=tmp_path / "cache", device="cpu"
+    )
+    assert type(model) is transformers.LlamaForCausalLM
+    assert_same_bits(model.lm_head.weight, load(expert).lm_head.weight)
+
+
+def test_an_adapter_of_a_model_with_images_is_not_taken_for_its_text_model() -> None:
+    assert task_class("CAUSAL_LM", transformers.LlamaConfig()) is transformers.LlamaForCausalLM
+    assert task_class("CAUSAL_LM", transformers.Llama4Config()) is None
+
+
 # Ways to store the same weights
 
 
@@ -353,6 +386,25 @@ def test_one_matrix_is_not_merged_with_two(tied: str, relatives_of, tmp_path: Pa
 
 
 # What is not merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_embeddings_that_an_adapter_stores_unchanged_are_left_alone(dtype, relatives_of, tmp_path: Path) -> None:
+    relatives = relatives_of("llama-tied")
+    adapter = load_adapted(relatives.base, relatives.adapter(0), dtype=dtype)
+    for name, embeddings in (("plain", False), ("embeddings", True)):
+        adapter.save_pretrained(tmp_path / name, save_embedding_layers=embeddings)
+        merge([tmp_path / name], tmp_path / f"merged-{name}", base_model=relatives.base, **CPU)
+    file = tmp_path / "embeddings" / "adapter_model.safetensors"
+    assert "base_model.model.model.embed_tokens.weight" in load_file(file)
+    merged = [contents(tmp_path / f"merged-{name}")["model.safetensors"] for name in ("plain", "embeddings")]
+    assert merged[0] == merged[1]
+
+    with torch.no_grad():
+        adapter.get_input_embeddings().weight[3, 5] += 1
+    adapter.save_pretrained(tmp_path / "changed", save_embedding_layers=True)
+    with pytest.raises(MergeError, match=r"changed changes model\.embed_tokens\.weight alone"):
+        merge([tmp_path / "changed"], tmp_path / "merged", base_model=relatives.base, **CPU)
 
 
 def test_integers_and_what_nobody_changes_are_copied_bit_for_bit(relatives_of, tmp_path: Path) -> None:

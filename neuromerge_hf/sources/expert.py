@@ -77,15 +77,21 @@ class Expert:
 
 def check_complete(location: Location, skeleton: Skeleton, places: Mapping[str, Place | None], main: Path) -> None:
     """Raise a `MergeError` if a checkpoint lacks a parameter of its own model class."""
+    parameter = missing_parameter(skeleton, places)
+    if parameter:
+        raise MergeError(
+            f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
+            f"it is not in {main}. Save or download the model again."
+        )
+
+
+def missing_parameter(skeleton: Skeleton, places: Mapping[str, Place | None]) -> str | None:
+    """The first parameter of a model class that is at none of the places of a checkpoint."""
     stored = {
         parameter for place in places.values() if place is not None for parameter in (place.parameter, *place.also)
     }
-    for parameter, _ in skeleton.model.named_parameters():
-        if skeleton.ties.get(parameter, parameter) not in stored:
-            raise MergeError(
-                f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
-                f"it is not in {main}. Save or download the model again."
-            )
+    parameters = (parameter for parameter, _ in skeleton.model.named_parameters())
+    return next((name for name in parameters if skeleton.ties.get(name, name) not in stored), None)
 
 
 def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skeleton, place: Place) -> str:
@@ -119,7 +125,7 @@ def without_tied_copies(
         place = places[name]
         if place is None or place not in kept:
             kept[place or Place(name)] = name
-        elif not _equal(tensors[name], tensors[kept[place]]):
+        elif not same_values(tensors[name], tensors[kept[place]]):
             raise MergeError(
                 f"{name} and {kept[place]} differ in {tensors[name].path}, but the model's config.json ties them "
                 "(tie_word_embeddings). Set it to false in the config.json of the base and of every expert."
@@ -128,11 +134,12 @@ def without_tied_copies(
     return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
+def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether `a` holds the values of `b`, as they are in the dtype of `a`."""
+    if a.shape != b.shape:
         return False
     layout = Layout(1, 1, Layout.of(a.shape, None).width, 1)
     blocks = (
         Block(0, i, min(i + COMPARED_AT_ONCE, layout.neurons)) for i in range(0, layout.neurons, COMPARED_AT_ONCE)
     )
-    return all(torch.equal(read_rows(a, layout, block), read_rows(b, layout, block)) for block in blocks)
+    return all(torch.equal(read_rows(a, layout, block), read_rows(b, layout, block).to(a.dtype)) for block in blocks)

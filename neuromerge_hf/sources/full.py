@@ -13,7 +13,11 @@ from neuromerge_hf.tensors import StoredTensor
 
 
 def check_architecture(
-    location: Location, config: PretrainedConfig, base: Skeleton, base_location: Location
+    location: Location,
+    config: PretrainedConfig,
+    base: Skeleton,
+    base_location: Location,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """What makes an expert's configuration another architecture than the base's: found without its weights."""
     ours, theirs = base.model.config.model_type, config.model_type
@@ -27,8 +31,15 @@ def check_architecture(
     for name in sorted(set(shapes) ^ set(base.shapes)):
         has, lacks = (location, base_location) if name in shapes else (base_location, location)
         return [f"The architectures differ: {has} has the parameter {name}, and {lacks} does not. Check base_model."]
-    for tie in sorted(skeleton.ties.items() ^ base.ties.items()):
-        one, other = (location, base_location) if tie in skeleton.ties.items() else (base_location, location)
+    ties, base_ties = set(skeleton.ties.items()), set(base.ties.items())
+    model_class = model_class_of(config, location.folder, trust_remote_code, default=base.model_class)
+    if model_class is not base.model_class:
+        # A head that only the expert has is kept as it is. One that it ties is nowhere, unless the base ties it too.
+        own = Skeleton(model_class, config).ties.items()
+        ties |= own
+        base_ties |= own & Skeleton(model_class, base.model.config).ties.items()
+    for tie in sorted(ties ^ base_ties):
+        one, other = (location, base_location) if tie in ties else (base_location, location)
         return [
             f"The architectures differ: the config.json of {one} ties {tie[0]} to {tie[1]} (tie_word_embeddings), and "
             f"that of {other} does not. Save the base and every expert with the same setting."

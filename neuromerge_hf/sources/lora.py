@@ -1,6 +1,7 @@
 """Experts that are plain LoRA adapters: task vectors ``scaling * B @ A``, formed a block of rows at a time."""
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 
@@ -12,8 +13,8 @@ from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.heads import Head, task_class, task_config
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location
-from neuromerge_hf.skeleton import Place
-from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch
+from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch, missing_parameter, same_values
 from neuromerge_hf.sources.task_vector import Difference, LowRank, TaskVector
 from neuromerge_hf.tensors import StoredTensor, read_whole
 
@@ -32,29 +33,51 @@ WRAPPER = re.compile(r"\.(base_layer|modules_to_save)\.")
 LOW_RANK_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
 
 
-def check_adapter(location: Location, config: PeftConfig) -> list[str]:
-    """What makes an adapter one that cannot be merged: found without its weights."""
-    reasons = []
+def load_adapter_config(location: Location) -> LoraConfig:
+    """A LoRA adapter's configuration.
+
+    Raises:
+        MergeError: if it is damaged, or that of an adapter that cannot be merged: found without its weights.
+    """
+    path = location.folder / "adapter_config.json"
+    try:
+        config = PeftConfig.from_pretrained(str(location.folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise MergeError(f"{path} is not an adapter configuration that this PEFT understands: {error}") from error
+    reasons = _reasons_against(config)
+    if reasons:
+        raise MergeError([f"{location} {reason}" for reason in reasons])
+    return config
+
+
+def _reasons_against(config: PeftConfig) -> list[str]:
+    """Why an adapter cannot be merged, without its subject."""
+    kind = f"is an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}"
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        return [
+            f"{kind}: it adds to what the model reads and is no change of the base's weights, so that it cannot be "
+            "merged. Leave it out."
+        ]
     if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
-        reasons.append(f"is an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}")
-    else:
-        variants = {
-            "use_dora": config.use_dora,
-            "lora_bias": config.lora_bias,
-            "target_parameters": config.target_parameters,
-            "trainable_token_indices": config.trainable_token_indices,
-            "layer_replication": config.layer_replication,
-            "alora_invocation_tokens": config.alora_invocation_tokens,
-            "use_qalora": config.use_qalora,
-            "use_bdlora": getattr(config, "use_bdlora", None),
-            "arrow_config": config.arrow_config,
-            "velora_config": getattr(config, "velora_config", None),
-            "monteclora_config": getattr(config, "monteclora_config", None),
-        }
-        reasons += [f"uses {name}={value!r}" for name, value in variants.items() if value]
-        if config.init_lora_weights not in NEUTRAL_INITIALISATIONS:
-            reasons.append(f"changes its base's weights (init_lora_weights={config.init_lora_weights!r})")
-    return [f"{location} {reason}. {SUPPORTED}" for reason in reasons]
+        return [f"{kind}. {SUPPORTED}"]
+    variants = {
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "target_parameters": config.target_parameters,
+        "trainable_token_indices": config.trainable_token_indices,
+        "layer_replication": config.layer_replication,
+        "alora_invocation_tokens": config.alora_invocation_tokens,
+        "use_qalora": config.use_qalora,
+        "use_bdlora": getattr(config, "use_bdlora", None),
+        "arrow_config": config.arrow_config,
+        "velora_config": getattr(config, "velora_config", None),
+        "monteclora_config": getattr(config, "monteclora_config", None),
+    }
+    reasons = [f"uses {name}={value!r}. {SUPPORTED}" for name, value in variants.items() if value]
+    if config.init_lora_weights not in NEUTRAL_INITIALISATIONS:
+        initialisation = f"init_lora_weights={config.init_lora_weights!r}"
+        reasons.append(f"changes its base's weights ({initialisation}). {SUPPORTED}")
+    return reasons
 
 
 def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> Expert:
@@ -90,8 +113,9 @@ def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> 
             head[key] = tensor
         elif found[0].shape != tensor.shape:
             problems.append(mismatch(key, found[0], tensor, base.skeleton, place))
-        elif base.is_tied(place):
-            problems.append(_unties(location, key))
+        elif base.is_tied(place):  # PEFT's save_embedding_layers stores embeddings that nobody changed
+            if not same_values(tensor, found[0]):
+                problems.append(_unties(location, key))
         elif is_mergeable(tensor):
             task_vectors[place] = Difference(tensor, found[1])
     for (module, embedding), sides in factors.items():
@@ -116,6 +140,15 @@ def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> 
         raise MergeError(abridged(problems))
 
     model_class = task_class(config.task_type, base.config)
+    if model_class and model_class is not base.skeleton.model_class and not head:
+        skeleton = Skeleton(model_class, base.config)
+        missing = missing_parameter(skeleton, skeleton.places(base.tensors))
+        if missing:
+            raise MergeError(
+                f"{location} was trained as {model_class.__name__} (task_type={str(config.task_type)!r}), whose "
+                f"{missing} is in neither the adapter nor the base {base.location}. "
+                "Check base_model: it must be the model that the adapter was trained on, with its head."
+            )
     head_config = task_config(base.config, location.folder, model_class, head) if head else None
     return Expert(
         name=name,
@@ -132,7 +165,7 @@ def _low_rank(
 ) -> LowRank | str:
     """The task vector of a module, or the sentence that says why its factors do not fit."""
     a, b = (read_whole(sides[side]).float() for side in "AB")
-    if not (a.isfinite().all() and b.isfinite().all()):
+    if not math.isfinite(a.sum() + b.sum()):
         raise MergeError(
             f"{file}: lora_A or lora_B of {module} holds a NaN or an infinity. "
             "A damaged adapter cannot be merged: train or download it again, or leave it out."

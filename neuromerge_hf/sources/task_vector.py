@@ -9,14 +9,16 @@ from torch import Tensor
 from neuromerge_hf.layout import Block, Layout
 from neuromerge_hf.tensors import StoredTensor, read_rows
 
+TILE = 64
+"""How many rows of a low-rank product are formed at a time, counted from the tensor's first.
+
+The last bits of a matrix product depend on how many rows are formed at once, and on where they are in memory if that is
+not aligned to 64 bytes (torch aligns what it allocates). In tiles, a row has the same bits in every block.
+"""
+
 
 class TaskVector(Protocol):
     """``tau_t = theta_t - theta_0`` of one stored tensor."""
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether `write` reads its argument `base`."""
-        ...
 
     @property
     def file(self) -> str:
@@ -46,8 +48,6 @@ class Difference:
 
     tensor: StoredTensor
     layout: Layout
-
-    needs_base = True
 
     @property
     def file(self) -> str:
@@ -80,19 +80,21 @@ class LowRank:
     stored: TaskVector | None = None
 
     @property
-    def needs_base(self) -> bool:
-        return self.stored is not None
-
-    @property
     def bytes_read(self) -> int:
         return self.stored.bytes_read if self.stored else 0
 
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
-        first = block.batch * self.layout.neurons
-        left = self.left[first + block.start : first + block.stop]
-        product = torch.mm(left.to(out.device), self.right.to(out.device))
         if self.stored:
             self.stored.write(out, block, base, buffer)
-            out.add_(product)
-        else:
-            out.copy_(product)
+        first = block.batch * self.layout.neurons + block.start
+        last = first + len(block)
+        tiles = range(first // TILE * TILE, last, TILE)
+        left, right = self.left[tiles.start : tiles[-1] + TILE].to(out.device), self.right.to(out.device)
+        for begin, tile in zip(tiles, left.split(TILE), strict=True):
+            product = torch.mm(tile, right)
+            start, stop = max(first, begin), min(last, begin + TILE)
+            formed, target = product[start - begin : stop - begin], out[start - first : stop - first]
+            if self.stored:
+                target.add_(formed)
+            else:
+                target.copy_(formed)
