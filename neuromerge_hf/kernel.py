@@ -102,9 +102,10 @@ def gram_matrix(x: Tensor) -> Tensor:
     Raises:
         FloatingPointError: if `x` holds a NaN or an infinity.
     """
-    neurons_at_a_time = max(1, GRAM_ENTRIES // (x.shape[1] * x.shape[2]))
-    exact = (some.double() for some in x.split(neurons_at_a_time))
-    gram = torch.cat([torch.bmm(some, some.mT) for some in exact])
+    some = max(1, GRAM_ENTRIES // (x.shape[1] * x.shape[2]))
+    memory = torch.empty_like(x[:some], dtype=torch.float64)
+    exact = (memory[: len(neurons)].copy_(neurons) for neurons in x.split(some))
+    gram = torch.cat([torch.bmm(neurons, neurons.mT) for neurons in exact])
     if not gram.isfinite().all():
         raise FloatingPointError("a weight is NaN or infinite")
     return gram

@@ -83,7 +83,7 @@ class MergePlan:
         config: the hyper-parameters.
         base: the base model, opened.
         experts: the experts, opened, in the user's order.
-        units: every tensor that will be written, in the order of the base's files.
+        units: every tensor that will be written, in the order of their names, which is the order of all sums.
         dtype: the name of the dtype that was asked for, or "auto" for each tensor's own.
     """
 
@@ -321,7 +321,7 @@ def _units(
 ) -> tuple[Unit, ...]:
     units = []
     unused = set(config.exclude)
-    for name, tensor in base.tensors.items():
+    for name, tensor in sorted(base.tensors.items()):
         place = base.places[name]
         parameter = place.parameter if place else name
         excluding = {

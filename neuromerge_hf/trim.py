@@ -26,10 +26,8 @@ BINS = 1 << 20
 MARGIN = 0.01
 """The first pass looks at the values between the sample's quantiles this far below and above the wanted one."""
 
-SAMPLE_ENTRIES = 1 << 21
-"""How many entries of each expert predict its threshold; of a small one, one in SAMPLE_STEP."""
-
-SAMPLE_STEP = 16
+SAMPLE_ENTRIES = 1 << 20
+"""How many entries of each expert predict its threshold."""
 
 SAMPLE_BLOCK = 1 << 11
 """How many entries of the sample stand together."""
@@ -165,7 +163,7 @@ def _predict(
 ) -> dict[int, _Counter]:
     """Counters around the quantiles of a sample: some neurons of every unit, evenly spaced."""
     memory = Memory()
-    step = max(SAMPLE_STEP, max(entries) // SAMPLE_ENTRIES)
+    step = max(1, max(entries) // SAMPLE_ENTRIES)
 
     def sample(item: tuple[Unit, Block]) -> list[tuple[int, Tensor]]:
         unit, block = item

@@ -121,8 +121,7 @@ def test_a_wrong_prediction_costs_passes_but_no_exactness(
         assert passes >= 2
 
 
-def test_a_good_prediction_needs_one_pass(base: Path, expert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trim, "SAMPLE_STEP", 1)
+def test_a_good_prediction_needs_one_pass(base: Path, expert: Path) -> None:
     plan = plan_merge([expert, expert], base_model=base)
     read: list[int] = []
     find_trimmings(plan, CPU, 1, read.append)
