@@ -18,7 +18,7 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.heads import HEAD_WEIGHTS, HEADS
 from neuromerge_hf.location import Location, download, locate
 from neuromerge_hf.merging import directory_in_the_making, merge
-from neuromerge_hf.plan import ModelId, find_models
+from neuromerge_hf.models import ModelId, find_models
 from neuromerge_hf.recipe import RECIPE_NAME, fingerprint
 from neuromerge_hf.skeleton import model_class_of
 

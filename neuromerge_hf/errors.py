@@ -1,6 +1,9 @@
 """The one exception that users see."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LISTED = 3
 """How many problems of one model are spelled out: a wrong base is wrong in every layer."""
@@ -26,3 +29,37 @@ def abridged(problems: Sequence[str]) -> list[str]:
     """The first problems of one model, and how many more it has."""
     more = len(problems) - LISTED
     return [*problems[:LISTED], f"... and {more} more of the same model."] if more > 1 else list(problems)
+
+
+class Problems:
+    """Everything that is wrong with several steps, to be reported at once."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+
+    def add(self, problems: Sequence[str]) -> None:
+        """Note problems."""
+        self._found += problems
+
+    def attempt(self, step: Callable[[], T]) -> T | None:
+        """The result of a step, or None if it raised a `MergeError`, which is noted."""
+        try:
+            return step()
+        except MergeError as error:
+            self._found += error.problems
+            return None
+
+    def collect(self, steps: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of all steps.
+
+        Raises:
+            MergeError: after the last step, if anything was noted.
+        """
+        results = [self.attempt(step) for step in steps]
+        self.report()
+        return results  # type: ignore[return-value]  # nothing was noted, so no None is a failure's
+
+    def report(self) -> None:
+        """Raise what was noted, as one `MergeError`."""
+        if self._found:
+            raise MergeError(self._found)

@@ -21,7 +21,8 @@ from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.engine import merge_weights
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.heads import HEADS
-from neuromerge_hf.plan import MergePlan, ModelId, check_disk, plan_merge
+from neuromerge_hf.models import ModelId
+from neuromerge_hf.plan import MergePlan, check_disk, plan_merge
 from neuromerge_hf.recipe import Recipe, ingredient, load_recipe
 from neuromerge_hf.report import MergeReport, make_report
 from neuromerge_hf.trim import Trimming, find_trimmings

@@ -1,35 +1,27 @@
 """What a merge will do, and everything that is wrong with it, before any weight is read."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
 from neuromerge_hf.config import NeuroMergingConfig
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.layout import Layout
-from neuromerge_hf.location import Location, locate
+from neuromerge_hf.location import Location
+from neuromerge_hf.models import ModelId, find_models, load_config, unique_names
 from neuromerge_hf.skeleton import Skeleton, model_class_of
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, without_tied_copies
 from neuromerge_hf.sources.full import check_architecture, open_full
 from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import StoredTensor
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-T = TypeVar("T")
-
-ModelId = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ def plan_merge(
     """
     target = resolve_dtype(dtype)
     config = config or NeuroMergingConfig()
-    problems: list[str] = []
+    problems = Problems()
 
     base_location, locations, adapters = find_models(models, base_model, token)
     base_config = load_config(base_location, trust_remote_code)
@@ -147,12 +139,10 @@ def plan_merge(
     skeleton = Skeleton(base_class, base_config)
     expert_configs: list[PretrainedConfig | None] = []
     for location, adapter in zip(locations, adapters, strict=True):
-        expert_configs.append(
-            None if adapter else _attempt(problems, partial(load_config, location, trust_remote_code))
-        )
+        expert_configs.append(None if adapter else problems.attempt(partial(load_config, location, trust_remote_code)))
         if expert_configs[-1]:
-            problems += check_architecture(location, expert_configs[-1], skeleton, base_location, trust_remote_code)
-    _raise(problems)
+            problems.add(check_architecture(location, expert_configs[-1], skeleton, base_location, trust_remote_code))
+    problems.report()
 
     for location in (base_location, *locations):
         location.fetch_weights()
@@ -166,8 +156,7 @@ def plan_merge(
             openers.append(partial(open_lora, name, location, adapter, base))
         elif expert_config is not None:
             openers.append(partial(open_full, name, location, expert_config, base, trust_remote_code))
-    experts = _collect(problems, openers)
-    _raise(problems)
+    experts = problems.collect(openers)
     units = _units(base, experts, config, target)
     plan = MergePlan(
         config, base, tuple(experts), units, "auto" if target is None else str(target).removeprefix("torch.")
@@ -175,24 +164,6 @@ def plan_merge(
     if not plan.merged:
         raise MergeError("No expert changes any parameter of the base that is not excluded. There is nothing to merge.")
     return plan
-
-
-def find_models(
-    models: Sequence[ModelId], base_model: ModelId | None, token: str | bool | None
-) -> "tuple[Location, list[Location], list[LoraConfig | None]]":
-    """Where the base and the experts are, and the configurations of those that are adapters.
-
-    Raises:
-        MergeError: if one is not found, or is an adapter that cannot be merged.
-    """
-    if isinstance(models, str | os.PathLike) or not models:
-        raise MergeError(
-            f"models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), not {models!r}."
-        )
-    problems: list[str] = []
-    locations = _collect(problems, [partial(locate, model, token=token) for model in models])
-    adapters = _collect(problems, [partial(_adapter_config, location) for location in locations])
-    return _find_base(base_model, locations, adapters, token), locations, adapters
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -203,27 +174,6 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if resolved not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise MergeError(f'dtype must be "auto", "float32", "float16" or "bfloat16", not {dtype!r}.')
     return resolved
-
-
-def load_config(location: Location, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's configuration.
-
-    Raises:
-        MergeError: if there is none, it is damaged, needs code that is not trusted, or is that of a quantised model.
-    """
-    if not (location.folder / "config.json").is_file():
-        if (location.folder / "adapter_config.json").is_file():
-            raise MergeError(f"{location} is an adapter, not a base. Give the model that it was trained on.")
-        raise MergeError(f"{location} is no model: there is neither a config.json nor an adapter_config.json in it.")
-    try:
-        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MergeError(f"{location.folder / 'config.json'} cannot be read: {error}") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise MergeError(f"{location} is quantised ({method}). Give the model in float32, float16 or bfloat16 instead.")
-    return config
 
 
 def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) -> Base:
@@ -241,18 +191,6 @@ def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) 
         )
     check_complete(location, skeleton, places, main)
     return Base(location, config, skeleton, tensors, places, skeleton.stored_layouts(known))
-
-
-def unique_names(locations: Sequence[Location]) -> list[str]:
-    """A name for each expert: the last part of its id, with a number where two are the same."""
-    names: list[str] = []
-    for location in locations:
-        name, count = location.name, 1
-        while name in names:
-            count += 1
-            name = f"{location.name}-{count}"
-        names.append(name)
-    return names
 
 
 def check_disk(plan: MergePlan, folder: Path) -> None:
@@ -273,47 +211,6 @@ def readable_size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
-
-
-def _adapter_config(location: Location) -> "LoraConfig | None":
-    if not (location.folder / "adapter_config.json").is_file():
-        return None
-    from neuromerge_hf.sources.lora import load_adapter_config  # imports PEFT, which only adapters need
-
-    return load_adapter_config(location)
-
-
-def _find_base(
-    base_model: ModelId | None,
-    locations: Sequence[Location],
-    adapters: "Sequence[LoraConfig | None]",
-    token: str | bool | None,
-) -> Location:
-    named = {
-        (adapter.base_model_name_or_path, adapter.revision): location
-        for location, adapter in zip(locations, adapters, strict=True)
-        if adapter and adapter.base_model_name_or_path
-    }
-    if base_model is not None:
-        return locate(base_model, token=token)
-    if not named:
-        raise MergeError(
-            "No base model: none of the models is an adapter that names its base. Pass base_model= (--base-model), "
-            "the model that they were all fine-tuned from."
-        )
-    if len(named) > 1:
-        sides = "; ".join(f"{location} was trained on {base}" for (base, _), location in named.items())
-        raise MergeError(
-            f"The adapters name different bases: {sides}. Only experts of the same base can be merged; if these are "
-            "names of the same model, pass base_model=."
-        )
-    ((base, revision),) = named
-    try:
-        return locate(base, revision=revision, token=token)
-    except MergeError as error:
-        raise MergeError(
-            f"{next(iter(named.values()))} names its base {base!r}: {error} Or pass base_model=."
-        ) from error
 
 
 def _units(
@@ -349,23 +246,3 @@ def _units(
             f"Its parameters have names such as {units[0].parameter}."
         )
     return tuple(units)
-
-
-def _attempt(problems: list[str], step: Callable[[], T]) -> T | None:
-    try:
-        return step()
-    except MergeError as error:
-        problems += error.problems
-        return None
-
-
-def _collect(problems: list[str], steps: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of steps, whose problems are noted; stops after the last step if any failed."""
-    results = [_attempt(problems, step) for step in steps]
-    _raise(problems)
-    return results  # type: ignore[return-value]  # without problems, none is a failure's None
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise MergeError(problems)

@@ -1,0 +1,108 @@
+"""Which models a merge is of: the experts, the base that they share, and the configurations of all."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig, PretrainedConfig
+
+from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.location import Location, locate
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ModelId = str | os.PathLike[str]
+
+
+def find_models(
+    models: Sequence[ModelId], base_model: ModelId | None, token: str | bool | None
+) -> "tuple[Location, list[Location], list[LoraConfig | None]]":
+    """Where the base and the experts are, and the configurations of those that are adapters.
+
+    Raises:
+        MergeError: if one is not found, or is an adapter that cannot be merged.
+    """
+    if isinstance(models, str | os.PathLike) or not models:
+        raise MergeError(
+            f"models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), not {models!r}."
+        )
+    problems = Problems()
+    locations = problems.collect([partial(locate, model, token=token) for model in models])
+    adapters = problems.collect([partial(_adapter_config, location) for location in locations])
+    return _find_base(base_model, locations, adapters, token), locations, adapters
+
+
+def load_config(location: Location, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's configuration.
+
+    Raises:
+        MergeError: if there is none, it is damaged, needs code that is not trusted, or is that of a quantised model.
+    """
+    if not (location.folder / "config.json").is_file():
+        if (location.folder / "adapter_config.json").is_file():
+            raise MergeError(f"{location} is an adapter, not a base. Give the model that it was trained on.")
+        raise MergeError(f"{location} is no model: there is neither a config.json nor an adapter_config.json in it.")
+    try:
+        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeError(f"{location.folder / 'config.json'} cannot be read: {error}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise MergeError(f"{location} is quantised ({method}). Give the model in float32, float16 or bfloat16 instead.")
+    return config
+
+
+def unique_names(locations: Sequence[Location]) -> list[str]:
+    """A name for each expert: the last part of its id, with a number where two are the same."""
+    names: list[str] = []
+    for location in locations:
+        name, count = location.name, 1
+        while name in names:
+            count += 1
+            name = f"{location.name}-{count}"
+        names.append(name)
+    return names
+
+
+def _adapter_config(location: Location) -> "LoraConfig | None":
+    if not (location.folder / "adapter_config.json").is_file():
+        return None
+    from neuromerge_hf.sources.lora import load_adapter_config  # imports PEFT, which only adapters need
+
+    return load_adapter_config(location)
+
+
+def _find_base(
+    base_model: ModelId | None,
+    locations: Sequence[Location],
+    adapters: "Sequence[LoraConfig | None]",
+    token: str | bool | None,
+) -> Location:
+    named = {
+        (adapter.base_model_name_or_path, adapter.revision): location
+        for location, adapter in zip(locations, adapters, strict=True)
+        if adapter and adapter.base_model_name_or_path
+    }
+    if base_model is not None:
+        return locate(base_model, token=token)
+    if not named:
+        raise MergeError(
+            "No base model: none of the models is an adapter that names its base. Pass base_model= (--base-model), "
+            "the model that they were all fine-tuned from."
+        )
+    if len(named) > 1:
+        sides = "; ".join(f"{location} was trained on {base}" for (base, _), location in named.items())
+        raise MergeError(
+            f"The adapters name different bases: {sides}. Only experts of the same base can be merged; if these are "
+            "names of the same model, pass base_model=."
+        )
+    ((base, revision),) = named
+    try:
+        return locate(base, revision=revision, token=token)
+    except MergeError as error:
+        raise MergeError(
+            f"{next(iter(named.values()))} names its base {base!r}: {error} Or pass base_model=."
+        ) from error
