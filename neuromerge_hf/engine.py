@@ -49,7 +49,7 @@ def merge_weights(
             x = load_block(unit, block, memory, device)
             for t, expert in enumerate(unit.changing, start=1):
                 if thresholds[expert] > 0:
-                    x[t] = trim(x[t], thresholds[expert])
+                    trim(x[t], thresholds[expert], out=x[t])
             if unit.is_neuronal:
                 return merge_neurons(x.transpose(0, 1), *lambdas)
             return merge_elementwise(x[0, 0], x[1:, 0], lambda_orthogonal).unsqueeze(0)

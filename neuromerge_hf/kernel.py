@@ -29,18 +29,19 @@ ALIGNMENT = 64
 """In bytes. Where a row starts changes the last bit of a matrix product, so all rows start at a multiple of this."""
 
 
-def trim(task_vector: Tensor, threshold: float) -> Tensor:
+def trim(task_vector: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
     """Set the entries with ``|entry| < threshold`` to 0; entries equal to the threshold stay (paper, section 3.1).
 
     Args:
         task_vector: float32, any shape.
         threshold: the j-th smallest magnitude of the expert's whole task vector, a float32 value; 0 keeps everything.
+        out: memory for the result, not used where everything is kept.
     """
     if threshold == 0:
         return task_vector
     # hardshrink also zeroes entries equal to its bound, so the bound is the next float32 below the threshold.
     bound = torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(0.0)).item()
-    return torch.nn.functional.hardshrink(task_vector, bound)
+    return torch.hardshrink(task_vector, bound, out=out)
 
 
 def elect_mean(x: Tensor, dim: int, tie_sign: Tensor | None = None, rounding: float = 0.0) -> Tensor:

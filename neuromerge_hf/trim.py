@@ -105,18 +105,25 @@ class _Counter:
         self.norm = 0.0
         self.kept = 0.0
 
-    def look(self, magnitudes: Tensor) -> tuple[int, Tensor, Tensor]:
+    def look(self, magnitudes: Tensor, memory: Memory) -> tuple[int, Tensor, Tensor]:
         """What to add for some neurons' magnitudes, (neurons, width) contiguous float32, which are overwritten.
+
+        Args:
+            memory: reused, because a process that allocates megabytes for each block on each thread grows.
 
         Returns:
             How many are below the range, the bins of those in it, and the norms (2, neurons) of all and of the kept.
         """
-        norms = torch.stack([magnitudes.sum(1), trim(magnitudes, _magnitude(self.low)).sum(1)]).cpu().double()
+        scratch = memory.take("kept", magnitudes.numel(), torch.float32, magnitudes.device).view(magnitudes.shape)
+        kept = trim(magnitudes, _magnitude(self.low), out=scratch)
+        norms = torch.stack([magnitudes.sum(1), kept.sum(1)]).cpu().double()
         offsets = magnitudes.view(-1).view(torch.int32).sub_(self.low)
         if offsets.is_cpu:  # numpy's comparisons and selections are several times as fast as torch's
             array = offsets.numpy()
-            below = int(np.count_nonzero(array < 0))
-            inside = torch.from_numpy(array.compress(array.view(np.uint32) < self.bins << self.shift))
+            chosen = memory.take("chosen", len(array), torch.bool, offsets.device).numpy()
+            below = int(np.count_nonzero(np.less(array, 0, out=chosen)))
+            np.less(array.view(np.uint32), self.bins << self.shift, out=chosen)
+            inside = torch.from_numpy(array.compress(chosen))
         else:
             below = int((offsets < 0).sum())
             inside = offsets[(offsets >= 0) & (offsets < self.bins << self.shift)].cpu()
@@ -215,7 +222,7 @@ def _count(
         found = {}
         for t, expert in enumerate(unit.changing, start=1):
             if expert in counters:
-                found[expert] = counters[expert].look(x[t].abs_())
+                found[expert] = counters[expert].look(x[t].abs_(), memory)
                 if not found[expert][2].isfinite().all():
                     raise non_finite(unit, block, names, device)
         return found
