@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from families import Relatives
-from neuromerge_hf import NeuroMergingConfig, engine, merge, trim
+from neuromerge_hf import NeuroMergingConfig, engine, low_rank, merge, trim
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.sources.task_vector import LowRank
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama, seeded
@@ -37,9 +37,11 @@ def transposed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [relatives.base, relatives.full(0), relatives.full(1), relatives.adapter(2)]
 
 
-def merged_bytes(models: list[Path], output: Path, threads: int = 1) -> dict[str, bytes]:
+def merged_bytes(
+    models: list[Path], output: Path, threads: int = 1, config: NeuroMergingConfig = BOTH_PARTS
+) -> dict[str, bytes]:
     base, *experts = models
-    merge(experts, output, base_model=base, config=BOTH_PARTS, device="cpu", threads=threads)
+    merge(experts, output, base_model=base, config=config, device="cpu", threads=threads)
     return contents(output)
 
 
@@ -52,6 +54,17 @@ def test_any_number_of_threads_gives_the_same_bytes(
     want = merged_bytes(models, tmp_path / "want")
     assert merged_bytes(models, tmp_path / "got", threads) == want
     assert {"model.safetensors", "recipe.yaml", "config.json"} <= want.keys()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_adapters_merged_from_their_factors_give_the_same_bytes(
+    threads: int, models: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(low_rank, "BLOCK_ENTRIES", 150)
+    base, _, _, *adapters = models
+    whole = NeuroMergingConfig(density=1, lambda_parallel=0.5)
+    want = merged_bytes([base, *adapters], tmp_path / "want", config=whole)
+    assert merged_bytes([base, *adapters], tmp_path / "got", threads, whole) == want
 
 
 @pytest.mark.parametrize("threads_of_torch", [1, 2])
