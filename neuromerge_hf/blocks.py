@@ -17,8 +17,8 @@ from neuromerge_hf.layout import Block
 from neuromerge_hf.plan import Unit
 from neuromerge_hf.tensors import read_rows
 
-BLOCK_ENTRIES = 1 << 19
-"""How many entries of a tensor are worked on at a time: a few megabytes for all experts, so that they stay in cache."""
+BLOCK_ENTRIES = 1 << 20
+"""How many entries of a tensor are worked on at a time. Threads that return to Python too often wait for each other."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

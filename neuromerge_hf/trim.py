@@ -23,14 +23,20 @@ from neuromerge_hf.plan import MergePlan, Unit
 BINS = 1 << 20
 """How many bins there are at most: each float32 has its own in a range of 12% around the predicted threshold."""
 
-MARGIN = 0.01
-"""The first pass looks at the values between the sample's quantiles this far below and above the wanted one."""
-
-SAMPLE_ENTRIES = 1 << 20
+SAMPLE_ENTRIES = 1 << 22
 """How many entries of each expert predict its threshold."""
 
 SAMPLE_BLOCK = 1 << 11
-"""How many entries of the sample stand together."""
+"""How many entries of the sample are in one block of neurons."""
+
+SAMPLE_RUN = 1 << 6
+"""How many entries of the sample at least follow each other on the disk, where a neuron's own do not."""
+
+MARGIN = 0.002
+"""The first pass looks at the values between the sample's quantiles at least this far from the wanted one."""
+
+STANDARD_ERRORS = 4
+"""The margin is larger where neurons differ: this many standard errors of the sample."""
 
 INFINITY = 0x7F800000
 """The bits of infinity: those of finite magnitudes are below."""
@@ -106,7 +112,7 @@ class _Counter:
         self.kept = 0.0
 
     def look(self, magnitudes: Tensor, memory: Memory) -> tuple[int, Tensor, Tensor]:
-        """What to add for some neurons' magnitudes, (neurons, width) contiguous float32, which are overwritten.
+        """What to add for some neurons' magnitudes, (neurons, width) contiguous float32.
 
         Args:
             memory: reused, because a process that allocates megabytes for each block on each thread grows.
@@ -114,20 +120,22 @@ class _Counter:
         Returns:
             How many are below the range, the bins of those in it, and the norms (2, neurons) of all and of the kept.
         """
-        scratch = memory.take("kept", magnitudes.numel(), torch.float32, magnitudes.device).view(magnitudes.shape)
-        kept = trim(magnitudes, _magnitude(self.low), out=scratch)
-        norms = torch.stack([magnitudes.sum(1), kept.sum(1)]).cpu().double()
-        offsets = magnitudes.view(-1).view(torch.int32).sub_(self.low)
-        if offsets.is_cpu:  # numpy's comparisons and selections are several times as fast as torch's
-            array = offsets.numpy()
-            chosen = memory.take("chosen", len(array), torch.bool, offsets.device).numpy()
-            below = int(np.count_nonzero(np.less(array, 0, out=chosen)))
-            np.less(array.view(np.uint32), self.bins << self.shift, out=chosen)
-            inside = torch.from_numpy(array.compress(chosen))
+        low, high = _magnitude(self.low), _magnitude(min(self.low + (self.bins << self.shift), INFINITY))
+        kept, below, inside = (
+            memory.take(name, magnitudes.numel(), dtype, magnitudes.device).view(magnitudes.shape)
+            for name, dtype in (("kept", torch.float32), ("below", torch.bool), ("inside", torch.bool))
+        )
+        norms = torch.stack([magnitudes.sum(1), trim(magnitudes, low, out=kept).sum(1)]).cpu().double()
+        if magnitudes.is_cpu:  # numpy's comparisons and selections are several times as fast as torch's
+            array = magnitudes.numpy()
+            count = np.count_nonzero(np.less(array, low, out=below.numpy()))
+            np.less(array, high, out=inside.numpy())
+            np.logical_xor(inside.numpy(), below.numpy(), out=inside.numpy())
+            found = torch.from_numpy(array.ravel().compress(inside.numpy().ravel()))
         else:
-            below = int((offsets < 0).sum())
-            inside = offsets[(offsets >= 0) & (offsets < self.bins << self.shift)].cpu()
-        return below, inside >> self.shift, norms
+            count = torch.lt(magnitudes, low, out=below).sum()
+            found = magnitudes[torch.lt(magnitudes, high, out=inside).logical_xor_(below)].cpu()
+        return int(count), found.view(torch.int32) - self.low >> self.shift, norms
 
     def add(self, below: int, bins: Tensor) -> None:
         """Add what `look` found, but for the norms."""
@@ -170,6 +178,7 @@ def _predict(
 ) -> dict[int, _Counter]:
     """Counters around the quantiles of a sample: some neurons of every unit, evenly spaced."""
     memory = Memory()
+    units = [unit for unit in plan.units if unit.task_vectors]
     step = max(1, max(entries) // SAMPLE_ENTRIES)
 
     def sample(item: tuple[Unit, Block]) -> list[tuple[int, Tensor]]:
@@ -178,35 +187,46 @@ def _predict(
         return [(expert, x[t].abs().flatten().cpu()) for t, expert in enumerate(unit.changing, start=1)]
 
     samples: list[list[Tensor]] = [[] for _ in plan.experts]
-    units = [unit for unit in plan.units if unit.task_vectors]
     for found in map_in_order(sample, _evenly_spaced(units, step), threads):
         for expert, magnitudes in found:
             samples[expert].append(magnitudes)
     return {
-        expert: _Counter(*_range_around(rank / entries[expert], samples[expert]))
+        expert: _Counter(*_range_around(rank, entries[expert], samples[expert]))
         for expert, rank in enumerate(ranks)
         if rank > 0
     }
 
 
-def _range_around(quantile: float, samples: list[Tensor]) -> tuple[int, int]:
+def _range_around(rank: int, entries: int, samples: list[Tensor]) -> tuple[int, int]:
+    """The bits between which the magnitude of a rank is, as far as the samples tell."""
     if not samples:
         return 0, INFINITY
-    ordered = torch.cat(samples).sort().values
+    ordered = np.sort(torch.cat(samples).numpy())
     last = len(ordered) - 1
-    low, high = (ordered[min(max(0, round(share * last)), last)] for share in (quantile - MARGIN, quantile + MARGIN))
-    return int(low.view(torch.int32)), int(high.view(torch.int32)) + 1
+
+    def value(share: float) -> np.float32:
+        return ordered[min(max(0, round(share * last)), last)]
+
+    quantile = rank / entries
+    middle = value(quantile)
+    shares = [np.count_nonzero(block.numpy() <= middle) / len(block) for block in samples]
+    standard_error = float(np.std(shares)) * math.sqrt((1 - len(ordered) / entries) / len(shares))
+    margin = max(MARGIN, STANDARD_ERRORS * standard_error)
+    return int(value(quantile - margin).view(np.int32)), int(value(quantile + margin).view(np.int32)) + 1
 
 
 def _evenly_spaced(units: Sequence[Unit], step: int) -> Iterator[tuple[Unit, Block]]:
     """Small blocks that hold one in `step` of all entries."""
-    seen = due = 0
+    due = 0
     for unit in units:
-        for block in unit.layout.blocks(SAMPLE_BLOCK):
-            if seen >= due:
-                yield unit, block
-                due += step * len(block) * unit.layout.width
-            seen += len(block) * unit.layout.width
+        layout = unit.layout
+        count = SAMPLE_BLOCK // layout.width if layout.before == 1 else SAMPLE_RUN // layout.after
+        while due < unit.entries:
+            batch, start = divmod(due // layout.width, layout.neurons)
+            block = Block(batch, start, min(start + max(1, count), layout.neurons))
+            yield unit, block
+            due += step * len(block) * layout.width
+        due -= unit.entries
 
 
 def _count(
