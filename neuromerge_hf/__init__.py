@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from neuromerge_hf.config import NeuroMergingConfig
     from neuromerge_hf.errors import MergeError
     from neuromerge_hf.merging import merge, merge_recipe
-    from neuromerge_hf.plan import MergePlan, plan_merge
+    from neuromerge_hf.plan import MergePlan
+    from neuromerge_hf.planner import plan_merge
     from neuromerge_hf.report import MergeReport
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ _MODULES = {
     "NeuroMergingConfig": "config",
     "merge": "merging",
     "merge_recipe": "merging",
-    "plan_merge": "plan",
+    "plan_merge": "planner",
 }
 
 

@@ -12,10 +12,9 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
-from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, weight_files
+from neuromerge_hf.checkpoint import CHECKPOINT_FILES, HEAD_WEIGHTS, HEADS, find_weights, weight_files
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.heads import HEAD_WEIGHTS, HEADS
 from neuromerge_hf.location import Location, download, locate
 from neuromerge_hf.merging import directory_in_the_making, merge
 from neuromerge_hf.models import ModelId, find_models

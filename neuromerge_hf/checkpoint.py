@@ -19,6 +19,12 @@ CHECKPOINT_FILES = (
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT looks for, in its order."""
 
+HEADS = "heads"
+"""The folder of a merged model in which the experts' heads lie, one folder for each expert."""
+
+HEAD_WEIGHTS = "head.safetensors"
+"""The file of a head's tensors, by their names in the expert's task model."""
+
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",

@@ -9,14 +9,9 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from neuromerge_hf.checkpoint import HEAD_WEIGHTS
 from neuromerge_hf.skeleton import Skeleton, auto_model_class
 from neuromerge_hf.tensors import StoredTensor, read_whole
-
-HEADS = "heads"
-"""The folder of an output directory in which the heads lie, one folder for each expert."""
-
-HEAD_WEIGHTS = "head.safetensors"
-"""The file of a head's tensors, by their names in the expert's task model."""
 
 TASK_CLASSES = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,

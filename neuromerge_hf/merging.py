@@ -7,7 +7,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,14 +15,13 @@ from accelerate import PartialState
 from huggingface_hub.utils.tqdm import tqdm
 
 from neuromerge_hf.blocks import default_threads
-from neuromerge_hf.checkpoint import companion_files
+from neuromerge_hf.checkpoint import HEADS, companion_files
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.engine import merge_weights
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.heads import HEADS
-from neuromerge_hf.models import ModelId
-from neuromerge_hf.plan import MergePlan, check_disk, plan_merge
-from neuromerge_hf.recipe import Recipe, ingredient, load_recipe
+from neuromerge_hf.models import ModelId, find_models
+from neuromerge_hf.plan import MergePlan, check_disk
+from neuromerge_hf.recipe import Ingredients, Recipe, load_recipe
 from neuromerge_hf.report import MergeReport, make_report
 from neuromerge_hf.trim import Trimming, find_trimmings
 from neuromerge_hf.writer import CheckpointWriter, check_shard_size
@@ -68,19 +66,18 @@ def merge(
     check_output(target, overwrite)
     check_shard_size(max_shard_size)
     compute_device = find_device(device)
-    plan = plan_merge(
-        models, base_model=base_model, config=config, dtype=dtype, token=token, trust_remote_code=trust_remote_code
-    )
-    for location in (plan.base.location, *(expert.location for expert in plan.experts)):
+    found = base, experts, _ = find_models(models, base_model, token)
+    for location in (base, *experts):
         folder = location.folder.resolve()
         if target.resolve() in (folder, *folder.parents):
             raise MergeError(f"The output directory {target} holds the model {location}. Choose another one.")
-    started = time.perf_counter()
-    with directory_in_the_making(target, overwrite) as folder:
-        check_disk(plan, folder)
-        with ThreadPoolExecutor(1) as background:
-            base = background.submit(ingredient, plan.base.location, is_base=True)
-            experts = [background.submit(ingredient, expert.location) for expert in plan.experts]
+    with Ingredients(base, experts) as ingredients:
+        from neuromerge_hf.planner import plan_found  # loads transformers, which takes seconds
+
+        plan = plan_found(found, config or NeuroMergingConfig(), dtype, trust_remote_code)
+        started = time.perf_counter()
+        with directory_in_the_making(target, overwrite) as folder:
+            check_disk(plan, folder)
             trimmings, lambda_orthogonal = _write_weights(
                 plan, folder, max_shard_size, compute_device, threads or default_threads()
             )
@@ -88,8 +85,7 @@ def merge(
             for expert in plan.experts:
                 if expert.head:
                     expert.head.save(folder / HEADS / expert.name)
-            merged = tuple(expert.result() for expert in experts)
-            Recipe(base.result(), merged, plan.config, plan.dtype, max_shard_size).save(folder)
+            Recipe(ingredients.base, ingredients.models, plan.config, plan.dtype, max_shard_size).save(folder)
     return make_report(plan, trimmings, lambda_orthogonal, target, time.perf_counter() - started)
 
 

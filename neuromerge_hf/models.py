@@ -3,23 +3,23 @@
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
-
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, TypeAlias
 
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.location import Location, locate
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PretrainedConfig
 
 ModelId = str | os.PathLike[str]
 
+FoundModels: TypeAlias = "tuple[Location, list[Location], list[LoraConfig | None]]"
+"""Where the base and the experts are, and the configurations of those that are adapters."""
 
-def find_models(
-    models: Sequence[ModelId], base_model: ModelId | None, token: str | bool | None
-) -> "tuple[Location, list[Location], list[LoraConfig | None]]":
-    """Where the base and the experts are, and the configurations of those that are adapters.
+
+def find_models(models: Sequence[ModelId], base_model: ModelId | None, token: str | bool | None) -> FoundModels:
+    """Find the base and the experts.
 
     Raises:
         MergeError: if one is not found, or is an adapter that cannot be merged.
@@ -34,7 +34,7 @@ def find_models(
     return _find_base(base_model, locations, adapters, token), locations, adapters
 
 
-def load_config(location: Location, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(location: Location, trust_remote_code: bool = False) -> "PretrainedConfig":
     """A model's configuration.
 
     Raises:
@@ -44,6 +44,8 @@ def load_config(location: Location, trust_remote_code: bool = False) -> Pretrain
         if (location.folder / "adapter_config.json").is_file():
             raise MergeError(f"{location} is an adapter, not a base. Give the model that it was trained on.")
         raise MergeError(f"{location} is no model: there is neither a config.json nor an adapter_config.json in it.")
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,9 @@
 """The recipe that every merge writes, and that reproduces it byte for byte."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -127,14 +129,6 @@ def read_files(location: Location, *, is_base: bool = False) -> list[Path]:
     return [path for path in files if path.is_file()]
 
 
-def ingredient(location: Location, *, is_base: bool = False) -> Ingredient:
-    """A model as the recipe records it. Reads a local model's files whole, to hash them."""
-    if location.commit:
-        return Ingredient(location.id, revision=location.commit)
-    files = read_files(location, is_base=is_base)
-    return Ingredient(location.id, sha256={path.name: file_hash(path) for path in files})
-
-
 def fingerprint(base: Location, models: Sequence[Location], *settings: object) -> str:
     """A short name for a merge by its inputs, without reading them: commits, or sizes and times of local files."""
     identity: list[object] = [version("neuromerge-hf"), *(str(setting) for setting in settings)]
@@ -148,11 +142,47 @@ def fingerprint(base: Location, models: Sequence[Location], *settings: object) -
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 
-def file_hash(path: Path) -> str:
-    """The sha256 of a file."""
+def file_hash(path: Path, stopped: threading.Event | None = None) -> str:
+    """The sha256 of a file; of what was read of it until `stopped` was set."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        while (count := file.readinto(buffer)) and not (stopped and stopped.is_set()):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+class Ingredients:
+    """The models of a merge as its recipe records them. Local files are hashed in the background, until it is closed.
+
+    A hash takes a core about as long as reading the file. Started early, it runs while transformers is loaded.
+    """
+
+    def __init__(self, base: Location, models: Sequence[Location]):
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "hash")
+        self._base = self._pool.submit(self._ingredient, base, is_base=True)
+        self._models = [self._pool.submit(self._ingredient, model) for model in models]
+
+    def __enter__(self) -> "Ingredients":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    @property
+    def base(self) -> Ingredient:
+        """The base, when its files are hashed."""
+        return self._base.result()
+
+    @property
+    def models(self) -> tuple[Ingredient, ...]:
+        """The experts, when their files are hashed."""
+        return tuple(model.result() for model in self._models)
+
+    def _ingredient(self, location: Location, *, is_base: bool = False) -> Ingredient:
+        if location.commit:
+            return Ingredient(location.id, revision=location.commit)
+        files = read_files(location, is_base=is_base)
+        return Ingredient(location.id, sha256={path.name: file_hash(path, self._stopped) for path in files})

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe
-from neuromerge_hf.recipe import file_hash
+from neuromerge_hf.location import Location
+from neuromerge_hf.recipe import Ingredients, file_hash
 from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama
 
 
@@ -187,6 +188,13 @@ def test_a_recipe_with_a_value_out_of_range_is_refused(models, tmp_path):
     path.write_text(path.read_text().replace("density: 0.2", "density: 2"))
     with pytest.raises(MergeError, match=r"recipe\.yaml: density must be a number with 0 < density <= 1, not 2"):
         merge_recipe(path, tmp_path / "again")
+
+
+def test_a_merge_that_fails_does_not_wait_for_the_hashes(models, tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(10**12)  # hashing this hole would take ten minutes
+    with pytest.raises(MergeError), Ingredients(Location("base", models / "base"), [Location("big", tmp_path)]):
+        raise MergeError("something is wrong")
 
 
 def test_a_missing_recipe_is_refused(tmp_path):

@@ -1,0 +1,144 @@
+"""Finding and checking everything that a merge needs, before any weight is read."""
+
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from transformers import PretrainedConfig
+
+from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
+from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.layout import Layout
+from neuromerge_hf.location import Location
+from neuromerge_hf.models import FoundModels, ModelId, find_models, load_config, unique_names
+from neuromerge_hf.plan import MergePlan, Unit
+from neuromerge_hf.skeleton import Skeleton, model_class_of
+from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, without_tied_copies
+from neuromerge_hf.sources.full import check_architecture, open_full
+
+
+def plan_merge(
+    models: Sequence[ModelId],
+    *,
+    base_model: ModelId | None = None,
+    config: NeuroMergingConfig | None = None,
+    dtype: str | torch.dtype = "auto",
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> MergePlan:
+    """Find and check everything that a merge needs; see `neuromerge_hf.merge` for the arguments.
+
+    Raises:
+        MergeError: with all the problems that were found.
+    """
+    resolve_dtype(dtype)
+    return plan_found(find_models(models, base_model, token), config or NeuroMergingConfig(), dtype, trust_remote_code)
+
+
+def plan_found(
+    found: FoundModels, config: NeuroMergingConfig, dtype: str | torch.dtype, trust_remote_code: bool
+) -> MergePlan:
+    """`plan_merge` for models whose folders are known.
+
+    Raises:
+        MergeError: with all the problems that were found.
+    """
+    target = resolve_dtype(dtype)
+    problems = Problems()
+
+    base_location, locations, adapters = found
+    base_config = load_config(base_location, trust_remote_code)
+    base_class = model_class_of(base_config, base_location.folder, trust_remote_code)
+    skeleton = Skeleton(base_class, base_config)
+    expert_configs: list[PretrainedConfig | None] = []
+    for location, adapter in zip(locations, adapters, strict=True):
+        expert_configs.append(None if adapter else problems.attempt(partial(load_config, location, trust_remote_code)))
+        if expert_configs[-1]:
+            problems.add(check_architecture(location, expert_configs[-1], skeleton, base_location, trust_remote_code))
+    problems.report()
+
+    for location in (base_location, *locations):
+        location.fetch_weights()
+    base = open_base(base_location, base_config, skeleton)
+    names = unique_names(locations)
+    openers: list[Callable[[], Expert]] = []
+    for name, location, adapter, expert_config in zip(names, locations, adapters, expert_configs, strict=True):
+        if adapter is not None:
+            from neuromerge_hf.sources.lora import open_lora  # imports PEFT, which only adapters need
+
+            openers.append(partial(open_lora, name, location, adapter, base))
+        elif expert_config is not None:
+            openers.append(partial(open_full, name, location, expert_config, base, trust_remote_code))
+    experts = problems.collect(openers)
+    units = _units(base, experts, config, target)
+    plan = MergePlan(
+        config, base, tuple(experts), units, "auto" if target is None else str(target).removeprefix("torch.")
+    )
+    if not plan.merged:
+        raise MergeError("No expert changes any parameter of the base that is not excluded. There is nothing to merge.")
+    return plan
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype of the output; None for "auto", each tensor's own dtype in the base."""
+    if dtype == "auto":
+        return None
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise MergeError(f'dtype must be "auto", "float32", "float16" or "bfloat16", not {dtype!r}.')
+    return resolved
+
+
+def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) -> Base:
+    """Open the base's weights, from their headers alone."""
+    main = find_weights(location.folder, CHECKPOINT_FILES)
+    if main is None:
+        raise MergeError(f"The base {location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")
+    tensors = open_weights(main)
+    places = skeleton.places(tensors)
+    tensors = without_tied_copies(tensors, places)
+    known = {name: (place, tensors[name].shape) for name, place in places.items() if place and name in tensors}
+    if not known:
+        raise MergeError(
+            f"{main} holds no parameter of the class {skeleton.model_class.__name__}. Check its config.json."
+        )
+    check_complete(location, skeleton, places, main)
+    return Base(location, config, skeleton, tensors, places, skeleton.stored_layouts(known))
+
+
+def _units(
+    base: Base, experts: Sequence[Expert], config: NeuroMergingConfig, dtype: torch.dtype | None
+) -> tuple[Unit, ...]:
+    units = []
+    unused = set(config.exclude)
+    for name, tensor in sorted(base.tensors.items()):
+        place = base.places[name]
+        parameter = place.parameter if place else name
+        excluding = {
+            pattern for pattern in config.exclude if fnmatchcase(parameter, pattern) or fnmatchcase(name, pattern)
+        }
+        unused -= excluding
+        vectors = [expert.task_vectors.get(place) for expert in experts] if place else []
+        merged = is_mergeable(tensor) and not excluding and any(vectors)
+        layout = base.layouts.get(name)
+        units.append(
+            Unit(
+                tensor=tensor,
+                parameter=parameter,
+                layout=(layout or Layout.of(tensor.shape, None))
+                if merged
+                else Layout(1, 1, math.prod(tensor.shape), 1),
+                is_neuronal=merged and layout is not None,
+                task_vectors=tuple(vectors) if merged else (),
+                dtype=dtype if dtype and is_mergeable(tensor) else tensor.dtype,
+            )
+        )
+    if unused:
+        raise MergeError(
+            f"exclude={sorted(unused)} matches no parameter of {base.location}. "
+            f"Its parameters have names such as {units[0].parameter}."
+        )
+    return tuple(units)
