@@ -78,9 +78,15 @@ def merge(
         started = time.perf_counter()
         with directory_in_the_making(target, overwrite) as folder:
             check_disk(plan, folder)
+            prepared = folder / "prepared"
+            prepared.mkdir()
+            for expert in plan.experts:
+                if expert.preparation:
+                    expert.preparation.run(prepared)
             trimmings, lambda_orthogonal = _write_weights(
                 plan, folder, max_shard_size, compute_device, threads or default_threads()
             )
+            shutil.rmtree(prepared)
             _write_companions(plan, folder, trust_remote_code)
             for expert in plan.experts:
                 if expert.head:

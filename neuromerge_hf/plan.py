@@ -112,6 +112,7 @@ def check_disk(plan: MergePlan, folder: Path) -> None:
     """Raise a `MergeError` if the output does not fit on the disk of `folder`, which exists."""
     free = shutil.disk_usage(folder).free
     needed = plan.bytes_written + sum(expert.head.nbytes for expert in plan.experts if expert.head)
+    needed += sum(expert.preparation.nbytes for expert in plan.experts if expert.preparation)
     if free < needed:
         raise MergeError(
             f"No space on the disk: the merged model needs {readable_size(needed)}, but only {readable_size(free)} are "

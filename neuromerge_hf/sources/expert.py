@@ -13,6 +13,7 @@ from neuromerge_hf.heads import Head
 from neuromerge_hf.layout import Block, Layout
 from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.sources.prepared import Preparation
 from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import MERGEABLE, StoredTensor, read_rows
 
@@ -64,6 +65,7 @@ class Expert:
         task_vectors: its changes of the base, by place.
         head: the parameters that it has and the base does not.
         ignored: tensors of its files that its own model class does not know.
+        preparation: what has to be computed before its task vectors can be read.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Expert:
     task_vectors: dict[Place, TaskVector]
     head: Head | None = None
     ignored: list[str] = field(default_factory=list)
+    preparation: Preparation | None = None
 
 
 def check_complete(location: Location, skeleton: Skeleton, places: Mapping[str, Place | None], main: Path) -> None:
