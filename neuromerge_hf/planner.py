@@ -10,13 +10,13 @@ from transformers import PretrainedConfig
 
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
 from neuromerge_hf.config import NeuroMergingConfig
-from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.errors import MergeError, Problems, abridged
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location
 from neuromerge_hf.models import FoundModels, ModelId, find_models, load_config, unique_names
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.skeleton import Skeleton, model_class_of
-from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, without_tied_copies
+from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, stored_form, without_tied_copies
 from neuromerge_hf.sources.full import check_architecture, open_full
 
 
@@ -100,19 +100,20 @@ def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) 
     tensors = open_weights(main)
     places = skeleton.places(tensors)
     tensors = without_tied_copies(tensors, places)
-    known = {name: (place, tensors[name].shape) for name, place in places.items() if place and name in tensors}
+    known = stored_form(tensors, places)
     if not known:
         raise MergeError(
             f"{main} holds no parameter of the class {skeleton.model_class.__name__}. Check its config.json."
         )
-    check_complete(location, skeleton, places, main)
-    return Base(location, config, skeleton, tensors, places, skeleton.stored_layouts(known))
+    check_complete(location, skeleton, tensors, places, main)
+    return Base(location, config, skeleton, tensors, places, *skeleton.stored_layouts(known))
 
 
 def _units(
     base: Base, experts: Sequence[Expert], config: NeuroMergingConfig, dtype: torch.dtype | None
 ) -> tuple[Unit, ...]:
     units = []
+    problems = []
     unused = set(config.exclude)
     for name, tensor in sorted(base.tensors.items()):
         place = base.places[name]
@@ -124,6 +125,8 @@ def _units(
         vectors = [expert.task_vectors.get(place) for expert in experts] if place else []
         merged = is_mergeable(tensor) and not excluding and any(vectors)
         layout = base.layouts.get(name)
+        if merged and name in base.unknown:
+            problems.append(f"{name} of {base.location} cannot be merged: {base.unknown[name]}")
         units.append(
             Unit(
                 tensor=tensor,
@@ -136,6 +139,8 @@ def _units(
                 dtype=dtype if dtype and is_mergeable(tensor) else tensor.dtype,
             )
         )
+    if problems:
+        raise MergeError(abridged(problems))
     if unused:
         raise MergeError(
             f"exclude={sorted(unused)} matches no parameter of {base.location}. "

@@ -233,7 +233,8 @@ def test_experts_stored_one_by_one_have_rows_as_neurons() -> None:
     }
     places = skeleton.places(shapes)
     assert {place.parameter.rpartition(".")[2] for place in places.values()} == {"gate_up_proj", "down_proj"}
-    layouts = skeleton.stored_layouts({name: (places[name], shape) for name, shape in shapes.items()})
+    layouts, unknown = skeleton.stored_layouts({name: (places[name], shape) for name, shape in shapes.items()})
+    assert not unknown
     assert layouts == {name: Layout.of(shape, 0) for name, shape in shapes.items()}
 
 

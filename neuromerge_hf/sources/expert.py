@@ -1,6 +1,6 @@
 """What every kind of expert is opened to, and the base that it is compared with."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.heads import Head
 from neuromerge_hf.layout import Block, Layout
 from neuromerge_hf.location import Location
-from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.skeleton import Place, Skeleton, StoredForm
 from neuromerge_hf.sources.prepared import Preparation
 from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import MERGEABLE, StoredTensor, read_rows
@@ -28,6 +28,7 @@ class Base:
         tensors: its stored tensors by their name in the checkpoint, each tied parameter once.
         places: what each is in the model; None for tensors that the model class does not know.
         layouts: how its entries form neurons; None for those that are not neuronal.
+        unknown: for those whose neurons are not known, why. They cannot be merged.
     """
 
     location: Location
@@ -36,6 +37,7 @@ class Base:
     tensors: dict[str, StoredTensor]
     places: dict[str, Place | None]
     layouts: dict[str, Layout | None]
+    unknown: dict[str, str] = field(default_factory=dict)
 
     def at(self, place: Place | None) -> tuple[StoredTensor, Layout] | None:
         """The stored tensor at a place, with its layout (one row if it is not neuronal)."""
@@ -44,6 +46,14 @@ class Base:
             return None
         tensor = self.tensors[name]
         return tensor, self.layouts[name] or Layout.of(tensor.shape, None)
+
+    def holding(self, parameters: Collection[str]) -> StoredForm:
+        """Place and shape of the stored tensors that hold one of these parameters, or a piece of it."""
+        return {
+            name: (place, self.tensors[name].shape)
+            for place, name in self._names.items()
+            if not set(parameters).isdisjoint(place.parameters)
+        }
 
     def is_tied(self, place: Place) -> bool:
         """Whether several of the model's parameters share this one."""
@@ -78,14 +88,33 @@ class Expert:
     preparation: Preparation | None = None
 
 
-def check_complete(location: Location, skeleton: Skeleton, places: Mapping[str, Place | None], main: Path) -> None:
-    """Raise a `MergeError` if a checkpoint lacks a parameter of its own model class."""
+def check_complete(
+    location: Location,
+    skeleton: Skeleton,
+    tensors: Mapping[str, StoredTensor],
+    places: Mapping[str, Place | None],
+    main: Path,
+) -> None:
+    """Raise a `MergeError` if a checkpoint lacks a parameter of its own model class, or a piece of one."""
     parameter = missing_parameter(skeleton, places)
     if parameter:
         raise MergeError(
             f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
             f"it is not in {main}. Save or download the model again."
         )
+    parameter = skeleton.misfit(stored_form(tensors, places))
+    if parameter:
+        raise MergeError(
+            f"The tensors of {main} that make up the parameter {parameter} do not fit its shape "
+            f"{skeleton.shapes[parameter]}: some are missing, or of another model. Save or download {location} again."
+        )
+
+
+def stored_form(tensors: Mapping[str, StoredTensor], places: Mapping[str, Place | None]) -> StoredForm:
+    """Place and shape of the tensors that the model knows."""
+    return {
+        name: (place, tensors[name].shape) for name, place in places.items() if place is not None and name in tensors
+    }
 
 
 def missing_parameter(skeleton: Skeleton, places: Mapping[str, Place | None]) -> str | None:

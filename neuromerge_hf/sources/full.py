@@ -7,6 +7,7 @@ from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.heads import Head
 from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton, model_class_of
+from neuromerge_hf.sources.converted import to_base_form
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, mismatch, without_tied_copies
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.tensors import StoredTensor
@@ -76,14 +77,15 @@ def open_full(
     tensors = open_weights(main)
     own_places = skeleton.places(tensors)
     tensors = without_tied_copies(tensors, own_places)
-    check_complete(location, skeleton, own_places, main)
-    base_places = base.skeleton.places(tensors)
+    check_complete(location, skeleton, tensors, own_places, main)
+    tensors, base_places, preparation = to_base_form(tensors, base.skeleton.places(tensors), base, main)
 
     task_vectors: dict[Place, TaskVector] = {}
     head: dict[str, StoredTensor] = {}
     ignored, problems = [], []
     for key, tensor in tensors.items():
-        place, own = base_places[key], own_places[key]
+        place = base_places[key]
+        own = own_places.get(key, place)
         found = base.at(place)
         if own is None:
             ignored.append(key)
@@ -105,5 +107,12 @@ def open_full(
     if problems:
         raise MergeError(abridged(problems))
     return Expert(
-        name, location, "full", model_class.__name__, task_vectors, Head(config, head) if head else None, ignored
+        name,
+        location,
+        "full",
+        model_class.__name__,
+        task_vectors,
+        Head(config, head) if head else None,
+        ignored,
+        preparation,
     )

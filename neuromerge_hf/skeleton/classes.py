@@ -1,0 +1,36 @@
+"""Which class a configuration is of."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+
+def model_class_of(
+    config: PretrainedConfig,
+    folder: Path,
+    trust_remote_code: bool = False,
+    default: type[PreTrainedModel] | None = None,
+) -> type[PreTrainedModel]:
+    """The class that a configuration's `architectures` names.
+
+    Args:
+        folder: where the model's own code is, run only with `trust_remote_code`.
+        default: the class where none is named or known; the plain backbone if this is None too.
+    """
+    architecture = (config.architectures or [""])[0]
+    remote = {reference.rpartition(".")[2]: reference for reference in getattr(config, "auto_map", {}).values()}
+    if architecture in remote and trust_remote_code:
+        return get_class_from_dynamic_module(remote[architecture], folder)
+    named = getattr(transformers, architecture, None)
+    return named or default or auto_model_class(transformers.AutoModel, config)
+
+
+def auto_model_class(auto_class: type[_BaseAutoModelClass], config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The model class that an Auto class chooses for a configuration."""
+    mapping: Any = auto_class._model_mapping
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found

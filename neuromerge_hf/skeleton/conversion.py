@@ -1,0 +1,214 @@
+"""How checkpoints store the parameters of a model: under which names and in which form, both ways.
+
+Names in a checkpoint file differ from those in memory (prefixes, old names), and so do forms (experts stored one by
+one, query, key and value in one tensor). This module is the only one that touches transformers' conversion of
+checkpoints, which is half private.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from neuromerge_hf.errors import MergeError
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a checkpoint's tensor is in the model.
+
+    Attributes:
+        parameter: the name of the parameter in memory, the first one for tied parameters.
+        piece: where the checkpoint stores the parameter in a converted form (fused experts one by one, say), the
+            tensor's own name after prefixes and renamings; None where the tensor is the parameter.
+        also: further parameters that are parts of the same stored tensor (fused query, key and value, say).
+        pattern: transformers' name for this kind of piece.
+    """
+
+    parameter: str
+    piece: str | None = None
+    also: tuple[str, ...] = ()
+    pattern: str | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """All parameters that the tensor holds or is a piece of."""
+        return (self.parameter, *self.also)
+
+
+StoredForm: TypeAlias = Mapping[str, tuple[Place, Shape]]
+"""Place and shape of stored tensors, by their name in the checkpoint."""
+
+
+class Conversions:
+    """What transformers does to a checkpoint's tensors when it loads a model, and undoes when it saves it.
+
+    Args:
+        model: on the meta device.
+        shapes: of its parameters and buffers, by their names in memory.
+        ties: names of tied parameters, with the name of the parameter that they share.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape], ties: Mapping[str, str]):
+        self._config = model.config
+        self._prefix = model.base_model_prefix
+        self._shapes = dict(shapes)
+        self._ties = ties
+        self._mapping = get_model_conversion_mapping(model)
+
+    def places(self, names: Iterable[str]) -> dict[str, Place | None]:
+        """What each tensor name of a checkpoint or an adapter is in the model; None for what the model lacks."""
+        mapping = copy.deepcopy(self._mapping)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        # transformers renames in this order, and some of its renamings remember what they have seen.
+        return {name: self._place(name, renamings, converters) for name in sorted(names, key=dot_natural_key)}
+
+    def _place(self, name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> Place | None:
+        parameter, pattern = rename_source_key(name, renamings, converters, self._prefix, self._shapes)
+        if parameter not in self._shapes and name in self._shapes:
+            parameter, pattern = rename_source_key(name, [], [], self._prefix, self._shapes)
+        if parameter not in self._shapes:
+            return None
+        parameter = self._ties.get(parameter, parameter)
+        if pattern is None:
+            return Place(parameter)
+        piece, _ = rename_source_key(name, renamings, [])
+        first, *others = self._converters(pattern)[0].target_patterns
+        also = tuple(parameter.replace(first, other) for other in others)
+        return Place(parameter, piece.removeprefix(f"{self._prefix}."), also, pattern)
+
+    def to_parameters(
+        self,
+        tensors: Mapping[str, Tensor],
+        places: Mapping[str, Place],
+        shapes: Mapping[str, Shape] | None = None,
+    ) -> dict[str, Tensor]:
+        """The parameters that a checkpoint's tensors make, by their names in memory. No value is computed, only moved.
+
+        Args:
+            tensors: by their names in the checkpoint; all pieces of each parameter, on any device, also meta.
+            places: of each of them.
+            shapes: of the parameters, if not the model's own.
+
+        Raises:
+            MergeError: if transformers cannot put the pieces together.
+        """
+        parameters = {}
+        converters: dict[str, WeightConverter] = {}
+        for name in sorted(tensors, key=dot_natural_key):
+            place = places[name]
+            if place.pattern is None:
+                parameters[place.parameter] = tensors[name]
+                continue
+            if place.parameter not in converters:
+                converters[place.parameter] = copy.deepcopy(self._converters(place.pattern)[0])
+            _collect(converters[place.parameter], place.pattern, tensors[name])
+        for parameter, converter in converters.items():
+            parameters |= self._convert(converter, parameter, shapes or self._shapes)
+        return parameters
+
+    def to_stored(self, parameters: Mapping[str, Tensor], form: StoredForm) -> dict[str, Tensor]:
+        """Parameters in the form in which a checkpoint stores them: `to_parameters` undone.
+
+        Args:
+            parameters: by their names in memory, all those that the tensors of `form` hold; on any device, also meta.
+            form: place and shape of the checkpoint's tensors that are wanted; all pieces of each parameter.
+
+        Returns:
+            The tensors by their names in the checkpoint. They may share memory with `parameters`.
+
+        Raises:
+            MergeError: if transformers cannot convert back, or not exactly.
+        """
+        stored = {name: parameters[place.parameter] for name, (place, _) in form.items() if place.pattern is None}
+        groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+        for name, (place, _) in form.items():
+            if place.piece is not None:
+                groups[place.parameters][place.piece] = name
+        for group, names in groups.items():
+            stored |= self._reverted({name: parameters[name] for name in group}, names, form)
+        return stored
+
+    def _reverted(self, parameters: dict[str, Tensor], names: dict[str, str], form: StoredForm) -> dict[str, Tensor]:
+        """One group of pieces; `names` are the names in the checkpoint by piece."""
+        places = {name: form[name][0] for name in names.values()}
+        pattern = next(iter(places.values())).pattern
+        assert pattern is not None
+        shapes = {piece: form[name][1] for piece, name in names.items()}
+        shapes |= {f"{self._prefix}.{piece}": shape for piece, shape in shapes.items()}
+        first, *_ = parameters
+        reverse, renamed = self._reverse(pattern, list(parameters))
+        for parameter, tensor in parameters.items():
+            _collect(reverse, reverse.rename_source_key(parameter)[1], tensor)
+        converted = self._convert(reverse, renamed, shapes)
+        pieces = {key.removeprefix(f"{self._prefix}."): tensor for key, tensor in converted.items()}
+        if {key: tuple(tensor.shape) for key, tensor in pieces.items()} != {key: shapes[key] for key in names}:
+            raise MergeError(_cannot(first, "it makes other tensors of it"))
+        stored = {names[piece]: tensor for piece, tensor in pieces.items()}
+        again = self.to_parameters(stored, places)
+        if not all(_same_bits(again[name], tensor) for name, tensor in parameters.items()):
+            raise MergeError(_cannot(first, "its conversion and its reverse disagree"))
+        return stored
+
+    def _reverse(self, pattern: str, parameters: list[str]) -> tuple[WeightConverter, str]:
+        """The reverse of the conversion with this pattern, and its name for the first of its results."""
+        for converter in self._converters(pattern):
+            try:
+                reverse: Any = converter.reverse_transform()
+            except Exception as error:  # NotImplementedError, and whatever else: the operations document none
+                raise MergeError(_cannot(parameters[0], repr(error))) from error
+            renamed = [reverse.rename_source_key(parameter) for parameter in parameters]
+            if all(source is not None for _, source in renamed):
+                return reverse, renamed[0][0]
+        raise MergeError(_cannot(parameters[0], "it has no reverse"))
+
+    def _converters(self, pattern: str) -> list[WeightConverter]:
+        return [
+            entry for entry in self._mapping if isinstance(entry, WeightConverter) and pattern in entry.source_patterns
+        ]
+
+    def _convert(self, converter: WeightConverter, name: str, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        model: Any = _Shapes(shapes)
+        try:
+            converted = converter.convert(name, model=model, config=self._config)
+        except Exception as error:  # the operations document no exceptions
+            raise MergeError(_cannot(name, repr(error))) from error
+        return {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in converted.items()}
+
+
+class _Shapes:
+    """Stands for a model where a conversion asks for nothing but the shape that its result should have."""
+
+    def __init__(self, shapes: Mapping[str, Shape]):
+        self._shapes = shapes
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], device="meta")
+
+
+def _collect(converter: WeightConverter, pattern: str | None, tensor: Tensor) -> None:
+    collected: Any = converter.collected_tensors  # annotated as futures, which it holds while a model is loaded
+    collected[pattern].append(tensor)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta:
+        return a.shape == b.shape and a.dtype == b.dtype
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _cannot(name: str, why: str) -> str:
+    return (
+        f"transformers cannot convert {name} between the forms in which checkpoints store it: {why}. "
+        "Load the expert with transformers (from_pretrained) and save it again (save_pretrained), and merge that."
+    )
