@@ -19,11 +19,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 import reference
-from neuromerge_hf import MergeReport
+from neuromerge_hf import MergeReport, NeuroMergingConfig
 from reference import Neurons
 from tiny_models import disturb, seeded
 
 EPSILON = torch.finfo(torch.float32).eps
+
+GIVES_BACK = NeuroMergingConfig(density=1, lambda_parallel=1, lambda_orthogonal=1)
+"""Settings with which one expert is given back unchanged."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,8 @@ FAMILIES = {
 class Relatives:
     """A family's base and experts in a folder, made when they are asked for. Experts are numbered from 0."""
 
-    def __init__(self, name: str, folder: Path):
-        self.family = FAMILIES[name]
+    def __init__(self, name: str, folder: Path, families: Mapping[str, Family] = FAMILIES):
+        self.family = families[name]
         self.folder = folder
 
     @property
@@ -231,6 +234,12 @@ class Relatives:
         if (expert / "adapter_config.json").exists():
             return PeftModel.from_pretrained(self.untrained(number), expert).eval()
         return load(self.expert_class, expert)
+
+    def load_cleanly(self, folder: Path) -> PreTrainedModel:
+        """A merged model as the base's class, which finds just what it needs."""
+        model, info = self.family.base_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not any(info.values()), info
+        return model
 
     def base_state(self, folder: Path | None = None) -> dict[str, Tensor]:
         """The parameters and buffers of the base, or of a merged model."""

@@ -17,13 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from families import FAMILIES, Relatives, assert_merged_as_reference, assert_same_bits, state
+from families import FAMILIES, GIVES_BACK, Relatives, assert_merged_as_reference, assert_same_bits, state
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge
 from neuromerge_hf.heads import task_class
 from tiny_models import contents, load, load_adapted
-
-GIVES_BACK = NeuroMergingConfig(density=1, lambda_parallel=1, lambda_orthogonal=1)
-"""Settings with which one expert is given back unchanged."""
 
 KINDS = ("full", "lora")
 CPU = {"device": "cpu", "threads": 1}
@@ -62,19 +59,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# One expert
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_one_untrimmed_expert_is_given_back(name: str, kind: str, relatives_of, tmp_path: Path) -> None:
-    relatives = relatives_of(name)
-    expert = relatives.expert(kind, 1)
-    merge([expert], tmp_path / "merged", base_model=relatives.base, config=GIVES_BACK, **CPU)
-    want = relatives.output(relatives.trained(expert, 1))
-    assert (want - relatives.output(relatives.untrained(1))).abs().max() > 1e-3
-    merged = load_merged(relatives, tmp_path / "merged", expert, 1)
-    torch.testing.assert_close(relatives.output(merged), want, rtol=1e-5, atol=1e-5)
+# Variants of LoRA. That one untrimmed expert is given back: test_families.py
 
 
 VARIANTS = {
@@ -457,58 +442,6 @@ def test_excluded_parameters_are_copied_and_do_not_count(relatives_of, tmp_path:
     merged = relatives.base_state(tmp_path / "merged")
     neurons = relatives.family.neurons_of(base)
     assert_merged_as_reference(merged, report, base, states, neurons, exact_task_vectors=False)
-
-
-# Names
-
-
-def rename_stored(folder: Path, target: Path, old: str, new: str) -> Path:
-    """A copy of a model whose tensors have other names in its file."""
-    shutil.copytree(folder, target)
-    tensors = load_file(folder / "model.safetensors")
-    renamed = {re.sub(old, new, key): tensor for key, tensor in tensors.items()}
-    assert renamed.keys() != tensors.keys()
-    assert len(renamed) == len(tensors)
-    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def assert_same_merge(relatives: Relatives, base: Path, experts: list[Path], folder: Path) -> dict[str, Tensor]:
-    """Other names in the files change nothing; returns the merged tensors by their names in the file."""
-    usual = [relatives.expert("full" if "full" in expert.name else "lora", i) for i, expert in enumerate(experts)]
-    merge(usual, folder / "usual", base_model=relatives.base, **CPU)
-    merge(experts, folder / "merged", base_model=base, **CPU)
-    load_cleanly(relatives.family.base_class, folder / "merged")
-    want, got = (relatives.base_state(folder / name) for name in ("usual", "merged"))
-    assert got.keys() == want.keys()
-    for key in want:
-        assert_same_bits(got[key], want[key], key)
-    merged = load_file(folder / "merged" / "model.safetensors")
-    assert merged.keys() == load_file(base / "model.safetensors").keys()
-    return merged
-
-
-def test_a_base_with_old_names_of_layer_norms_keeps_them(relatives_of, tmp_path: Path) -> None:
-    relatives = relatives_of("bert")
-    base = rename_stored(relatives.base, tmp_path / "base", r"LayerNorm\.weight", "LayerNorm.gamma")
-    base = rename_stored(base, tmp_path / "older", r"LayerNorm\.bias", "LayerNorm.beta")
-    merged = assert_same_merge(relatives, base, [relatives.full(0), relatives.adapter(1)], tmp_path)
-    assert "encoder.layer.1.output.LayerNorm.gamma" in merged
-
-
-def test_an_expert_with_old_names_of_layer_norms_merges(relatives_of, tmp_path: Path) -> None:
-    relatives = relatives_of("bert")
-    expert = rename_stored(relatives.full(0), tmp_path / "full-0", r"LayerNorm\.weight", "LayerNorm.gamma")
-    assert_same_merge(relatives, relatives.base, [expert, relatives.full(1)], tmp_path)
-
-
-@pytest.mark.parametrize("prefixed", ["base", "experts"])
-def test_a_prefix_that_only_one_side_has_changes_nothing(prefixed: str, relatives_of, tmp_path: Path) -> None:
-    relatives = relatives_of("gpt2")  # as GPT-2 itself is stored: h.0.attn, not transformer.h.0.attn
-    folders = [relatives.base, relatives.full(0), relatives.full(1)]
-    bare = [rename_stored(folder, tmp_path / folder.name, r"^transformer\.", "") for folder in folders]
-    base, *experts = [folders[0], *bare[1:]] if prefixed == "base" else [bare[0], *folders[1:]]
-    assert_same_merge(relatives, base, experts, tmp_path)
 
 
 def test_backbones_merge_into_a_base_with_a_head(relatives_of, tmp_path: Path) -> None:

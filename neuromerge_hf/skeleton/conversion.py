@@ -153,11 +153,11 @@ class Conversions:
         converted = self._convert(reverse, renamed, shapes)
         pieces = {key.removeprefix(f"{self._prefix}."): tensor for key, tensor in converted.items()}
         if {key: tuple(tensor.shape) for key, tensor in pieces.items()} != {key: shapes[key] for key in names}:
-            raise MergeError(_cannot(first, "it makes other tensors of it"))
+            raise MergeError(_cannot(first, "its reverse makes other tensors"))
         stored = {names[piece]: tensor for piece, tensor in pieces.items()}
         again = self.to_parameters(stored, places)
         if not all(_same_bits(again[name], tensor) for name, tensor in parameters.items()):
-            raise MergeError(_cannot(first, "its conversion and its reverse disagree"))
+            raise MergeError(_cannot(first, "its reverse makes other values"))
         return stored
 
     def _reverse(self, pattern: str, parameters: list[str]) -> tuple[WeightConverter, str]:
@@ -209,6 +209,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _cannot(name: str, why: str) -> str:
     return (
-        f"transformers cannot convert {name} between the forms in which checkpoints store it: {why}. "
-        "Load the expert with transformers (from_pretrained) and save it again (save_pretrained), and merge that."
+        f"transformers cannot convert {name} between the forms in which checkpoints store it: {why}. Load the base and "
+        "the expert with transformers (from_pretrained), save both again (save_pretrained), and merge those."
     )

@@ -73,11 +73,18 @@ class Skeleton:
 
     def misfit(self, stored: StoredForm) -> str | None:
         """The first parameter that the stored pieces of a checkpoint do not make up: some are missing, say."""
-        pieces = {name: entry for name, entry in stored.items() if entry[0].piece is not None}
-        places = {name: place for name, (place, _) in pieces.items()}
-        tensors = {name: torch.empty(shape, device="meta") for name, (_, shape) in pieces.items()}
-        made = self.to_parameters(tensors, places)
-        return next((name for name, tensor in made.items() if tuple(tensor.shape) != self.shapes[name]), None)
+        for (parameter, converted), group in _grouped(stored).items():
+            if not converted:
+                continue
+            places = {name: place for name, (place, _) in group.items()}
+            tensors = {name: torch.empty(shape, device="meta") for name, (_, shape) in group.items()}
+            try:
+                made = self.to_parameters(tensors, places)
+            except MergeError:
+                return parameter
+            if any(tuple(tensor.shape) != self.shapes[name] for name, tensor in made.items()):
+                return parameter
+        return None
 
     def to_parameters(self, tensors: Mapping[str, Tensor], places: Mapping[str, Place]) -> dict[str, Tensor]:
         """The parameters that a checkpoint's tensors make; see `Conversions.to_parameters`."""
@@ -107,12 +114,9 @@ class Skeleton:
         Returns:
             The layouts by name, and for those whose neurons cannot be found, why. These have none either.
         """
-        groups: dict[tuple[str, bool], dict[str, tuple[Place, Shape]]] = defaultdict(dict)
-        for name, (place, shape) in stored.items():
-            groups[place.parameter, place.piece is not None][name] = place, shape
         layouts: dict[str, Layout | None] = {}
         unknown: dict[str, str] = {}
-        for (parameter, converted), group in groups.items():
+        for (parameter, converted), group in _grouped(stored).items():
             try:
                 axis = self._piece_axis(parameter, group) if converted else self.neuron_axis(parameter)
             except MergeError as error:
@@ -146,6 +150,14 @@ class Skeleton:
             f"{parameter} is stored in a form in which its neurons cannot be found (as {next(iter(pieces))}). "
             "Exclude it (exclude=), so that it is the base's."
         )
+
+
+def _grouped(stored: StoredForm) -> dict[tuple[str, bool], StoredForm]:
+    """Stored tensors by their parameter, and whether they are pieces of it."""
+    groups: dict[tuple[str, bool], dict[str, tuple[Place, Shape]]] = defaultdict(dict)
+    for name, (place, shape) in stored.items():
+        groups[place.parameter, place.piece is not None][name] = place, shape
+    return dict(groups)
 
 
 def _doubled(shape: Shape, axis: int) -> Shape:

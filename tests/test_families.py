@@ -1,0 +1,68 @@
+"""The invariant that settles whether a family can be merged, as a full checkpoint and as an adapter.
+
+One untrimmed expert is given back: the merged model answers as the expert's own does, a full checkpoint loaded by
+transformers, an adapter by PEFT and not merged. Then a checkpoint and an adapter are merged as the slow direct form
+does (the other families: test_merge_families.py). What is merged is always loaded by plain transformers, which must
+miss nothing and find nothing that it does not know.
+"""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from all_families import ALL_FAMILIES, MORE_FAMILIES
+from families import GIVES_BACK, Relatives, assert_merged_as_reference, state
+from neuromerge_hf import merge
+
+KINDS = ("full", "lora")
+
+
+@pytest.fixture(scope="module")
+def relatives_of(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Relatives] = {}
+
+    def relatives_of(name: str) -> Relatives:
+        return made.setdefault(name, Relatives(name, tmp_path_factory.mktemp(name), ALL_FAMILIES))
+
+    return relatives_of
+
+
+def largest_error(relatives: Relatives, kind: str, folder: Path) -> float:
+    """How far the merge of one untrimmed expert is from the expert in what it answers."""
+    expert = relatives.expert(kind, 1)
+    merge([expert], folder, base_model=relatives.base, config=GIVES_BACK, device="cpu", threads=1)
+    want = relatives.output(relatives.trained(expert, 1))
+    assert (want - relatives.output(relatives.untrained(1))).abs().max() > 1e-3
+    relatives.load_cleanly(folder)
+    model = relatives.untrained(1, folder)
+    head = folder / "heads" / expert.name / "head.safetensors"
+    if head.exists():
+        assert not model.load_state_dict(load_file(head), strict=False).unexpected_keys
+    return float((relatives.output(model.eval()) - want).abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_one_untrimmed_expert_is_given_back(
+    name: str, kind: str, relatives_of, tmp_path: Path, record_property
+) -> None:
+    error = largest_error(relatives_of(name), kind, tmp_path / "merged")
+    record_property("largest_error", error)
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("name", MORE_FAMILIES)
+def test_a_checkpoint_and_an_adapter_are_merged_as_the_reference_does(name: str, relatives_of, tmp_path: Path) -> None:
+    relatives = relatives_of(name)
+    experts = [relatives.full(0), relatives.adapter(1)]
+    report = merge(experts, tmp_path / "merged", base_model=relatives.base, device="cpu", threads=1)
+    base = relatives.base_state()
+    assert_merged_as_reference(
+        state(relatives.load_cleanly(tmp_path / "merged")),
+        report,
+        base,
+        relatives.experts_state(experts),
+        relatives.family.neurons_of(base),
+        exact_task_vectors=False,
+    )

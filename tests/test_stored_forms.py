@@ -1,0 +1,260 @@
+"""Base and expert need not store their weights in the same way: other names, other forms, other files, one merge.
+
+Each case stores a model in another way, by hand. Whichever way base and experts are stored in, they merge into the same
+model, and it is stored as the base is.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from all_families import ALL_FAMILIES, ENCODER, SMALL, VISION_TOWER
+from families import DECODER, GIVES_BACK, TOKENS, Family, Relatives, assert_same_bits, images, state
+from neuromerge_hf import MergeError, merge, plan_merge
+
+Tensors = dict[str, Tensor]
+
+CPU = {"device": "cpu", "threads": 1}
+
+FAMILIES = ALL_FAMILIES | {
+    "clip-vision": Family(transformers.CLIPVisionConfig(**VISION_TOWER), transformers.CLIPVisionModel, images(8), {}),
+    "olmo-hybrid": Family(
+        transformers.OlmoHybridConfig(
+            **DECODER,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=4,
+            linear_value_head_dim=8,
+        ),
+        transformers.OlmoHybridForCausalLM,
+        TOKENS,
+        {},
+    ),
+    "gte": Family(
+        transformers.GteConfig(**ENCODER, vocab_size=40, max_position_embeddings=16),
+        transformers.GteModel,
+        TOKENS,
+        {},
+    ),
+    "qwen3-vl-moe": Family(
+        transformers.Qwen3VLMoeConfig(
+            text_config={**SMALL, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10},
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 12,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [],
+            },
+        ),
+        transformers.Qwen3VLMoeForConditionalGeneration,
+        TOKENS,
+        {},
+    ),
+}
+
+
+def renamed(*patterns: tuple[str, str]) -> Callable[[Path, Tensors], Tensors]:
+    """The same tensors under other names."""
+
+    def restore(folder: Path, tensors: Tensors) -> Tensors:
+        for old, new in patterns:
+            tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+        return tensors
+
+    return restore
+
+
+def as_in_memory(folder: Path, tensors: Tensors) -> Tensors:
+    """What torch itself saves: the parameters under the names and in the forms that the class has."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return state(getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32))
+
+
+def with_buffers(*names: str) -> Callable[[Path, Tensors], Tensors]:
+    """Old checkpoints hold the positions, which are no parameter."""
+    return lambda folder, tensors: tensors | {name: torch.arange(16)[None] for name in names}
+
+
+def with_tied_copies(**copies: str) -> Callable[[Path, Tensors], Tensors]:
+    return lambda folder, tensors: (
+        tensors | {f"{name}.weight": tensors[f"{owner}.weight"].clone() for name, owner in copies.items()}
+    )
+
+
+def transposed_experts(folder: Path, tensors: Tensors) -> Tensors:
+    """As the published checkpoints of Qwen3-VL-MoE are."""
+    return {
+        name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+GAMMA_AND_BETA = renamed((r"LayerNorm\.weight", "LayerNorm.gamma"), (r"LayerNorm\.bias", "LayerNorm.beta"))
+
+CASES = {
+    "old names of layer norms (gamma and beta)": ("bert", GAMMA_AND_BETA),
+    "old names of layer norms, RoBERTa": ("roberta", GAMMA_AND_BETA),
+    "no prefix, as GPT-2 itself is stored": ("gpt2", renamed((r"^transformer\.", ""))),
+    "no prefix, but a head": ("llama", renamed((r"^model\.", ""))),
+    "ViT's names of transformers 5": ("vit", as_in_memory),
+    "a prefix that CLIP's vision model had": ("clip-vision", renamed((r"^", "vision_model."))),
+    "Swin's names of transformers 5": ("swin", as_in_memory),
+    "LLaVA's names of transformers 5": ("llava", as_in_memory),
+    "weight_g and weight_v of a weight norm": (
+        "wav2vec2",
+        renamed(
+            (r"parametrizations\.weight\.original0", "weight_g"), (r"parametrizations\.weight\.original1", "weight_v")
+        ),
+    ),
+    "positions stored, BERT": ("bert", with_buffers("embeddings.position_ids")),
+    "positions stored, CLIP": (
+        "clip",
+        with_buffers("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+    ),
+    "a tied head stored as well": ("llama-tied", with_tied_copies(lm_head="model.embed_tokens")),
+    "Mixtral's experts fused": ("mixtral", as_in_memory),
+    "Qwen2-MoE's experts fused": ("qwen2-moe", as_in_memory),
+    "Qwen3-MoE's experts fused": ("qwen3-moe", as_in_memory),
+    "Qwen3-VL-MoE's experts transposed": ("qwen3-vl-moe", transposed_experts),
+    "query, key and value apart (GTE)": ("gte", as_in_memory),
+}
+
+
+@pytest.fixture(scope="module")
+def relatives_of(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Relatives] = {}
+
+    def relatives_of(name: str) -> Relatives:
+        return made.setdefault(name, Relatives(name, tmp_path_factory.mktemp(name), FAMILIES))
+
+    return relatives_of
+
+
+@pytest.fixture
+def stored(tmp_path: Path):
+    """A copy of a model that is stored in another way, in a file of either kind."""
+
+    def stored(folder: Path, restore: Callable[[Path, Tensors], Tensors], pickled: bool = False) -> Path:
+        copy = tmp_path / f"{folder.name}-restored"
+        shutil.copytree(folder, copy)
+        tensors = load_file(copy / "model.safetensors")
+        restored = {name: tensor.contiguous() for name, tensor in restore(folder, tensors).items()}
+        assert {name: tensor.shape for name, tensor in restored.items()} != {
+            name: tensor.shape for name, tensor in tensors.items()
+        }
+        (copy / "model.safetensors").unlink()
+        if pickled:
+            torch.save(restored, copy / "pytorch_model.bin")
+        else:
+            save_file(restored, copy / "model.safetensors", metadata={"format": "pt"})
+        return copy
+
+    return stored
+
+
+def stored_names(folder: Path) -> set[str]:
+    pickled = folder / "pytorch_model.bin"
+    return set(torch.load(pickled) if pickled.exists() else load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_way_in_which_weights_are_stored_changes_nothing(case: str, relatives_of, stored, tmp_path: Path) -> None:
+    name, restore = CASES[case]
+    relatives = relatives_of(name)
+    usual = [relatives.base, relatives.full(0), relatives.full(1)]
+    other = [stored(folder, restore, pickled="gamma" in case) for folder in usual]
+    states = []
+    for base, expert, peer in (
+        (usual, usual, usual),
+        (usual, other, other),
+        (other, other, other),
+        (other, usual, other),
+    ):
+        merged = tmp_path / f"merged-{len(states)}"
+        merge([expert[1], peer[2]], merged, base_model=base[0], **CPU)
+        states.append(state(relatives.load_cleanly(merged)))
+        assert stored_names(merged) == stored_names(base[0]) - ({"lm_head.weight"} if "tied" in case else set())
+    for key, want in states[0].items():
+        assert_same_bits(states[1][key], want, key)
+        assert_same_bits(states[2][key], states[3][key], key)
+        # Sums over the model are taken in the order of the base's names.
+        torch.testing.assert_close(states[2][key], want, rtol=1e-6, atol=1e-7)
+
+
+def test_a_dtype_of_its_own_survives_the_conversion(relatives_of, stored, tmp_path: Path) -> None:
+    relatives = relatives_of("mixtral")
+
+    def halved(folder: Path, tensors: Tensors) -> Tensors:
+        return {name: tensor.bfloat16() for name, tensor in as_in_memory(folder, tensors).items()}
+
+    expert = stored(relatives.full(0), halved)
+    merge([expert], tmp_path / "merged", base_model=relatives.base, config=GIVES_BACK, **CPU)
+    merged = state(relatives.load_cleanly(tmp_path / "merged"))
+    for name, tensor in load_file(expert / "model.safetensors").items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(merged[name], tensor.float(), rtol=1e-6, atol=1e-6)
+
+
+# What is refused
+
+
+def lacking(name: str) -> Callable[[Path, Tensors], Tensors]:
+    return lambda folder, tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize("who", ["base", "expert"])
+def test_a_piece_that_is_missing_is_refused(who: str, relatives_of, stored) -> None:
+    relatives = relatives_of("mixtral")
+    models = {"base": relatives.base, "expert": relatives.full(0)}
+    models[who] = stored(models[who], lacking("model.layers.1.block_sparse_moe.experts.2.w3.weight"))
+    damaged = re.escape(str(models[who] / "model.safetensors"))
+    with pytest.raises(
+        MergeError, match=rf"{damaged} .*model\.layers\.1\.mlp\.experts\.gate_up_proj.*some are missing"
+    ):
+        plan_merge([models["expert"]], base_model=models["base"])
+
+
+def test_another_shape_under_another_form_is_refused(relatives_of, stored) -> None:
+    relatives = relatives_of("mixtral")
+
+    def widened(folder: Path, tensors: Tensors) -> Tensors:
+        fused = as_in_memory(folder, tensors)
+        return {name: torch.cat([t, t], 2) if name.endswith("gate_up_proj") else t for name, t in fused.items()}
+
+    expert = stored(relatives.full(0), widened)
+    with pytest.raises(MergeError, match=r"experts\.gate_up_proj is \(3, 24, 32\), but \(3, 24, 16\) in the base"):
+        plan_merge([expert], base_model=relatives.base)
+
+
+def test_a_conversion_that_transformers_cannot_undo_is_refused_with_the_way_out(relatives_of, stored, tmp_path) -> None:
+    # transformers saves a fused convolution of query, key and value in equal parts, whatever their sizes are.
+    relatives = relatives_of("olmo-hybrid")
+    sizes = [8, 8, 16]
+
+    def in_its_parts(folder: Path, tensors: Tensors) -> Tensors:
+        restored = {}
+        for name, tensor in as_in_memory(folder, tensors).items():
+            if "conv1d" in name:
+                parts = zip("qkv", tensor.split(sizes), strict=True)
+                restored |= {name.replace("conv1d", f"{part}_conv1d"): values for part, values in parts}
+            else:
+                restored[name] = tensor
+        return restored
+
+    base = stored(relatives.base, in_its_parts)
+    with pytest.raises(MergeError, match=r"conv1d.weight of .*full-0.*stored in another form.*save both again"):
+        plan_merge([relatives.full(0)], base_model=base)
+    merge([relatives.full(0)], tmp_path / "merged", base_model=relatives.base, **CPU)
+    relatives.load_cleanly(tmp_path / "merged")
