@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint constraints clean
+.PHONY: demo test lint families constraints clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,10 @@ lint: $(VENV)/.test
 	rm -rf build/typed && mkdir -p build/typed/neuromerge_hf
 	ln -s $(addprefix $(CURDIR)/,$(wildcard neuromerge_hf/*) callbacks model_cards) build/typed/neuromerge_hf
 	$(BIN)/mypy build/typed/neuromerge_hf
+
+# docs/families.md
+families: $(VENV)/.test
+	$(BIN)/python tests/make_families_table.py
 
 # The versions that are installed now. All but torch are for Python >= 3.11: some have no release for 3.10, where pip
 # is left to choose.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import make_families_table
 from all_families import ALL_FAMILIES, MORE_FAMILIES
 from families import GIVES_BACK, Relatives, assert_merged_as_reference, state
 from neuromerge_hf import merge
@@ -66,3 +67,7 @@ def test_a_checkpoint_and_an_adapter_are_merged_as_the_reference_does(name: str,
         relatives.family.neurons_of(base),
         exact_task_vectors=False,
     )
+
+
+def test_the_table_in_the_docs_is_what_these_tests_say() -> None:
+    assert make_families_table.FILE.read_text() == make_families_table.render(), "run `make families`"

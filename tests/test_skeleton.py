@@ -11,13 +11,25 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.models.convbert import modeling_convbert as convbert
+from transformers.models.csm import modeling_csm as csm
+from transformers.models.dbrx import modeling_dbrx as dbrx
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.inkling import modeling_inkling as inkling
+from transformers.models.jetmoe import modeling_jetmoe as jetmoe
+from transformers.models.kyutai_speech_to_text import modeling_kyutai_speech_to_text as kyutai_speech_to_text
+from transformers.models.llama4 import modeling_llama4 as llama4
+from transformers.models.longcat_flash import modeling_longcat_flash as longcat_flash
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.moshi import modeling_moshi as moshi
+from transformers.models.step3p7 import modeling_step3p7 as step3p7
 from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, Relatives
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.skeleton import NeuronAxis, Skeleton
+from neuromerge_hf.skeleton.neurons import neuron_axis
 from reference import Neurons
 
 ROUTED = transformers.MixtralConfig(hidden_size=6, intermediate_size=4, num_local_experts=3)
@@ -155,24 +167,82 @@ def test_an_output_unit_of_conv1d_answers_to_its_column(name: str, zoo: Skeleton
         assert module(torch.ones(1, shape[0])).nonzero()[:, 1].tolist() == [neuron]
 
 
-@pytest.mark.parametrize(("kind", "config"), [(MixtralExperts, ROUTED), (GptOssExperts, FUSED)])
-def test_an_output_unit_of_a_fused_expert_answers_to_its_neuron(kind: type[nn.Module], config, zoo: Skeleton) -> None:
-    name = {MixtralExperts: "routed", GptOssExperts: "fused"}[kind]
-    shape = zoo.shapes[f"{name}.down_proj"]
-    layout = zoo.neuron_axis(f"{name}.down_proj").layout(shape)
-    assert (layout.rows, layout.width) == (3 * 6, 4)
-    config._experts_implementation = "eager"
-    module = kind(config)
-    for parameter in module.parameters():
-        nn.init.constant_(parameter, 0.5)
-    if name == "fused":
-        nn.init.zeros_(module.down_proj_bias)
-    experts = torch.arange(3)[:, None]  # token i goes to expert i
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+def routed(module: nn.Module, x: Tensor) -> Tensor:
+    """Each expert's answer to one token, counted twice."""
+    return module(x, torch.arange(len(x))[:, None].expand(-1, 2), ones(len(x), 2))
+
+
+LLAMA4 = transformers.Llama4TextConfig(hidden_size=6, intermediate_size=4, num_local_experts=3)
+LONGCAT = transformers.LongcatFlashConfig(
+    hidden_size=6, expert_ffn_hidden_size=4, n_routed_experts=3, zero_expert_num=0
+)
+STEP = transformers.Step3p7TextConfig(hidden_size=6, moe_intermediate_size=4, n_routed_experts=3)
+DBRX = transformers.models.dbrx.configuration_dbrx.DbrxFFNConfig(
+    hidden_size=6, ffn_hidden_size=4, moe_num_experts=3, moe_top_k=1
+)
+INKLING = inkling.InklingTextConfig(hidden_size=6, moe_intermediate_size=4, n_shared_experts=3)
+
+BATCHES = {
+    "mixtral": (lambda: MixtralExperts(ROUTED), "down_proj", lambda m: routed(m, ones(3, 6))),
+    "gpt-oss": (lambda: GptOssExperts(FUSED), "down_proj", lambda m: routed(m, ones(3, 6))),
+    "llama4": (lambda: llama4.Llama4TextExperts(LLAMA4), "down_proj", lambda m: m(ones(3, 6))),
+    "longcat-flash": (
+        lambda: longcat_flash.LongcatFlashExperts(LONGCAT),
+        "down_proj",
+        lambda m: routed(m, ones(3, 6)),
+    ),
+    "step3p7": (lambda: step3p7.Step3p7Experts(STEP), "down_proj", lambda m: routed(m, ones(3, 6))),
+    "inkling": (lambda: inkling.InklingSharedExperts(INKLING), "down_proj", lambda m: m(ones(3, 6), torch.eye(3))),
+    "jetmoe": (lambda: jetmoe.JetMoeParallelExperts(3, 4, 6), "weight", lambda m: m(ones(3, 4), [1, 1, 1])),
+    "dbrx": (lambda: dbrx.DbrxExperts(DBRX), "mlp.w2", lambda m: routed(m, ones(3, 1, 6))),
+    "convbert": (
+        lambda: convbert.GroupedLinearLayer(12, 18, 3),
+        "weight",
+        lambda m: m(ones(1, 1, 12)).view(3, 6),
+    ),
+    "csm": (
+        lambda: csm.CsmCodebooksHead(4, 4, 6),
+        "weight",
+        lambda m: m(ones(1, 3, 4), torch.arange(1, 4))[0],
+    ),
+    "moshi": (lambda: moshi.MoshiFlexibleLinear(4, 6, 3), "weight", lambda m: m(ones(1, 3, 4))[0]),
+    "kyutai": (
+        lambda: kyutai_speech_to_text.KyutaiSpeechToTextFlexibleLinear(4, 6, 3),
+        "weight",
+        lambda m: m(ones(1, 3, 4))[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_an_output_unit_of_a_batch_of_matrices_answers_to_its_neuron(name: str) -> None:
+    build, parameter, answer = BATCHES[name]
+    module = build().eval()
+    for key, values in module.named_parameters():
+        nn.init.constant_(values, 0 if "bias" in key else 0.5)
+    owner = module.get_submodule(parameter.rpartition(".")[0])
+    attribute = parameter.rpartition(".")[2]
+    weight = getattr(owner, attribute)
+    axis = neuron_axis(owner, attribute, tuple(weight.shape))
+    layout = axis.layout(tuple(weight.shape))
     for neuron in range(layout.rows):
-        module.down_proj.data = only_neuron(layout, shape, neuron)
+        weight.data = only_neuron(layout, tuple(weight.shape), neuron)
         with torch.no_grad():
-            answers = module(torch.ones(3, 6), experts, torch.ones(3, 1))
-        assert answers.flatten().nonzero().flatten().tolist() == [neuron]
+            assert answer(module).flatten().nonzero().flatten().tolist() == [neuron]
+
+
+def test_a_batch_of_matrices_of_an_unknown_class_is_refused() -> None:
+    class Unknown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 4, 5))
+
+    with pytest.raises(MergeError, match=r"weight of Unknown is a batch of matrices.*exclude="):
+        neuron_axis(Unknown(), "weight", (3, 4, 5))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

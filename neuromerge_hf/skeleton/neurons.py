@@ -1,6 +1,7 @@
 """Along which axis of a parameter its neurons lie, from the module that owns it (ALGORITHM.md, section 1)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -67,10 +68,11 @@ def neuron_axis(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> Ne
     if isinstance(module, _ConvNd | nn.Linear | nn.Embedding):
         return NeuronAxis(0)
     if "DbrxExpertGLU" in _names(module) and attribute == "w2":
-        width = module.ffn_hidden_size
-        return NeuronAxis(2, fused=True, view=(shape[0] // width, width, shape[1]))
+        owner: Any = module
+        return NeuronAxis(2, fused=True, view=(owner.moe_num_experts, owner.ffn_hidden_size, shape[1]))
     says = hasattr(module, "is_transposed")
-    if len(shape) == 3 and (says or min(shape) > 1):
+    is_parameter = isinstance(getattr(module, attribute, None), nn.Parameter)
+    if is_parameter and len(shape) == 3 and (says or min(shape) > 1):
         return _batch_axis(module, attribute)
     if says or any(len(parameter.shape) == 3 and min(parameter.shape) > 1 for parameter in module.parameters(False)):
         return None  # (E, out) beside fused experts: their biases

@@ -1,13 +1,14 @@
 """An expert's tensors in the form in which the base stores them: fused or split, transposed or not."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.skeleton import Place, Skeleton, StoredForm
+from neuromerge_hf.skeleton import Place, Shape, Skeleton, StoredForm
 from neuromerge_hf.sources.expert import Base, stored_form
 from neuromerge_hf.sources.prepared import Form, Preparation
 from neuromerge_hf.tensors import StoredTensor, read_whole
@@ -29,11 +30,14 @@ def to_base_form(
     Raises:
         MergeError: if transformers cannot convert them.
     """
-    theirs = stored_form(tensors, places)
-    ours = stored_form(base.tensors, base.places)
+    theirs = _by_parameter(stored_form(tensors, places))
+    ours = _by_parameter(stored_form(base.tensors, base.places))
     conversions = []
-    for parameters in _stored_together(place for place, _ in (*theirs.values(), *ours.values())):
-        source, target = _of(parameters, theirs), _of(parameters, ours)
+    for parameters in _stored_together(theirs, ours):
+        source, target = (
+            {name: entry for parameter in parameters for name, entry in side.get(parameter, {}).items()}
+            for side in (theirs, ours)
+        )
         if source and target and set(source.values()) != set(target.values()):
             conversions.append((source, target))
     if not conversions:
@@ -70,18 +74,23 @@ def to_base_form(
     )
 
 
-def _stored_together(places: Iterable[Place]) -> list[set[str]]:
-    """Sets of parameters that share stored tensors, of those that are stored in pieces anywhere."""
-    sets: dict[str, set[str]] = {}
-    for place in places:
-        if place.piece is not None:
-            joined = set(place.parameters).union(*(sets.get(name, ()) for name in place.parameters))
-            sets |= dict.fromkeys(joined, joined)
-    return list({id(joined): joined for joined in sets.values()}.values())
+def _by_parameter(form: StoredForm) -> dict[str, dict[str, tuple[Place, Shape]]]:
+    found: dict[str, dict[str, tuple[Place, Shape]]] = defaultdict(dict)
+    for name, (place, shape) in form.items():
+        found[place.parameter][name] = place, shape
+    return found
 
 
-def _of(parameters: set[str], form: StoredForm) -> StoredForm:
-    return {name: entry for name, entry in form.items() if entry[0].parameter in parameters}
+def _stored_together(*sides: Mapping[str, StoredForm]) -> list[list[str]]:
+    """Groups of parameters that share stored tensors, of those that are stored in pieces on any side."""
+    groups: dict[str, list[str]] = {}
+    for side in sides:
+        for form in side.values():
+            place, _ = next(iter(form.values()))
+            if place.piece is not None:
+                joined = sorted({*place.parameters, *(p for name in place.parameters for p in groups.get(name, []))})
+                groups |= dict.fromkeys(joined, joined)
+    return list({id(group): group for group in groups.values()}.values())
 
 
 def _convert(
@@ -89,7 +98,7 @@ def _convert(
 ) -> dict[str, Tensor]:
     parameters = skeleton.to_parameters(tensors, {name: place for name, (place, _) in source.items()})
     tensors.clear()  # they may be as large as a layer
-    for name in {name for place, _ in target.values() for name in place.parameters}:
+    for name in sorted({name for place, _ in target.values() for name in place.parameters}):
         if name not in parameters:
             raise MergeError(f"the parameter {name} is missing.")
         if tuple(parameters[name].shape) != skeleton.shapes[name]:
