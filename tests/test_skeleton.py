@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.models.convbert import modeling_convbert as convbert
 from transformers.models.csm import modeling_csm as csm
 from transformers.models.dbrx import modeling_dbrx as dbrx
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.inkling import modeling_inkling as inkling
 from transformers.models.jetmoe import modeling_jetmoe as jetmoe
@@ -185,8 +186,13 @@ DBRX = transformers.models.dbrx.configuration_dbrx.DbrxFFNConfig(
     hidden_size=6, ffn_hidden_size=4, moe_num_experts=3, moe_top_k=1
 )
 INKLING = inkling.InklingTextConfig(hidden_size=6, moe_intermediate_size=4, n_shared_experts=3)
+GEMMA3 = transformers.Gemma3Config(
+    text_config={"hidden_size": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4},
+    vision_config={"hidden_size": 4, "image_size": 4, "patch_size": 2},
+    mm_tokens_per_image=1,
+)
 
-BATCHES = {
+MATRICES = {
     "mixtral": (lambda: MixtralExperts(ROUTED), "down_proj", lambda m: routed(m, ones(3, 6))),
     "gpt-oss": (lambda: GptOssExperts(FUSED), "down_proj", lambda m: routed(m, ones(3, 6))),
     "llama4": (lambda: llama4.Llama4TextExperts(LLAMA4), "down_proj", lambda m: m(ones(3, 6))),
@@ -199,6 +205,11 @@ BATCHES = {
     "inkling": (lambda: inkling.InklingSharedExperts(INKLING), "down_proj", lambda m: m(ones(3, 6), torch.eye(3))),
     "jetmoe": (lambda: jetmoe.JetMoeParallelExperts(3, 4, 6), "weight", lambda m: m(ones(3, 4), [1, 1, 1])),
     "dbrx": (lambda: dbrx.DbrxExperts(DBRX), "mlp.w2", lambda m: routed(m, ones(3, 1, 6))),
+    "gemma3": (
+        lambda: gemma3.Gemma3MultiModalProjector(GEMMA3),
+        "mm_input_projection_weight",
+        lambda m: m(ones(1, 4, 4)),
+    ),
     "convbert": (
         lambda: convbert.GroupedLinearLayer(12, 18, 3),
         "weight",
@@ -218,9 +229,9 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_an_output_unit_of_a_batch_of_matrices_answers_to_its_neuron(name: str) -> None:
-    build, parameter, answer = BATCHES[name]
+@pytest.mark.parametrize("name", MATRICES)
+def test_an_output_unit_of_a_raw_matrix_answers_to_its_neuron(name: str) -> None:
+    build, parameter, answer = MATRICES[name]
     module = build().eval()
     for key, values in module.named_parameters():
         nn.init.constant_(values, 0 if "bias" in key else 0.5)

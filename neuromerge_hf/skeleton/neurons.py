@@ -49,12 +49,25 @@ BATCHES = {
 """Classes of transformers whose parameters are batches of matrices and which do not say how these lie: as their
 `forward` uses them. Classes with transformers' `use_experts_implementation` say it themselves."""
 
+TRANSPOSED = {
+    "AMSoftmaxLoss.weight",
+    "Gemma3MultiModalProjector.mm_input_projection_weight",
+    "Inkling2RelativeLogits.proj",
+    "InklingRelativeLogits.proj",
+    "OmDetTurboLanguageBackbone.text_projection",
+    "SwiftFormerEfficientAdditiveAttention.w_g",
+    "T5Gemma2MultiModalProjector.mm_input_projection_weight",
+    "XCLIPModel.prompts_visual_projection",
+}
+"""Parameters of transformers' classes that are matrices (in, out), as their `forward` uses them."""
+
 
 def neuron_axis(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> NeuronAxis | None:
     """Where the neurons of a module's parameter are; None if it is not neuronal.
 
     The output axis of Linear, Conv1D, convolutions and fused experts, the tokens of an Embedding. A matrix that belongs
-    to a module of another class is taken as torch.nn.functional.linear takes it: rows are output units.
+    to a module of another class is taken as torch.nn.functional.linear takes it, its rows as output units, where it is
+    not known to be transposed.
 
     Raises:
         MergeError: for a batch of matrices of a class of which it is not known how they lie.
@@ -70,6 +83,8 @@ def neuron_axis(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> Ne
     if "DbrxExpertGLU" in _names(module) and attribute == "w2":
         owner: Any = module
         return NeuronAxis(2, fused=True, view=(owner.moe_num_experts, owner.ffn_hidden_size, shape[1]))
+    if any(f"{name}.{attribute}" in TRANSPOSED for name in _names(module)):
+        return NeuronAxis(1)
     says = hasattr(module, "is_transposed")
     is_parameter = isinstance(getattr(module, attribute, None), nn.Parameter)
     if is_parameter and len(shape) == 3 and (says or min(shape) > 1):
