@@ -68,7 +68,7 @@ def merge_weights(
 def _items(
     plan: MergePlan, thresholds: Sequence[float], device: torch.device
 ) -> Iterator[tuple[Unit, Block, Factors | None]]:
-    for unit in plan.units:
+    for unit in map(Unit.opened, plan.units):
         factors = find_factors(unit, thresholds, device)
         for block in unit.layout.blocks(low_rank.BLOCK_ENTRIES if factors else BLOCK_ENTRIES):
             yield unit, block, factors

@@ -231,6 +231,8 @@ def _write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) ->
     base = plan.base.location.folder
     config = json.loads((base / "config.json").read_text())
     config.pop("_name_or_path", None)
+    if plan.base.copies:
+        config["tie_word_embeddings"] = False
     if plan.architecture:
         config["architectures"] = [plan.architecture]
     if plan.dtype != "auto":

@@ -1,20 +1,22 @@
 """Which models a merge is of: the experts, the base that they share, and the configurations of all."""
 
+import json
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from neuromerge_hf.errors import MergeError, Problems
-from neuromerge_hf.location import Location, locate
+from neuromerge_hf.location import Location, download, locate
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
     from transformers import PretrainedConfig
 
 ModelId = str | os.PathLike[str]
 
-FoundModels: TypeAlias = "tuple[Location, list[Location], list[LoraConfig | None]]"
+FoundModels: TypeAlias = "tuple[Location, list[Location], list[PeftConfig | None]]"
 """Where the base and the experts are, and the configurations of those that are adapters."""
 
 
@@ -53,8 +55,31 @@ def load_config(location: Location, trust_remote_code: bool = False) -> "Pretrai
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise MergeError(f"{location} is quantised ({method}). Give the model in float32, float16 or bfloat16 instead.")
+        raise MergeError(
+            f"{location} is quantised ({method}). Give the model in float32, float16 or bfloat16 instead; if it is the "
+            "base that an adapter names, pass the model that it was made from as base_model= (--base-model)."
+        )
     return config
+
+
+def about_quantised_base(location: Location, adapter: "PeftConfig", base: Location) -> list[str]:
+    """What the report says of an adapter that was trained on a quantised base, and is merged into another."""
+    named = adapter.base_model_name_or_path
+    if not named or named == base.id:
+        return []
+    folder = Path(named).expanduser()
+    try:
+        if not folder.is_dir():
+            folder = download(named, adapter.revision, location.token, ["config.json"])
+        quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    except (MergeError, OSError, ValueError):  # it is gone or private, and not needed
+        return []
+    if not quantization:
+        return []
+    return [
+        f"{location} was trained on {named}, which is quantised ({quantization.get('quant_method')}). It was merged "
+        f"into {base}, whose weights differ from those by what quantising rounded away."
+    ]
 
 
 def unique_names(locations: Sequence[Location]) -> list[str]:
@@ -69,10 +94,10 @@ def unique_names(locations: Sequence[Location]) -> list[str]:
     return names
 
 
-def _adapter_config(location: Location) -> "LoraConfig | None":
+def _adapter_config(location: Location) -> "PeftConfig | None":
     if not (location.folder / "adapter_config.json").is_file():
         return None
-    from neuromerge_hf.sources.lora import load_adapter_config  # imports PEFT, which only adapters need
+    from neuromerge_hf.sources.adapter_config import load_adapter_config  # imports PEFT, which only adapters need
 
     return load_adapter_config(location)
 
@@ -80,7 +105,7 @@ def _adapter_config(location: Location) -> "LoraConfig | None":
 def _find_base(
     base_model: ModelId | None,
     locations: Sequence[Location],
-    adapters: "Sequence[LoraConfig | None]",
+    adapters: "Sequence[PeftConfig | None]",
     token: str | bool | None,
 ) -> Location:
     named = {

@@ -1,5 +1,6 @@
 """What a merge will do: the units that it writes, from which tensors, and what that costs."""
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ class Unit:
         return self.entries * self.tensor.dtype.itemsize + sum(
             vector.bytes_read for vector in self.task_vectors if vector
         )
+
+    def opened(self) -> "Unit":
+        """The same unit for one pass over its blocks, with what they share (the factors of adapters) in memory."""
+        vectors = tuple(vector.opened() if vector else None for vector in self.task_vectors)
+        return dataclasses.replace(self, task_vectors=vectors)
 
 
 @dataclass(frozen=True)

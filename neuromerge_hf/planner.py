@@ -13,11 +13,12 @@ from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError, Problems, abridged
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location
-from neuromerge_hf.models import FoundModels, ModelId, find_models, load_config, unique_names
+from neuromerge_hf.models import FoundModels, ModelId, about_quantised_base, find_models, load_config, unique_names
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.skeleton import Skeleton, model_class_of
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, stored_form, without_tied_copies
-from neuromerge_hf.sources.full import check_architecture, open_full
+from neuromerge_hf.sources.full import check_architecture, has_two_matrices, open_full
+from neuromerge_hf.ties import untied
 
 
 def plan_merge(
@@ -63,13 +64,23 @@ def plan_found(
     for location in (base_location, *locations):
         location.fetch_weights()
     base = open_base(base_location, base_config, skeleton)
+    unties = any(
+        config and has_two_matrices(location, config, skeleton, trust_remote_code)
+        for location, config in zip(locations, expert_configs, strict=True)
+    )
+    if any(adapters):
+        from neuromerge_hf.sources.adapter import changes_one_of_two, open_adapter  # PEFT, which only adapters need
+
+        located = zip(locations, adapters, strict=True)
+        unties |= any(adapter and changes_one_of_two(location, adapter, base) for location, adapter in located)
+    if unties:
+        base = untied(base)
     names = unique_names(locations)
     openers: list[Callable[[], Expert]] = []
     for name, location, adapter, expert_config in zip(names, locations, adapters, expert_configs, strict=True):
         if adapter is not None:
-            from neuromerge_hf.sources.lora import open_lora  # imports PEFT, which only adapters need
-
-            openers.append(partial(open_lora, name, location, adapter, base))
+            notes = about_quantised_base(location, adapter, base_location)
+            openers.append(partial(open_adapter, name, location, adapter, base, notes))
         elif expert_config is not None:
             openers.append(partial(open_full, name, location, expert_config, base, trust_remote_code))
     experts = problems.collect(openers)

@@ -14,7 +14,7 @@ class ExpertReport:
     Attributes:
         name: by which `AutoMergedModel.from_pretrained(..., head=name)` finds its head.
         id: the folder or the id on the Hub, with the commit.
-        kind: "full", or "LoRA" with its rank.
+        kind: "full", or the kind of adapter.
         entries: how many entries its task vector has.
         threshold: the magnitude below which they were trimmed.
         sigma: the share of the task vector's L1 norm that was trimmed.
@@ -46,6 +46,7 @@ class MergeReport:
         seconds: wall time of the merge, downloads not counted.
         bytes_read: how much of the inputs was read.
         bytes_written: the size of the merged weights.
+        notes: what else is worth knowing of the experts.
     """
 
     output_dir: Path
@@ -60,6 +61,7 @@ class MergeReport:
     seconds: float
     bytes_read: int
     bytes_written: int
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
@@ -73,6 +75,7 @@ class MergeReport:
             f"  {len(self.merged)} parameters merged, {len(self.copied)} copied from the base",
             f"  {self.seconds:.1f} s, {readable_size(self.bytes_read)} read, "
             f"{readable_size(self.bytes_written)} written",
+            *(f"  Note: {note}" for note in self.notes),
             f"The merged model is in {self.output_dir}",
         ]
         return "\n".join(lines)
@@ -108,4 +111,5 @@ def make_report(
         seconds=seconds,
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
+        notes=[note for expert in plan.experts for note in expert.notes],
     )

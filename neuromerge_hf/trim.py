@@ -218,7 +218,7 @@ def _range_around(rank: int, entries: int, samples: list[Tensor]) -> tuple[int, 
 def _evenly_spaced(units: Sequence[Unit], step: int) -> Iterator[tuple[Unit, Block]]:
     """Small blocks that hold one in `step` of all entries."""
     due = 0
-    for unit in units:
+    for unit in map(Unit.opened, units):
         layout = unit.layout
         count = SAMPLE_BLOCK // layout.width if layout.before == 1 else SAMPLE_RUN // layout.after
         while due < unit.entries:
@@ -248,7 +248,7 @@ def _count(
         return found
 
     units = [unit for unit in plan.units if counters.keys() & set(unit.changing)]
-    items = ((unit, block) for unit in units for block in unit.layout.blocks(BLOCK_ENTRIES))
+    items = ((unit, block) for unit in map(Unit.opened, units) for block in unit.layout.blocks(BLOCK_ENTRIES))
     results = map_in_order(count, items, threads)
     for unit in units:
         norms: dict[int, list[Tensor]] = {expert: [] for expert in unit.changing if expert in counters}

@@ -3,12 +3,18 @@
 Agreement is that of `test_kernel`: within 1e-5 of the neuron's change plus one float32 rounding, for 99.9% of neurons.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import reference
+from neuromerge_hf import MergeError, plan_merge
+from neuromerge_hf.blocks import Memory, load_block
 from neuromerge_hf.kernel import merge_low_rank
+from neuromerge_hf.layout import Block
+from tiny_models import save_adapter, save_llama
 
 NEURONS = 300
 RANK = 4
@@ -79,3 +85,28 @@ def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
     base[7, 3] = value
     with pytest.raises(FloatingPointError):
         merged(base, left, right, (0.0, 1.0))
+
+
+def test_planning_opens_no_adapter(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", seed=1)
+    (expert,) = plan_merge([adapter], base_model=base).experts
+    factors = [factor for vector in expert.task_vectors.values() for factor in (vector.a, vector.b)]
+    assert len(factors) == 28
+    assert not any("descriptor" in vars(factor.file) for factor in factors)  # its file is opened at the first read
+
+
+def test_factors_are_read_once_for_all_blocks_of_a_tensor(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", seed=1)
+    plan = plan_merge([adapter], base_model=base)
+    unit = next(unit for unit in plan.units if unit.parameter == "model.layers.0.mlp.up_proj.weight")
+    opened = unit.opened()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    whole = load_block(opened, Block(0, 0, 48), Memory(), torch.device("cpu"))[1].clone()
+    for start in range(0, 48, 16):
+        part = load_block(opened, Block(0, start, start + 16), Memory(), torch.device("cpu"))[1]
+        assert torch.equal(part, whole[start : start + 16])
+    assert opened.bytes_read == unit.bytes_read == 4 * (48 * 32 + 4 * (48 + 32))
+    with pytest.raises(MergeError, match="ended early"):
+        load_block(unit, Block(0, 0, 48), Memory(), torch.device("cpu"))

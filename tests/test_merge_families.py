@@ -361,12 +361,9 @@ def test_base_and_experts_may_have_different_dtypes(relatives_of, tmp_path: Path
         torch.testing.assert_close(tensor, want[key].float(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("tied", ["base", "expert"])
-def test_one_matrix_is_not_merged_with_two(tied: str, relatives_of, tmp_path: Path) -> None:
-    family = {True: relatives_of("llama-tied"), False: relatives_of("llama")}
-    base, expert = family[tied == "base"].base, family[tied == "expert"].full(0)
-    ties = re.escape(f"{base if tied == 'base' else expert} ties lm_head.weight to model.embed_tokens.weight")
-    with pytest.raises(MergeError, match=f"{ties}.* does not"):
+def test_two_matrices_are_not_merged_with_one(relatives_of, tmp_path: Path) -> None:
+    base, expert = relatives_of("llama").base, relatives_of("llama-tied").full(0)
+    with pytest.raises(MergeError, match=re.escape(f"{expert} ties lm_head.weight to model.embed_tokens.weight")):
         merge([expert], tmp_path / "merged", base_model=base, **CPU)
 
 
@@ -384,12 +381,6 @@ def test_tied_embeddings_that_an_adapter_stores_unchanged_are_left_alone(dtype, 
     assert "base_model.model.model.embed_tokens.weight" in load_file(file)
     merged = [contents(tmp_path / f"merged-{name}")["model.safetensors"] for name in ("plain", "embeddings")]
     assert merged[0] == merged[1]
-
-    with torch.no_grad():
-        adapter.get_input_embeddings().weight[3, 5] += 1
-    adapter.save_pretrained(tmp_path / "changed", save_embedding_layers=True)
-    with pytest.raises(MergeError, match=r"changed changes model\.embed_tokens\.weight alone"):
-        merge([tmp_path / "changed"], tmp_path / "merged", base_model=relatives.base, **CPU)
 
 
 def test_integers_and_what_nobody_changes_are_copied_bit_for_bit(relatives_of, tmp_path: Path) -> None:

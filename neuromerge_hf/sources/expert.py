@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from neuromerge_hf.errors import MergeError
@@ -15,7 +16,7 @@ from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton, StoredForm
 from neuromerge_hf.sources.prepared import Preparation
 from neuromerge_hf.sources.task_vector import TaskVector
-from neuromerge_hf.tensors import MERGEABLE, StoredTensor, read_rows
+from neuromerge_hf.tensors import MERGEABLE, StoredTensor, read_rows, read_whole
 
 COMPARED_AT_ONCE = 1 << 20
 
@@ -29,6 +30,7 @@ class Base:
         places: what each is in the model; None for tensors that the model class does not know.
         layouts: how its entries form neurons; None for those that are not neuronal.
         unknown: for those whose neurons are not known, why. They cannot be merged.
+        copies: the parameters that are opened untied, see `ties`, with the parameter that each is a copy of.
     """
 
     location: Location
@@ -38,6 +40,7 @@ class Base:
     places: dict[str, Place | None]
     layouts: dict[str, Layout | None]
     unknown: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
 
     def at(self, place: Place | None) -> tuple[StoredTensor, Layout] | None:
         """The stored tensor at a place, with its layout (one row if it is not neuronal)."""
@@ -59,6 +62,51 @@ class Base:
         """Whether several of the model's parameters share this one."""
         return place.parameter in self.skeleton.ties.values()
 
+    @property
+    def ties(self) -> dict[str, str]:
+        """Names of the parameters that its own configuration ties, with the name of the parameter that they share."""
+        return {**self.skeleton.ties, **self.copies}
+
+    def was_tied(self, place: Place) -> bool:
+        """Whether its own configuration ties a parameter."""
+        return place.parameter in self.ties or place.parameter in self.ties.values()
+
+    def tied_places(self, place: Place) -> list[Place]:
+        """The place of a parameter and of what was tied to it."""
+        owner = self.copies.get(place.parameter, place.parameter)
+        return [Place(owner), *(Place(copy) for copy, of in self.copies.items() if of == owner)]
+
+    def has_module(self, name: str) -> bool:
+        """Whether the model has a module of this name with a weight."""
+        return self.skeleton.places([f"{name}.weight"])[f"{name}.weight"] is not None
+
+    def lacks(self, location: Location, module: str) -> str:
+        """The sentence that says that an adapter's module is not in the base."""
+        return (
+            f"{location} changes {module}, which the base {self.location} does not have. "
+            "Check base_model: it must be the model that the adapter was trained on."
+        )
+
+    def cannot_untie(self, location: Location, module: str) -> str:
+        """The sentence that says that a tied module cannot be changed alone."""
+        return (
+            f"{location} changes {module} alone, which the base ties to another parameter (tie_word_embeddings), and "
+            f"a {self.skeleton.model_class.__name__} cannot be untied. Exclude this module from the adapter."
+        )
+
+    def read(self, parameter: str) -> Tensor | None:
+        """A parameter as it is in the model, float32 on the CPU; None if it is not stored."""
+        form = self.holding([parameter])
+        tensors = {name: read_whole(self.tensors[name]).float() for name in form}
+        return self.skeleton.to_parameters(tensors, {name: place for name, (place, _) in form.items()}).get(parameter)
+
+    def split(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """A parameter of the model as it is stored, by the names of its tensors; None if they hold others as well."""
+        form = self.holding([parameter])
+        if not form or any(place.parameters != (parameter,) for place, _ in form.values()):
+            return None
+        return self.skeleton.to_stored({parameter: tensor}, form)
+
     @cached_property
     def _names(self) -> dict[Place, str]:
         return {place: name for name, place in self.places.items() if place is not None and name in self.tensors}
@@ -70,12 +118,13 @@ class Expert:
 
     Attributes:
         name: the last part of its id, by which its head is asked for.
-        kind: "full", or "LoRA" with its ranks.
+        kind: "full", or the kind of adapter.
         model_class_name: the architecture that it was trained as, if it says so.
         task_vectors: its changes of the base, by place.
         head: the parameters that it has and the base does not.
         ignored: tensors of its files that its own model class does not know.
         preparation: what has to be computed before its task vectors can be read.
+        notes: what the report shall say of it.
     """
 
     name: str
@@ -86,6 +135,7 @@ class Expert:
     head: Head | None = None
     ignored: list[str] = field(default_factory=list)
     preparation: Preparation | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def check_complete(

@@ -11,6 +11,7 @@ from neuromerge_hf.sources.converted import to_base_form
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, mismatch, without_tied_copies
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.tensors import StoredTensor
+from neuromerge_hf.ties import missing_copies, renamed, separable
 
 
 def check_architecture(
@@ -39,7 +40,8 @@ def check_architecture(
         own = Skeleton(model_class, config).ties.items()
         ties |= own
         base_ties |= own & Skeleton(model_class, base.model.config).ties.items()
-    for tie in sorted(ties ^ base_ties):
+    separate = separable(base).items()  # the base is opened untied for an expert that has two matrices
+    for tie in sorted(ties - base_ties | base_ties - ties - separate):
         one, other = (location, base_location) if tie in ties else (base_location, location)
         return [
             f"The architectures differ: the config.json of {one} ties {tie[0]} to {tie[1]} (tie_word_embeddings), and "
@@ -61,6 +63,16 @@ def check_architecture(
     return []
 
 
+def has_two_matrices(
+    location: Location, config: PretrainedConfig, base: Skeleton, trust_remote_code: bool = False
+) -> bool:
+    """Whether an expert has two matrices where the base has one that can be untied."""
+    if not base.ties or getattr(config, "tie_word_embeddings", True):
+        return False
+    skeleton = Skeleton(model_class_of(config, location.folder, trust_remote_code, base.model_class), config)
+    return any(name in skeleton.shapes and name not in skeleton.ties for name in separable(base))
+
+
 def open_full(
     name: str, location: Location, config: PretrainedConfig, base: Base, trust_remote_code: bool = False
 ) -> Expert:
@@ -78,6 +90,8 @@ def open_full(
     own_places = skeleton.places(tensors)
     tensors = without_tied_copies(tensors, own_places)
     check_complete(location, skeleton, tensors, own_places, main)
+    for copy, original in missing_copies(tensors, base.skeleton, base.copies).items():
+        tensors[copy], own_places[copy] = renamed(tensors[original], copy), own_places[original]
     tensors, base_places, preparation = to_base_form(tensors, base.skeleton.places(tensors), base, main)
 
     task_vectors: dict[Place, TaskVector] = {}

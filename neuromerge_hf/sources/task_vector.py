@@ -30,6 +30,10 @@ class TaskVector(Protocol):
         """How much one pass over all blocks reads."""
         ...
 
+    def opened(self) -> "TaskVector":
+        """The same, with what all blocks of the tensor share read into memory."""
+        ...
+
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
         """Fill `out` with the task vector of a block of neurons.
 
@@ -57,6 +61,9 @@ class Difference:
     def bytes_read(self) -> int:
         return self.layout.rows * self.layout.width * self.tensor.dtype.itemsize
 
+    def opened(self) -> "Difference":
+        return self
+
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
         out.copy_(read_rows(self.tensor, self.layout, block, buffer))
         out.sub_(base)
@@ -71,6 +78,7 @@ class LowRank:
         right: (r, width) float32.
         file: the adapter's weight file.
         stored: the change of the weight under the factors, where the adapter holds that as well.
+        factor_bytes: the size of the factors in the file.
     """
 
     left: Tensor
@@ -78,10 +86,14 @@ class LowRank:
     layout: Layout
     file: str
     stored: TaskVector | None = None
+    factor_bytes: int = 0
 
     @property
     def bytes_read(self) -> int:
-        return self.stored.bytes_read if self.stored else 0
+        return self.factor_bytes + (self.stored.bytes_read if self.stored else 0)
+
+    def opened(self) -> "LowRank":
+        return self
 
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
         if self.stored:
