@@ -13,6 +13,8 @@ IN_RECIPE = (
     "lambda_orthogonal",
     "exclude",
     "dtype",
+    "tokenizer",
+    "merge_heads",
     "max_shard_size",
 )
 """The options that a recipe holds."""
@@ -49,6 +51,10 @@ def merge_command(
         list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")] = "auto",
+    tokenizer: Annotated[str, typer.Option(help="base, an expert's name or id, or union.")] = "base",
+    merge_heads: Annotated[
+        bool, typer.Option("--merge-heads", help="Take the mean of heads that the base lacks.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="The largest size of a weight file.")] = "5GB",
     device: Annotated[
         str | None, typer.Option(help="Where to compute.", show_default="the accelerator, or cpu")
@@ -94,6 +100,8 @@ def merge_command(
                 base_model=base_model,
                 config=config,
                 dtype=dtype,
+                tokenizer=tokenizer,
+                merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
                 device=device,
                 threads=threads,
