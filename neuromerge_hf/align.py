@@ -18,7 +18,7 @@ from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton
 from neuromerge_hf.sources.aligned import AlignedTensor, AlignedVector
 from neuromerge_hf.sources.expert import Base, Expert
-from neuromerge_hf.sources.task_vector import Difference, LowRank, TaskVector
+from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.token_ids import renumber_config
 from neuromerge_hf.vocabulary import Alignment, resized, vocabulary_size
 
@@ -102,11 +102,12 @@ def align(
     aligned: dict[str, AlignedRows] = {}
     vectors: list[dict[Place, TaskVector]] = [dict(expert.task_vectors) for expert in experts]
     base_rows = alignment.base_rows
+    expert_rows = [alignment.expert_rows(number) for number in range(len(experts))]
     numbers = torch.arange(alignment.target.rows)
     for name, place in _names(base).items():
         given: list[AlignedVector] = []
         for number, (expert, is_adapter) in enumerate(zip(experts, are_adapters, strict=True)):
-            rows = alignment.expert_rows(number)
+            rows = expert_rows[number]
             vector = expert.task_vectors.get(place)
             layout = _layout(base, name, alignment.experts[number].rows)
             if is_adapter and not _is_stored(vector):
@@ -179,7 +180,7 @@ def _with_rows(base: Base, aligned: dict[str, AlignedRows], rows: int) -> Base:
 
 def _is_stored(vector: TaskVector | None) -> bool:
     """Whether a task vector is made from weights that are stored whole, and not from the base's."""
-    return isinstance(vector.stored if isinstance(vector, LowRank) else vector, Difference)
+    return isinstance(getattr(vector, "stored", vector), Difference)
 
 
 def _not_stored(expert: Expert, place: Place, token: str) -> str:

@@ -39,6 +39,7 @@ class AutoMergedModel:
         base_model: ModelId | None = None,
         config: NeuroMergingConfig | None = None,
         tokenizer: str = "base",
+        chat_template: str | None = None,
         merge_heads: bool = False,
         auto_class: Any = None,
         head: str | None = None,
@@ -52,8 +53,7 @@ class AutoMergedModel:
             models: the experts, as in `neuromerge_hf.merge`; or one folder or id of a model that is already merged.
             base_model: the model that they were fine-tuned from; found from the adapters where they agree.
             config: the hyper-parameters.
-            tokenizer: "base", an expert's name or id, or "union": see `neuromerge_hf.merge`.
-            merge_heads: merge the experts' own heads, too: see `neuromerge_hf.merge`.
+            tokenizer, chat_template, merge_heads: see `neuromerge_hf.merge`.
             auto_class: an Auto class or a model class of transformers to load the merged model as. Default: the
                 experts' own, or the base's where they differ or have heads of their own.
             head: the name of an expert (see `MergeReport.experts`), to load the merged backbone with that expert's own
@@ -84,7 +84,12 @@ class AutoMergedModel:
         elif revision is not None:
             raise MergeError(f"Each model has its own revision: write it as id@{revision}, and leave revision= out.")
         else:
-            settings = {"config": config or NeuroMergingConfig(), "tokenizer": tokenizer, "merge_heads": merge_heads}
+            settings = {
+                "config": config or NeuroMergingConfig(),
+                "tokenizer": tokenizer,
+                "chat_template": chat_template,
+                "merge_heads": merge_heads,
+            }
             folder = _find_or_merge(models, base_model, settings, cache, device, token, trust_remote_code)
         if head is not None:
             folder = _with_head(folder, head, cache)

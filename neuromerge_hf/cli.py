@@ -14,6 +14,7 @@ IN_RECIPE = (
     "exclude",
     "dtype",
     "tokenizer",
+    "chat_template",
     "merge_heads",
     "max_shard_size",
 )
@@ -52,6 +53,9 @@ def merge_command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")] = "auto",
     tokenizer: Annotated[str, typer.Option(help="base, an expert's name or id, or union.")] = "base",
+    chat_template: Annotated[
+        str | None, typer.Option(help="base, or an expert's name or id.", show_default="the tokenizer's")
+    ] = None,
     merge_heads: Annotated[
         bool, typer.Option("--merge-heads", help="Take the mean of heads that the base lacks.")
     ] = False,
@@ -101,6 +105,7 @@ def merge_command(
                 config=config,
                 dtype=dtype,
                 tokenizer=tokenizer,
+                chat_template=chat_template,
                 merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
                 device=device,

@@ -8,7 +8,7 @@ from typing import Any
 from neuromerge_hf.checkpoint import companion_files, tokenizer_files
 from neuromerge_hf.plan import MergePlan
 from neuromerge_hf.token_ids import renumbered, with_ids_of, with_vocabulary_size
-from neuromerge_hf.vocabulary import extended_tokenizer
+from neuromerge_hf.tokenizer import extended_tokenizer
 
 GENERATION = "generation_config.json"
 
@@ -35,6 +35,11 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
         if tokenizer.alignment and not own.is_file() and (base / GENERATION).is_file():
             settings = renumbered(_read(base / GENERATION), tokenizer.alignment.base, tokenizer.alignment)
             _write(folder / GENERATION, settings)
+    if tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
+        path = folder / "tokenizer_config.json"
+        if path.is_file():
+            _write(path, {key: value for key, value in _read(path).items() if key != "chat_template"})
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def merge(
     config: NeuroMergingConfig | None = None,
     dtype: str | torch.dtype = "auto",
     tokenizer: str = "base",
+    chat_template: str | None = None,
     merge_heads: bool = False,
     max_shard_size: str | int = "5GB",
     device: str | torch.device | None = None,
@@ -58,6 +59,8 @@ def merge(
             aligned by the text of their tokens. A token that the base lacks takes the mean over the experts that have
             it; an expert that lacks a token changes nothing there. Rows beyond the tokens are those of the model whose
             tokenizer it is; new tokens of a union are put there first.
+        chat_template: whose chat template it gets: "base", or the name or id of an expert. By default the one that
+            comes with the tokenizer.
         merge_heads: merge heads that the base lacks, too, where all are of one class, shape and set of labels: each
             parameter is the mean over the experts, because there is no base to take differences from. By default each
             expert's head is kept as it is, apart.
@@ -85,7 +88,9 @@ def merge(
         from neuromerge_hf.companions import write_companions
         from neuromerge_hf.planner import plan_found
 
-        plan = plan_found(found, config or NeuroMergingConfig(), dtype, tokenizer, merge_heads, trust_remote_code)
+        plan = plan_found(
+            found, config or NeuroMergingConfig(), dtype, trust_remote_code, tokenizer, chat_template, merge_heads
+        )
         started = time.perf_counter()
         with directory_in_the_making(target, overwrite) as folder:
             check_disk(plan, folder)
@@ -108,6 +113,7 @@ def merge(
                 plan.config,
                 dtype=plan.dtype,
                 tokenizer=tokenizer,
+                chat_template=chat_template,
                 merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
             ).save(folder)
@@ -138,6 +144,7 @@ def merge_recipe(
         config=recipe.config,
         dtype=recipe.dtype,
         tokenizer=recipe.tokenizer,
+        chat_template=recipe.chat_template,
         merge_heads=recipe.merge_heads,
         max_shard_size=recipe.max_shard_size,
         device=device,

@@ -16,7 +16,7 @@ from neuromerge_hf.tensors import StoredTensor
 if TYPE_CHECKING:  # they load transformers
     from neuromerge_hf.merged_head import MergedHead
     from neuromerge_hf.sources.expert import Base, Expert
-    from neuromerge_hf.vocabulary import TokenizerChoice
+    from neuromerge_hf.tokenizer import TokenizerChoice
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.skeleton import Skeleton, model_class_of
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, stored_form, without_tied_copies
 from neuromerge_hf.sources.full import check_architecture, open_full
-from neuromerge_hf.vocabulary import Candidate, choose_tokenizer, vocabulary_size
+from neuromerge_hf.tokenizer import Candidate, choose_tokenizer
+from neuromerge_hf.vocabulary import vocabulary_size
 
 
 def plan_merge(
@@ -30,6 +31,7 @@ def plan_merge(
     config: NeuroMergingConfig | None = None,
     dtype: str | torch.dtype = "auto",
     tokenizer: str = "base",
+    chat_template: str | None = None,
     merge_heads: bool = False,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
@@ -41,16 +43,19 @@ def plan_merge(
     """
     resolve_dtype(dtype)
     found = find_models(models, base_model, token)
-    return plan_found(found, config or NeuroMergingConfig(), dtype, tokenizer, merge_heads, trust_remote_code)
+    return plan_found(
+        found, config or NeuroMergingConfig(), dtype, trust_remote_code, tokenizer, chat_template, merge_heads
+    )
 
 
 def plan_found(
     found: FoundModels,
     config: NeuroMergingConfig,
     dtype: str | torch.dtype,
-    tokenizer: str,
-    merge_heads: bool,
     trust_remote_code: bool,
+    tokenizer: str = "base",
+    chat_template: str | None = None,
+    merge_heads: bool = False,
 ) -> MergePlan:
     """`plan_merge` for models whose folders are known.
 
@@ -85,7 +90,7 @@ def plan_found(
         )
         for name, location, expert_config in zip(names, locations, expert_configs, strict=True)
     ]
-    choice = choose_tokenizer(tokenizer, base_location, base_config, candidates, trust_remote_code)
+    choice = choose_tokenizer(tokenizer, chat_template, base_location, base_config, candidates, trust_remote_code)
     alignment = choice.alignment
     openers: list[Callable[[], Expert]] = []
     for candidate, adapter, expert_config in zip(candidates, adapters, expert_configs, strict=True):

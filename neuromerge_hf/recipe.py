@@ -14,9 +14,10 @@ import yaml
 from neuromerge_hf.checkpoint import (
     ADAPTER_FILES,
     CHECKPOINT_FILES,
+    COMPANIONS,
+    TOKENIZER_FILES,
     companion_files,
     find_weights,
-    tokenizer_files,
     weight_files,
 )
 from neuromerge_hf.config import NeuroMergingConfig
@@ -70,6 +71,7 @@ class Recipe:
     config: NeuroMergingConfig
     dtype: str = "auto"
     tokenizer: str = "base"
+    chat_template: str | None = None
     merge_heads: bool = False
     max_shard_size: str | int = "5GB"
 
@@ -81,6 +83,7 @@ class Recipe:
             "config": self.config.to_dict(),
             "dtype": self.dtype,
             "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
             "merge_heads": self.merge_heads,
             "max_shard_size": self.max_shard_size,
             "versions": {package: version(package) for package in PACKAGES},
@@ -120,6 +123,7 @@ def load_recipe(path: Path) -> Recipe:
             config=NeuroMergingConfig(**content["config"]),
             dtype=content["dtype"],
             tokenizer=content["tokenizer"],
+            chat_template=content["chat_template"],
             merge_heads=content["merge_heads"],
             max_shard_size=content["max_shard_size"],
         )
@@ -137,7 +141,7 @@ def read_files(location: Location, *, is_base: bool = False) -> list[Path]:
     main = find_weights(location.folder, ADAPTER_FILES + CHECKPOINT_FILES)
     configs = [location.folder / name for name in ("config.json", "adapter_config.json", "generation_config.json")]
     weights = weight_files(main) if main else []
-    companions = companion_files(location.folder) if is_base else tokenizer_files(location.folder)
+    companions = companion_files(location.folder, COMPANIONS if is_base else TOKENIZER_FILES)
     files = dict.fromkeys([*configs, *([main] if main else []), *weights, *companions])
     return [path for path in files if path.is_file()]
 

@@ -386,7 +386,7 @@ def test_tokenizers_that_are_the_bases_are_not_read(models, tmp_path, monkeypatc
     plain = shutil.copytree(models / "plain", tmp_path / "plain")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile((models / "base") / name, plain / name)
-    monkeypatch.setattr("neuromerge_hf.vocabulary.load_tokenizer", None)
+    monkeypatch.setattr("neuromerge_hf.tokenizer.load_tokenizer", None)
     assert plan_merge([plain], base_model=models / "base").tokenizer.alignment is None
 
 
@@ -515,6 +515,37 @@ def test_a_nested_text_configuration_gets_the_new_size(tmp_path):
     torch.testing.assert_close(logits(merged, ids), logits(model.eval(), ids), rtol=0, atol=1e-5)
 
 
+def test_a_chat_template_comes_with_the_tokenizer_or_is_chosen(models, tmp_path):
+    def with_template(name: str, text: str, *, file: bool) -> Path:
+        folder = shutil.copytree(models / name, tmp_path / name)
+        tokenizer = tokenizer_of(folder)
+        tokenizer.chat_template = text
+        tokenizer.save_pretrained(folder, save_jinja_files=file)
+        return folder
+
+    base, chat = with_template("base", "of the base", file=False), with_template("chat", "of the chat", file=True)
+    tools = shutil.copytree(models / "tools", tmp_path / "tools")
+    assert not list(base.glob("*.jinja"))
+    experts = [chat, tools]
+
+    def template(name: str, **options) -> str | None:
+        merge(experts, tmp_path / "merged" / name, base_model=base, **options, **CPU)
+        merge_recipe(tmp_path / "merged" / name / "recipe.yaml", tmp_path / "again" / name)
+        assert contents(tmp_path / "again" / name) == contents(tmp_path / "merged" / name)
+        return tokenizer_of(tmp_path / "merged" / name).chat_template
+
+    assert template("default") == "of the base"
+    assert template("tokenizer", tokenizer="chat") == "of the chat"
+    assert template("none", tokenizer="tools") is None
+    assert template("union", tokenizer="union") == "of the base"
+    assert template("chosen", chat_template="chat") == "of the chat"
+    assert template("both", tokenizer="chat", chat_template="base") == "of the base"
+    assert template("union-chosen", tokenizer="union", chat_template=str(chat)) == "of the chat"
+    refused(experts, "tools has no chat template", base_model=base, chat_template="tools")
+    match = r'chat_template must be "base" or the name of one expert \(chat, tools\), not \'x\''
+    refused(experts, match, base_model=base, chat_template="x")
+
+
 # How it is asked for
 
 
@@ -568,9 +599,7 @@ def refused(experts, match: str, **options) -> None:
 
 
 def test_an_unknown_tokenizer_is_refused(models):
-    message = (
-        'tokenizer=\'math\' is neither "base" nor "union", and names no expert. The experts\' names are chat, tools'
-    )
+    message = 'tokenizer must be "base", "union" or the name of one expert (chat, tools), not \'math\''
     refused([models / "chat", models / "tools"], re.escape(message), base_model=models / "base", tokenizer="math")
 
 
