@@ -130,8 +130,8 @@ def align(
             lacking &= source.rows < 0
         if lacking.any():
             row = int(lacking.nonzero()[0])
-            token = alignment.target.texts.get(row)
-            what = f"the token {token!r}" if token else f"the padding in row {row}"
+            text = alignment.target.texts.get(row)
+            what = f"the token {text!r}" if text else f"the padding in row {row}"
             problems.append(
                 f"The base {base.location} lacks {what}, and no expert that has it stores {place.parameter}. "
                 'Choose tokenizer="base".'

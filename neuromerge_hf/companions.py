@@ -27,6 +27,7 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
         extended_tokenizer(
             plan.base.location, plan.base.config, tokenizer.additions, trust_remote_code
         ).save_pretrained(folder)
+        _rewrite_tokenizer_config(folder, without=("is_local", "local_files_only"))  # how it was loaded here
     if tokenizer.is_expert:
         chosen = tokenizer.location.folder
         own = chosen / GENERATION
@@ -37,9 +38,7 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
             _write(folder / GENERATION, settings)
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
-        path = folder / "tokenizer_config.json"
-        if path.is_file():
-            _write(path, {key: value for key, value in _read(path).items() if key != "chat_template"})
+        _rewrite_tokenizer_config(folder, without=("chat_template",))
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
@@ -62,10 +61,16 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     return config
 
 
+def _rewrite_tokenizer_config(folder: Path, without: tuple[str, ...]) -> None:
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        _write(path, {key: value for key, value in _read(path).items() if key not in without})
+
+
 def _read(path: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(path.read_text())
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return settings
 
 
 def _write(path: Path, settings: dict[str, Any]) -> None:
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

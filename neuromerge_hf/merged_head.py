@@ -95,7 +95,8 @@ def merge_heads(experts: Sequence[Expert]) -> tuple[list[Expert], MergedHead | N
     integers = [name for name, tensor in head.tensors.items() if not is_mergeable(tensor)]
     if integers:
         problems.append(f"{first.location}: {integers[0]} of its head is {head.tensors[integers[0]].dtype}.")
-    if not head.config.architectures:
+    architectures = head.config.architectures or []
+    if not architectures:
         problems.append(
             f"{first.location} does not say the class of its task model. Put a config.json with architectures there."
         )
@@ -103,9 +104,7 @@ def merge_heads(experts: Sequence[Expert]) -> tuple[list[Expert], MergedHead | N
         raise MergeError([f"The heads cannot be merged: {problem} Leave merge_heads out." for problem in problems])
     tensors = {name: MeanTensor(name, tuple(theirs.tensors[name] for _, theirs in owners)) for name in head.tensors}
     labels = {"id2label": head.config.id2label, "label2id": head.config.label2id}
-    return [dataclasses.replace(expert, head=None) for expert in experts], MergedHead(
-        head.config.architectures[0], tensors, labels
-    )
+    return [dataclasses.replace(expert, head=None) for expert in experts], MergedHead(architectures[0], tensors, labels)
 
 
 def _difference(first: Expert, head: Head, other: Expert, theirs: Head) -> str | None:

@@ -42,6 +42,7 @@ class VocabularyReport:
         aligned: how many of the tokens the base has.
         from_experts: how many the base lacks, so that they are the mean over the experts that have them.
         lacked: how many of the tokens each expert lacks, by its name.
+        left_out: how many tokens of each expert the merged model lacks, by its name.
     """
 
     tokens: int
@@ -49,12 +50,14 @@ class VocabularyReport:
     aligned: int
     from_experts: int
     lacked: dict[str, int]
+    left_out: dict[str, int]
 
     def __str__(self) -> str:
-        lacking = [f"{name} lacks {count:,}" for name, count in self.lacked.items() if count]
+        notes = [f"{name} lacks {count:,}" for name, count in self.lacked.items() if count]
+        notes += [f"{count:,} of {name} left out" for name, count in self.left_out.items() if count]
         return (
             f"vocabulary of {self.tokens:,} tokens in {self.rows:,} rows: {self.aligned:,} aligned with the base's, "
-            f"{self.from_experts:,} from the experts" + "".join(f"; {text}" for text in lacking)
+            f"{self.from_experts:,} from the experts" + "".join(f"; {text}" for text in notes)
         )
 
 
@@ -151,8 +154,15 @@ def _vocabulary_report(plan: MergePlan) -> VocabularyReport | None:
         return None
     tokens = alignment.target.tokens.keys()
     aligned = len(tokens & alignment.base.tokens.keys())
-    lacked = {
-        expert.name: len(tokens - vocabulary.tokens.keys())
+    theirs = {
+        expert.name: vocabulary.tokens.keys()
         for expert, vocabulary in zip(plan.experts, alignment.experts, strict=True)
     }
-    return VocabularyReport(len(tokens), alignment.target.rows, aligned, len(tokens) - aligned, lacked)
+    return VocabularyReport(
+        tokens=len(tokens),
+        rows=alignment.target.rows,
+        aligned=aligned,
+        from_experts=len(tokens) - aligned,
+        lacked={name: len(tokens - own) for name, own in theirs.items()},
+        left_out={name: len(own - tokens) for name, own in theirs.items()},
+    )

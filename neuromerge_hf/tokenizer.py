@@ -169,9 +169,9 @@ def load_tokenizer(location: Location, config: PretrainedConfig, trust_remote_co
         )
     except Exception as error:  # each tokenizer has its own ways to fail
         raise MergeError(
-            f"The tokenizer files of {location} cannot be read ({type(error).__name__}: {error}). The models' tokenizers "
-            "differ, so their tokens must be compared: repair the files, or remove them from an expert that has the "
-            "base's vocabulary."
+            f"The tokenizer files of {location} cannot be read ({type(error).__name__}: {error}). The models' "
+            "tokenizers differ, so their tokens must be compared: repair the files, or remove them from an expert that "
+            "has the base's vocabulary."
         ) from error
 
 

@@ -233,8 +233,10 @@ def assert_merged_by_text(merged: Path, base: Path, experts: list[Path], report)
     assert_merged_as_reference(state(load(merged)), report, start, moved, neurons)
 
 
-@pytest.mark.parametrize("tokenizer", ["base", "chat", "shuffled", "union"])
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [(family, tokenizer) for family in FAMILIES for tokenizer in ("shuffled", "union")]
+
+
+@pytest.mark.parametrize(("family", "tokenizer"), [("llama", "base"), ("llama", "chat"), *CASES])
 def test_rows_are_merged_by_the_text_of_their_tokens(models_of, tmp_path, family, tokenizer):
     models = models_of(family)
     experts = [models / "chat", models / "tools", models / "shuffled"]
@@ -305,6 +307,7 @@ def test_a_union_has_the_bases_tokens_and_then_the_added_ones_of_each_expert(mod
     assert tokenizer("<|user|> fox covid <|end|>").input_ids == [12, 7, 15, 13]
     assert tokenizer.decode([12, 7, 15, 13], skip_special_tokens=True).split() == ["fox", "covid"]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 3)
+    assert "local" not in (merged / "tokenizer_config.json").read_text()
     model = load(merged)
     assert model.config.vocab_size == 16  # two of them on the base's padding
     found, chat, tools = by_text(merged), by_text(models / "chat"), by_text(models / "tools")
@@ -323,7 +326,11 @@ def test_a_union_has_the_bases_tokens_and_then_the_added_ones_of_each_expert(mod
 @pytest.mark.parametrize("tokenizer", ["base", "chat"])
 def test_padding_is_that_of_the_model_whose_tokenizer_it_is(models, tmp_path, tokenizer):
     experts = [models / "chat", models / "tools"]
-    merge(experts, tmp_path / "merged", base_model=models / "base", tokenizer=tokenizer, **CPU)
+    report = merge(experts, tmp_path / "merged", base_model=models / "base", tokenizer=tokenizer, **CPU)
+    assert report.vocabulary.left_out == {
+        "chat": 2 if tokenizer == "base" else 0,
+        "tools": 3 if tokenizer == "base" else 2,
+    }
     made, chosen = state(load(tmp_path / "merged")), state(load(models / tokenizer))
     first = len(tokenizer_of(models / tokenizer))
     assert first < len(chosen["lm_head.weight"])
@@ -355,10 +362,6 @@ def test_excluded_embeddings_are_the_bases_by_the_text_of_their_tokens(models, t
 def test_tokenizers_with_the_same_tokens_change_no_byte(models, tmp_path):
     plain = shutil.copytree(models / "plain", tmp_path / "models" / "plain")
     merge([plain], tmp_path / "without", base_model=models / "base", **CPU)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ messages }}"
-    tokenizer.model_max_length = 77
-    tokenizer.add_tokens([f"[{i}]" for i in range(5)])  # three of them have no row
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.model_max_length = 77
