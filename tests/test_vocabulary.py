@@ -338,6 +338,25 @@ def test_padding_is_that_of_the_model_whose_tokenizer_it_is(models, tmp_path, to
         assert_same_bits(made[name][first:], chosen[name][first:])
 
 
+def test_padding_of_another_expert_with_the_chosen_tokens_does_not_count(models, tmp_path):
+    save(grown(models / "base", len(WORDS) + 5, 12), tmp_path / "twin", make_tokenizer(added=CHAT))
+    experts = [models / "chat", tmp_path / "twin"]
+    merge(experts, tmp_path / "merged", base_model=models / "base", tokenizer="chat", **CPU)
+    made, chosen = (state(load(folder))["lm_head.weight"] for folder in (tmp_path / "merged", models / "chat"))
+    assert_same_bits(made[len(WORDS) + 2 :], chosen[len(WORDS) + 2 :])
+
+
+def test_padding_that_a_union_does_not_need_is_the_bases(models, tmp_path):
+    save(grown(models / "base", len(WORDS) + 3, 13), tmp_path / "expert", make_tokenizer(added=CHAT[:1]))
+    merge([tmp_path / "expert"], tmp_path / "merged", base_model=models / "base", tokenizer="union", **CPU)
+    made, base, expert = (
+        state(load(folder))["lm_head.weight"] for folder in (tmp_path / "merged", models / "base", tmp_path / "expert")
+    )
+    assert len(made) == len(base) == len(WORDS) + 2
+    assert_same_bits(made[len(WORDS)], expert[len(WORDS)])
+    assert_same_bits(made[len(WORDS) + 1], base[len(WORDS) + 1])
+
+
 def test_padding_of_models_with_the_same_tokens_is_merged_by_its_number(models, tmp_path):
     save(grown(models / "base", len(WORDS) + 4, 8), tmp_path / "padded", make_tokenizer())
     merge([tmp_path / "padded"], tmp_path / "merged", base_model=models / "base", config=GIVES_BACK, **CPU)
