@@ -69,10 +69,10 @@ class Alignment:
     def expert_rows(self, expert: int) -> Tensor:
         """An expert's row of each row of the target, or -1."""
         rows = self.target.rows_in(self.experts[expert])
-        if expert != self.chosen:  # whose padding is taken where the base has none
-            is_token = torch.zeros(self.target.rows, dtype=torch.bool)
-            is_token[list(self.target.texts)] = True
-            rows[(self.base_rows < 0) & ~is_token] = -1
+        if expert != self.chosen:  # padding is merged with that of a base with the same tokens, else it is left out
+            is_padding = torch.ones(self.target.rows, dtype=torch.bool)
+            is_padding[list(self.target.texts)] = False
+            rows[is_padding & ((self.base_rows < 0) | (self.base.tokens != self.target.tokens))] = -1
         return rows
 
     def renumbered(self, ids: Any, vocabulary: Vocabulary) -> Any:
