@@ -38,6 +38,9 @@ class AutoMergedModel:
         *,
         base_model: ModelId | None = None,
         config: NeuroMergingConfig | None = None,
+        tokenizer: str = "base",
+        chat_template: str | None = None,
+        merge_heads: bool = False,
         auto_class: Any = None,
         head: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -50,6 +53,7 @@ class AutoMergedModel:
             models: the experts, as in `neuromerge_hf.merge`; or one folder or id of a model that is already merged.
             base_model: the model that they were fine-tuned from; found from the adapters where they agree.
             config: the hyper-parameters.
+            tokenizer, chat_template, merge_heads: see `neuromerge_hf.merge`.
             auto_class: an Auto class or a model class of transformers to load the merged model as. Default: the
                 experts' own, or the base's where they differ or have heads of their own.
             head: the name of an expert (see `MergeReport.experts`), to load the merged backbone with that expert's own
@@ -80,7 +84,13 @@ class AutoMergedModel:
         elif revision is not None:
             raise MergeError(f"Each model has its own revision: write it as id@{revision}, and leave revision= out.")
         else:
-            folder = _find_or_merge(models, base_model, config, cache, device, token, trust_remote_code)
+            settings = {
+                "config": config or NeuroMergingConfig(),
+                "tokenizer": tokenizer,
+                "chat_template": chat_template,
+                "merge_heads": merge_heads,
+            }
+            folder = _find_or_merge(models, base_model, settings, cache, device, token, trust_remote_code)
         if head is not None:
             folder = _with_head(folder, head, cache)
         loaded_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -93,21 +103,21 @@ class AutoMergedModel:
 def _find_or_merge(
     models: Sequence[ModelId],
     base_model: ModelId | None,
-    config: NeuroMergingConfig | None,
+    settings: dict[str, Any],
     cache: Path,
     device: str | torch.device | None,
     token: str | bool | None,
     trust_remote_code: bool,
 ) -> Path:
     base, locations, _ = find_models(models, base_model, token)
-    folder = cache / fingerprint(base, locations, config or NeuroMergingConfig())
+    folder = cache / fingerprint(base, locations, *settings.values())
     if not folder.is_dir():
         try:
             merge(
                 [_reference(location) for location in locations],
                 folder,
                 base_model=_reference(base),
-                config=config,
+                **settings,
                 device=device,
                 token=token,
                 trust_remote_code=trust_remote_code,

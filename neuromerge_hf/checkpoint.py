@@ -25,8 +25,7 @@ HEADS = "heads"
 HEAD_WEIGHTS = "head.safetensors"
 """The file of a head's tensors, by their names in the expert's task model."""
 
-COMPANIONS = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -38,19 +37,25 @@ COMPANIONS = (
     "*.codes",
     "*.tiktoken",
     "chat_template*",
-    "*processor_config.json",
-    "*.py",
 )
+
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "*processor_config.json", "*.py")
 """The files beside the weights that a merged model takes from its base: tokenizer, processor, generation, code."""
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """The companions that are in a base's folder."""
+def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
+    """The companions that are in a model's folder."""
     return [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
     ]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a model's folder; none if there is no more than a chat template."""
+    files = companion_files(folder, TOKENIZER_FILES)
+    return files if any(not path.name.startswith("chat_template") for path in files) else []
 
 
 def find_weights(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -13,6 +13,9 @@ IN_RECIPE = (
     "lambda_orthogonal",
     "exclude",
     "dtype",
+    "tokenizer",
+    "chat_template",
+    "merge_heads",
     "max_shard_size",
 )
 """The options that a recipe holds."""
@@ -49,6 +52,13 @@ def merge_command(
         list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")] = "auto",
+    tokenizer: Annotated[str, typer.Option(help="base, an expert's name or id, or union.")] = "base",
+    chat_template: Annotated[
+        str | None, typer.Option(help="base, or an expert's name or id.", show_default="the tokenizer's")
+    ] = None,
+    merge_heads: Annotated[
+        bool, typer.Option("--merge-heads", help="Take the mean of heads that the base lacks.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="The largest size of a weight file.")] = "5GB",
     device: Annotated[
         str | None, typer.Option(help="Where to compute.", show_default="the accelerator, or cpu")
@@ -94,6 +104,9 @@ def merge_command(
                 base_model=base_model,
                 config=config,
                 dtype=dtype,
+                tokenizer=tokenizer,
+                chat_template=chat_template,
+                merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
                 device=device,
                 threads=threads,

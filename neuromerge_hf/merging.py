@@ -1,7 +1,6 @@
 """`merge`: from ids and paths to a complete directory."""
 
 import errno
-import json
 import os
 import secrets
 import shutil
@@ -15,7 +14,7 @@ from accelerate import PartialState
 from huggingface_hub.utils.tqdm import tqdm
 
 from neuromerge_hf.blocks import default_threads
-from neuromerge_hf.checkpoint import HEADS, companion_files
+from neuromerge_hf.checkpoint import HEADS
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.engine import merge_weights
 from neuromerge_hf.errors import MergeError
@@ -34,6 +33,9 @@ def merge(
     base_model: ModelId | None = None,
     config: NeuroMergingConfig | None = None,
     dtype: str | torch.dtype = "auto",
+    tokenizer: str = "base",
+    chat_template: str | None = None,
+    merge_heads: bool = False,
     max_shard_size: str | int = "5GB",
     device: str | torch.device | None = None,
     threads: int | None = None,
@@ -52,6 +54,16 @@ def merge(
         config: the hyper-parameters.
         dtype: of the merged weights: "auto" for each tensor's own dtype in the base, or "float32", "float16",
             "bfloat16". The arithmetic is always float32.
+        tokenizer: whose tokenizer the merged model gets: "base", the name or id of an expert, or "union" for the base's
+            with the tokens that were added to the experts'. Where vocabularies differ, the rows of the embeddings are
+            aligned by the text of their tokens. A token that the base lacks takes the mean over the experts that have
+            it; an expert that lacks a token changes nothing there. Rows beyond the tokens are those of the model whose
+            tokenizer it is; new tokens of a union are put there first.
+        chat_template: whose chat template it gets: "base", or the name or id of an expert. By default the one that
+            comes with the tokenizer.
+        merge_heads: merge heads that the base lacks, too, where all are of one class, shape and set of labels: each
+            parameter is the mean over the experts, because there is no base to take differences from. By default each
+            expert's head is kept as it is, apart.
         max_shard_size: the largest size of one weight file ("5GB").
         device: where to compute; the accelerator that accelerate sees, or the CPU.
         threads: how many threads to compute with; all processors that this process may use.
@@ -72,9 +84,13 @@ def merge(
         if target.resolve() in (folder, *folder.parents):
             raise MergeError(f"The output directory {target} holds the model {location}. Choose another one.")
     with Ingredients(base, experts) as ingredients:
-        from neuromerge_hf.planner import plan_found  # loads transformers, which takes seconds
+        # These load transformers, which takes seconds.
+        from neuromerge_hf.companions import write_companions
+        from neuromerge_hf.planner import plan_found
 
-        plan = plan_found(found, config or NeuroMergingConfig(), dtype, trust_remote_code)
+        plan = plan_found(
+            found, config or NeuroMergingConfig(), dtype, trust_remote_code, tokenizer, chat_template, merge_heads
+        )
         started = time.perf_counter()
         with directory_in_the_making(target, overwrite) as folder:
             check_disk(plan, folder)
@@ -87,11 +103,20 @@ def merge(
                 plan, folder, max_shard_size, compute_device, threads or default_threads()
             )
             shutil.rmtree(prepared)
-            _write_companions(plan, folder, trust_remote_code)
+            write_companions(plan, folder, trust_remote_code)
             for expert in plan.experts:
                 if expert.head:
                     expert.head.save(folder / HEADS / expert.name)
-            Recipe(ingredients.base, ingredients.models, plan.config, plan.dtype, max_shard_size).save(folder)
+            Recipe(
+                ingredients.base,
+                ingredients.models,
+                plan.config,
+                dtype=plan.dtype,
+                tokenizer=tokenizer,
+                chat_template=chat_template,
+                merge_heads=merge_heads,
+                max_shard_size=max_shard_size,
+            ).save(folder)
     return make_report(plan, trimmings, lambda_orthogonal, target, time.perf_counter() - started)
 
 
@@ -118,6 +143,9 @@ def merge_recipe(
         base_model=recipe.base_model.reference,
         config=recipe.config,
         dtype=recipe.dtype,
+        tokenizer=recipe.tokenizer,
+        chat_template=recipe.chat_template,
+        merge_heads=recipe.merge_heads,
         max_shard_size=recipe.max_shard_size,
         device=device,
         threads=threads,
@@ -225,20 +253,3 @@ def _write_weights(
         finally:
             writer.close()
     return trimmings, lambda_orthogonal
-
-
-def _write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
-    base = plan.base.location.folder
-    config = json.loads((base / "config.json").read_text())
-    config.pop("_name_or_path", None)
-    if plan.base.copies:
-        config["tie_word_embeddings"] = False
-    if plan.architecture:
-        config["architectures"] = [plan.architecture]
-    if plan.dtype != "auto":
-        config.pop("torch_dtype", None)
-        config["dtype"] = plan.dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in companion_files(base):
-        if trust_remote_code or path.suffix != ".py":
-            shutil.copyfile(path, folder / path.name)

@@ -15,7 +15,9 @@ from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import StoredTensor
 
 if TYPE_CHECKING:  # they load transformers
+    from neuromerge_hf.merged_head import MergedHead
     from neuromerge_hf.sources.expert import Base, Expert
+    from neuromerge_hf.tokenizer import TokenizerChoice
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class MergePlan:
         experts: the experts, opened, in the user's order.
         units: every tensor that will be written, in the order of their names, which is the order of all sums.
         dtype: the name of the dtype that was asked for, or "auto" for each tensor's own.
+        tokenizer: where the tokenizer comes from. The rows of `base` and of the experts are already in its order.
+        head: the head that is made of the experts' own; None if they are kept apart.
     """
 
     config: NeuroMergingConfig
@@ -83,6 +87,8 @@ class MergePlan:
     experts: "tuple[Expert, ...]"
     units: tuple[Unit, ...]
     dtype: str
+    tokenizer: "TokenizerChoice"
+    head: "MergedHead | None" = None
 
     @property
     def merged(self) -> list[str]:
@@ -92,11 +98,14 @@ class MergePlan:
     @property
     def copied(self) -> list[str]:
         """The parameters and buffers that are copied from the base."""
-        return [unit.parameter for unit in self.units if not unit.task_vectors]
+        head = self.head.tensors if self.head else {}
+        return [unit.parameter for unit in self.units if not unit.task_vectors and unit.tensor.name not in head]
 
     @property
     def architecture(self) -> str | None:
         """The merged model's class, if not the base's: the experts', where they agree and none has its own head."""
+        if self.head:
+            return self.head.model_class_name
         classes = {expert.model_class_name for expert in self.experts}
         if len(classes) == 1 and not any(expert.head for expert in self.experts):
             return classes.pop()

@@ -8,17 +8,21 @@ from functools import partial
 import torch
 from transformers import PretrainedConfig
 
+from neuromerge_hf.align import adapter_rows, align, comparable, resized_base
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError, Problems, abridged
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location
+from neuromerge_hf.merged_head import merge_heads as merge_experts_heads
 from neuromerge_hf.models import FoundModels, ModelId, about_quantised_base, find_models, load_config, unique_names
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.skeleton import Skeleton, model_class_of
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, stored_form, without_tied_copies
 from neuromerge_hf.sources.full import check_architecture, has_two_matrices, open_full
 from neuromerge_hf.ties import untied
+from neuromerge_hf.tokenizer import Candidate, choose_tokenizer
+from neuromerge_hf.vocabulary import vocabulary_size
 
 
 def plan_merge(
@@ -27,6 +31,9 @@ def plan_merge(
     base_model: ModelId | None = None,
     config: NeuroMergingConfig | None = None,
     dtype: str | torch.dtype = "auto",
+    tokenizer: str = "base",
+    chat_template: str | None = None,
+    merge_heads: bool = False,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> MergePlan:
@@ -36,11 +43,20 @@ def plan_merge(
         MergeError: with all the problems that were found.
     """
     resolve_dtype(dtype)
-    return plan_found(find_models(models, base_model, token), config or NeuroMergingConfig(), dtype, trust_remote_code)
+    found = find_models(models, base_model, token)
+    return plan_found(
+        found, config or NeuroMergingConfig(), dtype, trust_remote_code, tokenizer, chat_template, merge_heads
+    )
 
 
 def plan_found(
-    found: FoundModels, config: NeuroMergingConfig, dtype: str | torch.dtype, trust_remote_code: bool
+    found: FoundModels,
+    config: NeuroMergingConfig,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+    tokenizer: str = "base",
+    chat_template: str | None = None,
+    merge_heads: bool = False,
 ) -> MergePlan:
     """`plan_merge` for models whose folders are known.
 
@@ -58,7 +74,8 @@ def plan_found(
     for location, adapter in zip(locations, adapters, strict=True):
         expert_configs.append(None if adapter else problems.attempt(partial(load_config, location, trust_remote_code)))
         if expert_configs[-1]:
-            problems.add(check_architecture(location, expert_configs[-1], skeleton, base_location, trust_remote_code))
+            like = comparable(skeleton, base_location, location, expert_configs[-1])
+            problems.add(check_architecture(location, expert_configs[-1], like, base_location, trust_remote_code))
     problems.report()
 
     for location in (base_location, *locations):
@@ -76,18 +93,37 @@ def plan_found(
     if unties:
         base = untied(base)
     names = unique_names(locations)
+    candidates = [
+        Candidate(
+            name,
+            location,
+            expert_config or base_config,
+            vocabulary_size(expert_config) if expert_config else adapter_rows(location.folder, base),
+        )
+        for name, location, expert_config in zip(names, locations, expert_configs, strict=True)
+    ]
+    choice = choose_tokenizer(tokenizer, chat_template, base_location, base_config, candidates, trust_remote_code)
+    alignment = choice.alignment
     openers: list[Callable[[], Expert]] = []
-    for name, location, adapter, expert_config in zip(names, locations, adapters, expert_configs, strict=True):
+    for candidate, adapter, expert_config in zip(candidates, adapters, expert_configs, strict=True):
+        name, location = candidate.name, candidate.location
+        theirs = resized_base(base, candidate.rows) if alignment else base
         if adapter is not None:
             notes = about_quantised_base(location, adapter, base_location)
-            openers.append(partial(open_adapter, name, location, adapter, base, notes))
+            openers.append(partial(open_adapter, name, location, adapter, theirs, notes))
         elif expert_config is not None:
-            openers.append(partial(open_full, name, location, expert_config, base, trust_remote_code))
+            openers.append(partial(open_full, name, location, expert_config, theirs, trust_remote_code))
     experts = problems.collect(openers)
+    if alignment:
+        base, experts = align(base, experts, [adapter is not None for adapter in adapters], alignment)
+    head = None
+    if merge_heads:
+        experts, head = merge_experts_heads(experts)
     units = _units(base, experts, config, target)
-    plan = MergePlan(
-        config, base, tuple(experts), units, "auto" if target is None else str(target).removeprefix("torch.")
-    )
+    if head:
+        units += head.units(target)
+    dtype_name = "auto" if target is None else str(target).removeprefix("torch.")
+    plan = MergePlan(config, base, tuple(experts), units, dtype_name, choice, head)
     if not plan.merged:
         raise MergeError("No expert changes any parameter of the base that is not excluded. There is nothing to merge.")
     return plan

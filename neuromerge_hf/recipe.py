@@ -11,7 +11,15 @@ from typing import Any
 
 import yaml
 
-from neuromerge_hf.checkpoint import ADAPTER_FILES, CHECKPOINT_FILES, companion_files, find_weights, weight_files
+from neuromerge_hf.checkpoint import (
+    ADAPTER_FILES,
+    CHECKPOINT_FILES,
+    COMPANIONS,
+    TOKENIZER_FILES,
+    companion_files,
+    find_weights,
+    weight_files,
+)
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.location import Location
@@ -62,6 +70,9 @@ class Recipe:
     models: tuple[Ingredient, ...]
     config: NeuroMergingConfig
     dtype: str = "auto"
+    tokenizer: str = "base"
+    chat_template: str | None = None
+    merge_heads: bool = False
     max_shard_size: str | int = "5GB"
 
     def save(self, folder: Path) -> None:
@@ -71,6 +82,9 @@ class Recipe:
             "models": [model.to_dict() for model in self.models],
             "config": self.config.to_dict(),
             "dtype": self.dtype,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
+            "merge_heads": self.merge_heads,
             "max_shard_size": self.max_shard_size,
             "versions": {package: version(package) for package in PACKAGES},
         }
@@ -108,6 +122,9 @@ def load_recipe(path: Path) -> Recipe:
             models=tuple(Ingredient(**model) for model in content["models"]),
             config=NeuroMergingConfig(**content["config"]),
             dtype=content["dtype"],
+            tokenizer=content["tokenizer"],
+            chat_template=content["chat_template"],
+            merge_heads=content["merge_heads"],
             max_shard_size=content["max_shard_size"],
         )
     except OSError as error:
@@ -120,11 +137,11 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def read_files(location: Location, *, is_base: bool = False) -> list[Path]:
-    """The files of a local model that determine a merge: configurations and weights, and the base's companions."""
+    """The files of a local model that determine a merge: configurations, weights, tokenizer, the base's companions."""
     main = find_weights(location.folder, ADAPTER_FILES + CHECKPOINT_FILES)
-    configs = [location.folder / name for name in ("config.json", "adapter_config.json")]
+    configs = [location.folder / name for name in ("config.json", "adapter_config.json", "generation_config.json")]
     weights = weight_files(main) if main else []
-    companions = companion_files(location.folder) if is_base else []
+    companions = companion_files(location.folder, COMPANIONS if is_base else TOKENIZER_FILES)
     files = dict.fromkeys([*configs, *([main] if main else []), *weights, *companions])
     return [path for path in files if path.is_file()]
 

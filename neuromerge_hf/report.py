@@ -33,6 +33,35 @@ class ExpertReport:
 
 
 @dataclass(frozen=True)
+class VocabularyReport:
+    """How the tokens of models with different vocabularies were brought together.
+
+    Attributes:
+        tokens: how many the merged model has.
+        rows: how many rows its embeddings have.
+        aligned: how many of the tokens the base has.
+        from_experts: how many the base lacks, so that they are the mean over the experts that have them.
+        lacked: how many of the tokens each expert lacks, by its name.
+        left_out: how many tokens of each expert the merged model lacks, by its name.
+    """
+
+    tokens: int
+    rows: int
+    aligned: int
+    from_experts: int
+    lacked: dict[str, int]
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        notes = [f"{name} lacks {count:,}" for name, count in self.lacked.items() if count]
+        notes += [f"{count:,} of {name} left out" for name, count in self.left_out.items() if count]
+        return (
+            f"vocabulary of {self.tokens:,} tokens in {self.rows:,} rows: {self.aligned:,} aligned with the base's, "
+            f"{self.from_experts:,} from the experts" + "".join(f"; {text}" for text in notes)
+        )
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """What a merge did; `str()` gives it in a few lines.
 
@@ -43,6 +72,8 @@ class MergeReport:
         lambda_orthogonal: the paper's lambda_2 as it was used.
         merged: names of the parameters that were merged.
         copied: names of the parameters and buffers that are the base's.
+        head: names of the parameters that are the mean of the experts' own.
+        vocabulary: how tokens were aligned; None where all models have the same.
         seconds: wall time of the merge, downloads not counted.
         bytes_read: how much of the inputs was read.
         bytes_written: the size of the merged weights.
@@ -62,6 +93,8 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     notes: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
+    vocabulary: VocabularyReport | None = None
 
     def __str__(self) -> str:
         experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
@@ -73,6 +106,8 @@ class MergeReport:
             f"  density {self.density:g}, sigma {self.sigma:.4f}, lambda_parallel {self.lambda_parallel:g}, "
             f"lambda_orthogonal {self.lambda_orthogonal:.4f}",
             f"  {len(self.merged)} parameters merged, {len(self.copied)} copied from the base",
+            *([f"  heads merged by their mean: {', '.join(self.head)}"] if self.head else []),
+            *([f"  {self.vocabulary}"] if self.vocabulary else []),
             f"  {self.seconds:.1f} s, {readable_size(self.bytes_read)} read, "
             f"{readable_size(self.bytes_written)} written",
             *(f"  Note: {note}" for note in self.notes),
@@ -112,4 +147,26 @@ def make_report(
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
         notes=[note for expert in plan.experts for note in expert.notes],
+        head=sorted(plan.head.tensors) if plan.head else [],
+        vocabulary=_vocabulary_report(plan),
+    )
+
+
+def _vocabulary_report(plan: MergePlan) -> VocabularyReport | None:
+    alignment = plan.tokenizer.alignment
+    if alignment is None:
+        return None
+    tokens = alignment.target.tokens.keys()
+    aligned = len(tokens & alignment.base.tokens.keys())
+    theirs = {
+        expert.name: vocabulary.tokens.keys()
+        for expert, vocabulary in zip(plan.experts, alignment.experts, strict=True)
+    }
+    return VocabularyReport(
+        tokens=len(tokens),
+        rows=alignment.target.rows,
+        aligned=aligned,
+        from_experts=len(tokens) - aligned,
+        lacked={name: len(tokens - own) for name, own in theirs.items()},
+        left_out={name: len(own - tokens) for name, own in theirs.items()},
     )

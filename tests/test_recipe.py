@@ -79,9 +79,10 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
     text = (tmp_path / "merged" / "recipe.yaml").read_text()
     assert "neuromerge merge recipe.yaml --output" in text
     content = yaml.safe_load(text)
-    assert list(content) == ["base_model", "models", "config", "dtype", "max_shard_size", "versions"]
+    settings = ["config", "dtype", "tokenizer", "chat_template", "merge_heads", "max_shard_size"]
+    assert list(content) == ["base_model", "models", *settings, "versions"]
     assert content["config"] == NeuroMergingConfig().to_dict()
-    assert (content["dtype"], content["max_shard_size"]) == ("float32", "5GB")
+    assert [content[name] for name in settings[1:]] == ["float32", "base", None, False, "5GB"]
     assert set(content["versions"]) == {"neuromerge-hf", "torch", "transformers", "peft", "safetensors"}
     base, math, code = content["base_model"], *content["models"]
     assert (base["id"], math["id"], code["id"]) == tuple(str(models / name) for name in ("llama", "math", "code"))

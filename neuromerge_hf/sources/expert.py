@@ -20,6 +20,11 @@ from neuromerge_hf.tensors import MERGEABLE, StoredTensor, read_rows, read_whole
 
 COMPARED_AT_ONCE = 1 << 20
 
+VOCABULARY_REMEDY = (
+    "Put the tokenizer files of the base and of the expert into their folders, by which rows are aligned. Or resize "
+    "the expert's embeddings to the base's vocabulary (model.resize_token_embeddings) and save it again."
+)
+
 
 @dataclass(frozen=True)
 class Base:
@@ -180,10 +185,7 @@ def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skel
     """The sentence that says why two tensors of the same place cannot be merged."""
     sides = f"{name} is {theirs.shape} in {theirs.path}, but {base.shape} in the base's {base.path}."
     if skeleton.is_vocabulary(place.parameter) and theirs.shape[1:] == base.shape[1:]:
-        return (
-            f"The vocabularies differ: {sides} Resize the expert's embeddings to the base's vocabulary "
-            "(model.resize_token_embeddings) and save it again."
-        )
+        return f"The vocabularies differ: {sides} {VOCABULARY_REMEDY}"
     return f"The shapes differ: {sides} Experts must be fine-tunes of this very base; check base_model."
 
 

@@ -8,7 +8,15 @@ from neuromerge_hf.heads import Head
 from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton, model_class_of
 from neuromerge_hf.sources.converted import to_base_form
-from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, mismatch, without_tied_copies
+from neuromerge_hf.sources.expert import (
+    VOCABULARY_REMEDY,
+    Base,
+    Expert,
+    check_complete,
+    is_mergeable,
+    mismatch,
+    without_tied_copies,
+)
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.tensors import StoredTensor
 from neuromerge_hf.ties import missing_copies, renamed, separable
@@ -53,8 +61,8 @@ def check_architecture(
         if base.is_vocabulary(name) and shapes[name][1:] == shape[1:]:
             return [
                 f"The vocabularies differ: {name} is {shapes[name]} in {location}, but {shape} in the base "
-                f"{base_location}. Resize the expert's embeddings to the base's vocabulary "
-                "(model.resize_token_embeddings) and save it again."
+                f"{base_location}, and one of them has no tokenizer files that tell which tokens these are. "
+                f"{VOCABULARY_REMEDY}"
             ]
         return [
             f"The architectures differ: {name} is {shapes[name]} in {location}, but {shape} in the base "

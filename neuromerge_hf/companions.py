@@ -1,0 +1,78 @@
+"""The files beside the merged weights: configuration, tokenizer, generation settings, processor, code."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from neuromerge_hf.checkpoint import companion_files, tokenizer_files
+from neuromerge_hf.plan import MergePlan
+from neuromerge_hf.token_ids import renumbered, with_ids_of, with_vocabulary_size
+from neuromerge_hf.tokenizer import extended_tokenizer
+
+GENERATION = "generation_config.json"
+
+
+def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
+    """Write them: from the base, and those that belong to the tokenizer from the model whose tokenizer is chosen."""
+    base, tokenizer = plan.base.location.folder, plan.tokenizer
+    _write(folder / "config.json", _config(plan))
+    for path in companion_files(base):
+        if trust_remote_code or path.suffix != ".py":
+            shutil.copyfile(path, folder / path.name)
+    if tokenizer.additions or tokenizer.is_expert:
+        for path in tokenizer_files(base):
+            (folder / path.name).unlink()
+    if tokenizer.additions:
+        extended_tokenizer(
+            plan.base.location, plan.base.config, tokenizer.additions, trust_remote_code
+        ).save_pretrained(folder)
+        _rewrite_tokenizer_config(folder, without=("is_local", "local_files_only"))  # how it was loaded here
+    if tokenizer.is_expert:
+        chosen = tokenizer.location.folder
+        own = chosen / GENERATION
+        for path in [*tokenizer_files(chosen), *([own] if own.is_file() else [])]:
+            shutil.copyfile(path, folder / path.name)
+        if tokenizer.alignment and not own.is_file() and (base / GENERATION).is_file():
+            settings = renumbered(_read(base / GENERATION), tokenizer.alignment.base, tokenizer.alignment)
+            _write(folder / GENERATION, settings)
+    if tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
+        _rewrite_tokenizer_config(folder, without=("chat_template",))
+
+
+def _config(plan: MergePlan) -> dict[str, Any]:
+    config = _read(plan.base.location.folder / "config.json")
+    config.pop("_name_or_path", None)
+    if plan.base.copies:
+        config["tie_word_embeddings"] = False
+    if plan.architecture:
+        config["architectures"] = [plan.architecture]
+    if plan.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.dtype
+    if plan.head:
+        config |= plan.head.labels
+    chosen = plan.tokenizer.location.folder / "config.json"
+    if plan.tokenizer.is_expert and chosen.is_file():
+        config = with_ids_of(config, _read(chosen))
+    elif plan.tokenizer.alignment:
+        config = renumbered(config, plan.tokenizer.alignment.base, plan.tokenizer.alignment)
+    if plan.tokenizer.alignment:
+        config = with_vocabulary_size(config, plan.base.config, plan.tokenizer.alignment.target.rows)
+    return config
+
+
+def _rewrite_tokenizer_config(folder: Path, without: tuple[str, ...]) -> None:
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        _write(path, {key: value for key, value in _read(path).items() if key not in without})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""Tensors and task vectors with a row for each token, read in the order of another vocabulary."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neuromerge_hf.layout import Block, Layout
+from neuromerge_hf.sources.task_vector import TaskVector
+from neuromerge_hf.tensors import StoredTensor
+
+
+@dataclass(frozen=True)
+class AlignedVector:
+    """A task vector whose rows are put where another vocabulary has their tokens; the other rows are 0.
+
+    Attributes:
+        vector: the task vector, in the expert's own order of rows. It must not depend on the base but by its
+            difference, because the base's row of a token is not the one with the expert's number.
+        layout: of the expert's own tensor; one row where the parameter is 1-D.
+        rows: (rows,) int64, the expert's row of each row of the other vocabulary, or -1.
+    """
+
+    vector: TaskVector
+    layout: Layout
+    rows: Tensor
+
+    @property
+    def file(self) -> str:
+        return self.vector.file
+
+    @property
+    def bytes_read(self) -> int:
+        return self.vector.bytes_read
+
+    def opened(self) -> "AlignedVector":
+        return replace(self, vector=self.vector.opened())
+
+    def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
+        """As `TaskVector.write`; `base` is the base in the order of the other vocabulary."""
+        out.zero_()
+        if self.layout.rows > 1:
+            for start, stop, row in runs(self.rows[block.start : block.stop]):
+                found = Block(0, row, row + stop - start)
+                self.vector.write(out[start:stop], found, base[start:stop], buffer)
+            return
+        here = (self.rows >= 0).nonzero().flatten()
+        there = self.rows[here]
+        own_base = base.new_zeros(1, self.layout.width)
+        own_base[:, there] = base[:, here]
+        own = torch.empty_like(own_base)
+        self.vector.write(own, block, own_base, torch.empty(own.numel() * 8, dtype=torch.uint8))
+        out[:, here] = own[:, there]
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        """The expert's weights in the rows [start, stop) of the other vocabulary: (stop - start, width) float32."""
+        if self.layout.rows == 1:
+            out = torch.empty(1, len(self.rows))
+            block = Block(0, 0, 1)
+        else:
+            out = torch.empty(stop - start, self.layout.width)
+            block = Block(0, start, stop)
+        self.write(out, block, torch.zeros_like(out), torch.empty(out.numel() * 8, dtype=torch.uint8))
+        return out if self.layout.rows > 1 else out.T[start:stop]
+
+
+@dataclass(frozen=True)
+class AlignedTensor:
+    """A tensor of the base whose rows are put where another vocabulary has their tokens.
+
+    Attributes:
+        tensor: the base's own.
+        shape: with the other vocabulary's number of rows.
+        rows: (rows,) int64, the base's row of each row of the other vocabulary, or -1.
+        experts: where a row that the base lacks comes from: it is the mean over those that have it, 0 if none has.
+    """
+
+    tensor: StoredTensor
+    shape: tuple[int, ...]
+    rows: Tensor
+    experts: tuple[AlignedVector, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def path(self) -> Path:
+        return self.tensor.path
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """As `StoredTensor.read`."""
+        width = prod(self.shape) // len(self.rows)
+        first, last = start // width, -(-stop // width)
+        rows = self.rows[first:last]
+        for begin, end, row in runs(rows):
+            here = max(start, (first + begin) * width), min(stop, (first + end) * width)
+            shift = (row - first - begin) * width
+            self.tensor.read(here[0] + shift, here[1] + shift, out[here[0] - start : here[1] - start])
+        for begin, end, _ in runs(torch.where(rows < 0, torch.arange(len(rows)), -1)):
+            here = max(start, (first + begin) * width), min(stop, (first + end) * width)
+            new = self._mean(first + begin, first + end, width).flatten()
+            skipped = (first + begin) * width
+            out[here[0] - start : here[1] - start] = new[here[0] - skipped : here[1] - skipped]
+
+    def _mean(self, start: int, stop: int, width: int) -> Tensor:
+        total, count = torch.zeros(stop - start, width), torch.zeros(stop - start, 1)
+        for expert in self.experts:
+            total += expert.weights(start, stop)
+            count += (expert.rows[start:stop] >= 0).unsqueeze(1)
+        return total / count.clamp(min=1)
+
+
+def runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
+    """The longest stretches [start, stop) in which `rows` counts up by one, with the row at their start; -1 is none."""
+    ends = (rows[1:] != rows[:-1] + 1) | (rows[:-1] < 0)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends.nonzero().flatten() + 1])
+    stops = torch.cat([starts[1:], torch.tensor([len(rows)])])
+    found = rows[starts] >= 0
+    return zip(starts[found].tolist(), stops[found].tolist(), rows[starts][found].tolist(), strict=True)
