@@ -65,8 +65,8 @@ def prepare(
             if pieces is None:
                 raise MergeError(
                     f"{location} changes {name} alone, which the base {base.location} stores in one tensor with "
-                    "others. Put it into its base with PEFT's merge_and_unload(), save that model, and give it in place of "
-                    "the adapter."
+                    "others. Put it into its base with PEFT's merge_and_unload(), save that model, and give it in "
+                    "place of the adapter."
                 )
             for key, piece in pieces.items():
                 place = base.places[key]
