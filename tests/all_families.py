@@ -9,9 +9,13 @@ import transformers
 import reference
 from families import ATTENTION, CAUSAL, DECODER, ENCODER, ENCODER_AND_DECODER, FAMILIES, TOKENS, Family, images
 
-SMALL = {**DECODER, "num_hidden_layers": 1}
-SMALL_ENCODER = {**ENCODER, "num_hidden_layers": 1, "vocab_size": 40, "max_position_embeddings": 16}
+LOUD = {"initializer_range": 0.3}
+"""With the usual 0.02 the output of so small a model hardly depends on most of its weights."""
+
+SMALL = {**DECODER, **LOUD, "num_hidden_layers": 1}
+SMALL_ENCODER = {**ENCODER, **LOUD, "num_hidden_layers": 1, "vocab_size": 40, "max_position_embeddings": 16}
 SEQ2SEQ = {
+    "init_std": 0.3,
     "vocab_size": 40,
     "d_model": 16,
     "encoder_layers": 1,
@@ -26,7 +30,7 @@ SEQ2SEQ = {
     "decoder_start_token_id": 2,
 }
 TEXT_TOWER = {**SMALL_ENCODER, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-VISION_TOWER = {**ENCODER, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+VISION_TOWER = {**ENCODER, **LOUD, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
 SPLIT_EXPERTS = {"*.experts.*_proj": reference.FUSED_EXPERTS}
 QUERY_VALUE = {"target_modules": ["q_proj", "v_proj"]}
 
@@ -43,6 +47,7 @@ MORE_FAMILIES = {
     "phi": Family(transformers.PhiConfig(**SMALL), transformers.PhiForCausalLM, TOKENS, CAUSAL),
     "gpt-neox": Family(
         transformers.GPTNeoXConfig(
+            **LOUD,
             vocab_size=40,
             hidden_size=16,
             intermediate_size=24,
@@ -56,6 +61,7 @@ MORE_FAMILIES = {
     ),
     "opt": Family(
         transformers.OPTConfig(
+            init_std=0.3,
             vocab_size=40,
             hidden_size=16,
             word_embed_proj_dim=16,
@@ -92,15 +98,22 @@ MORE_FAMILIES = {
         transformers.RobertaConfig(**(SMALL_ENCODER | {"max_position_embeddings": 20}), num_labels=3),
         transformers.RobertaForSequenceClassification,
         TOKENS,
-        {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]},
+        {"target_modules": ["query", "value"]},
     ),
     "distilbert": Family(
         transformers.DistilBertConfig(
-            vocab_size=40, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=16, num_labels=3
+            **LOUD,
+            vocab_size=40,
+            dim=16,
+            hidden_dim=24,
+            n_layers=1,
+            n_heads=2,
+            max_position_embeddings=16,
+            num_labels=3,
         ),
         transformers.DistilBertForSequenceClassification,
         TOKENS,
-        {"task_type": "SEQ_CLS", "target_modules": ["q_lin", "v_lin"]},
+        {"target_modules": ["q_lin", "v_lin"]},
     ),
     "deberta": Family(
         transformers.DebertaConfig(
@@ -108,7 +121,7 @@ MORE_FAMILIES = {
         ),
         transformers.DebertaForSequenceClassification,
         TOKENS,
-        {"task_type": "SEQ_CLS", "target_modules": ["in_proj"]},
+        {"target_modules": ["in_proj"]},
     ),
     "deberta-v2": Family(
         transformers.DebertaV2Config(
@@ -121,7 +134,7 @@ MORE_FAMILIES = {
         ),
         transformers.DebertaV2ForSequenceClassification,
         TOKENS,
-        {"task_type": "SEQ_CLS", "target_modules": ["query_proj", "value_proj"]},
+        {"target_modules": ["query_proj", "value_proj"]},
     ),
     "bart": Family(
         transformers.BartConfig(**SEQ2SEQ, max_position_embeddings=16),
@@ -137,7 +150,14 @@ MORE_FAMILIES = {
     ),
     "swin": Family(
         transformers.SwinConfig(
-            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=3
+            **LOUD,
+            image_size=16,
+            patch_size=2,
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=4,
+            num_labels=3,
         ),
         transformers.SwinForImageClassification,
         images(16),
@@ -145,7 +165,14 @@ MORE_FAMILIES = {
     ),
     "convnext": Family(
         transformers.ConvNextConfig(
-            image_size=16, patch_size=4, num_stages=2, hidden_sizes=[8, 12], depths=[1, 1], num_labels=3
+            **LOUD,
+            layer_scale_init_value=1.0,
+            image_size=16,
+            patch_size=4,
+            num_stages=2,
+            hidden_sizes=[8, 12],
+            depths=[1, 1],
+            num_labels=3,
         ),
         transformers.ConvNextForImageClassification,
         images(16),
@@ -161,6 +188,7 @@ MORE_FAMILIES = {
     ),
     "wav2vec2": Family(
         transformers.Wav2Vec2Config(
+            **LOUD,
             vocab_size=40,
             **{key: value for key, value in ENCODER.items() if key != "num_hidden_layers"},
             num_hidden_layers=1,

@@ -34,7 +34,7 @@ def largest_error(relatives: Relatives, kind: str, folder: Path) -> float:
     expert = relatives.expert(kind, 1)
     merge([expert], folder, base_model=relatives.base, config=GIVES_BACK, device="cpu", threads=1)
     want = relatives.output(relatives.trained(expert, 1))
-    assert (want - relatives.output(relatives.untrained(1))).abs().max() > 1e-3
+    assert (want - relatives.output(relatives.untrained(1))).abs().max() > 1e-2
     relatives.load_cleanly(folder)
     model = relatives.untrained(1, folder)
     head = folder / "heads" / expert.name / "head.safetensors"
@@ -48,9 +48,7 @@ def largest_error(relatives: Relatives, kind: str, folder: Path) -> float:
 def test_one_untrimmed_expert_is_given_back(
     name: str, kind: str, relatives_of, tmp_path: Path, record_property
 ) -> None:
-    error = largest_error(relatives_of(name), kind, tmp_path / "merged")
-    record_property("largest_error", error)
-    assert error < 1e-4
+    assert largest_error(relatives_of(name), kind, tmp_path / "merged") < 1e-4
 
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from all_families import ALL_FAMILIES, ENCODER, SMALL, VISION_TOWER
-from families import DECODER, GIVES_BACK, TOKENS, Family, Relatives, assert_same_bits, images, state
+from families import DECODER, GIVES_BACK, TOKENS, Family, Relatives, assert_same_bits, images, load, state
 from neuromerge_hf import MergeError, merge, plan_merge
 
 Tensors = dict[str, Tensor]
@@ -205,6 +205,25 @@ def test_a_dtype_of_its_own_survives_the_conversion(relatives_of, stored, tmp_pa
     for name, tensor in load_file(expert / "model.safetensors").items():
         assert tensor.dtype == torch.bfloat16
         torch.testing.assert_close(merged[name], tensor.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("mixtral", ["model.layers.0.mlp.experts.down_proj"]),
+        ("gte", [f"layers.1.self_attn.{part}_proj.bias" for part in "qkv"]),
+        ("llama", ["model.norm.weight"]),
+    ],
+)
+def test_parameters_in_memory_take_the_form_of_the_base(name: str, parameters: list[str], relatives_of) -> None:
+    relatives = relatives_of(name)
+    base = plan_merge([relatives.full(0)], base_model=relatives.base).base
+    in_memory = load(relatives.family.base_class, relatives.base).state_dict()
+    got = base.skeleton.to_stored({key: in_memory[key] for key in parameters}, base.holding(parameters))
+    stored = load_file(relatives.base / "model.safetensors")
+    assert len(got) == {"mixtral": 3, "gte": 1, "llama": 1}[name]
+    for key, tensor in got.items():
+        assert_same_bits(tensor, stored[key], key)
 
 
 # What is refused
