@@ -9,12 +9,13 @@ miss nothing and find nothing that it does not know.
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors.torch import load_file
 
 import make_families_table
 from all_families import ALL_FAMILIES, MORE_FAMILIES
-from families import GIVES_BACK, Relatives, assert_merged_as_reference, state
-from neuromerge_hf import merge
+from families import GIVES_BACK, TOKENS, Family, Relatives, assert_merged_as_reference, state
+from neuromerge_hf import MergeError, NeuroMergingConfig, merge, plan_merge
 
 KINDS = ("full", "lora")
 
@@ -65,6 +66,20 @@ def test_a_checkpoint_and_an_adapter_are_merged_as_the_reference_does(name: str,
         relatives.family.neurons_of(base),
         exact_task_vectors=False,
     )
+
+
+def test_matrices_whose_neurons_are_not_known_are_refused_unless_they_are_excluded(tmp_path: Path) -> None:
+    config = transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    relatives = Relatives("xlnet", tmp_path, {"xlnet": Family(config, transformers.XLNetModel, TOKENS, {})})
+    experts = [relatives.full(0)]
+    with pytest.raises(
+        MergeError, match=r"rel_attn\.k of .*base cannot be merged: k of XLNetRelativeAttention.*exclude="
+    ):
+        plan_merge(experts, base_model=relatives.base)
+    config = NeuroMergingConfig(exclude=("*.rel_attn.?", "*.seg_embed"))
+    plan = plan_merge(experts, base_model=relatives.base, config=config)
+    assert "layer.0.ff.layer_1.weight" in plan.merged
+    assert "layer.0.rel_attn.k" in plan.copied
 
 
 def test_the_table_in_the_docs_is_what_these_tests_say() -> None:
