@@ -1,14 +1,11 @@
 """What a merge will do: the units that it writes, from which tensors, and what that costs."""
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from neuromerge_hf.config import NeuroMergingConfig
-from neuromerge_hf.errors import MergeError
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import StoredTensor
@@ -70,6 +67,9 @@ class MergePlan:
         experts: the experts, opened, in the user's order.
         units: every tensor that will be written, in the order of their names, which is the order of all sums.
         dtype: the name of the dtype that was asked for, or "auto" for each tensor's own.
+        bytes_to_download: the size of the weight files that are not in the Hub's cache yet.
+        downloaded: the models whose weights had to be downloaded to be planned, because ``.bin`` files have no header.
+        threads: how many compute.
     """
 
     config: NeuroMergingConfig
@@ -77,6 +77,14 @@ class MergePlan:
     experts: "tuple[Expert, ...]"
     units: tuple[Unit, ...]
     dtype: str
+    bytes_to_download: int = 0
+    downloaded: tuple[str, ...] = ()
+    threads: int = 1
+
+    def __str__(self) -> str:
+        from neuromerge_hf.summary import summary  # needs the engine's constants, and the engine needs this module
+
+        return summary(self)
 
     @property
     def merged(self) -> list[str]:
@@ -98,26 +106,24 @@ class MergePlan:
 
     @property
     def bytes_written(self) -> int:
-        """The size of the merged weights."""
-        return sum(unit.nbytes for unit in self.units)
+        """The size of the merged weights, and of the heads beside them."""
+        heads = sum(expert.head.nbytes for expert in self.experts if expert.head)
+        return sum(unit.nbytes for unit in self.units) + heads
 
     @property
     def bytes_read(self) -> int:
-        """How much is read in all: once for the thresholds, unless density is 1, and once for the merge."""
+        """How much is read in all: once for the thresholds, unless density is 1, and once for the merge.
+
+        Not counted: the samples that predict the thresholds, and hashing local files for the recipe.
+        """
         passes = 1 if self.config.density == 1 else 2
         return sum(unit.bytes_read * (passes if unit.task_vectors else 1) for unit in self.units)
 
-
-def check_disk(plan: MergePlan, folder: Path) -> None:
-    """Raise a `MergeError` if the output does not fit on the disk of `folder`, which exists."""
-    free = shutil.disk_usage(folder).free
-    needed = plan.bytes_written + sum(expert.head.nbytes for expert in plan.experts if expert.head)
-    needed += sum(expert.preparation.nbytes for expert in plan.experts if expert.preparation)
-    if free < needed:
-        raise MergeError(
-            f"No space on the disk: the merged model needs {readable_size(needed)}, but only {readable_size(free)} are "
-            f"free in {folder.parent}. Free some space or choose another output directory."
-        )
+    @property
+    def disk_needed(self) -> int:
+        """What is downloaded, written, and kept in temporary files beside the output, in bytes."""
+        temporary = sum(expert.preparation.nbytes for expert in self.experts if expert.preparation)
+        return self.bytes_to_download + self.bytes_written + temporary
 
 
 def readable_size(count: float) -> str:

@@ -1,19 +1,23 @@
 """Finding and checking everything that a merge needs, before any weight is read."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
+from neuromerge_hf.blocks import default_threads
+from neuromerge_hf.checkpoint import CHECKPOINT_FILES
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError, Problems, abridged
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location
 from neuromerge_hf.models import FoundModels, ModelId, find_models, load_config, unique_names
+from neuromerge_hf.output import check_disk, check_inputs_stay, check_output
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.skeleton import Skeleton, model_class_of
 from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, stored_form, without_tied_copies
@@ -26,60 +30,110 @@ def plan_merge(
     base_model: ModelId | None = None,
     config: NeuroMergingConfig | None = None,
     dtype: str | torch.dtype = "auto",
+    output_dir: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> MergePlan:
-    """Find and check everything that a merge needs; see `neuromerge_hf.merge` for the arguments.
+    """Find and check everything that a merge needs, from metadata alone; see `neuromerge_hf.merge` for the arguments.
+
+    Of models on the Hub only small files are downloaded (configurations, tokenizers, indexes), and the headers of
+    safetensors files. ``.bin`` files have no header: where a model has nothing else, and nothing else is wrong, they
+    are downloaded. What depends on values (a NaN, copies of a tied parameter that differ) is found by the merge.
+
+    Args:
+        output_dir: if given, it is also checked that the merged model can be written there.
 
     Raises:
-        MergeError: with all the problems that were found.
+        MergeError: with all the problems that were found, each with what to do.
     """
-    resolve_dtype(dtype)
-    return plan_found(find_models(models, base_model, token), config or NeuroMergingConfig(), dtype, trust_remote_code)
+    problems = Problems()
+    target = None if output_dir is None else Path(output_dir).expanduser().absolute()
+    if target:
+        problems.attempt(partial(check_output, target, overwrite))
+    found = find_models(models, base_model, token, problems)
+    return plan_found(found, config or NeuroMergingConfig(), dtype, trust_remote_code, target, threads)
 
 
 def plan_found(
-    found: FoundModels, config: NeuroMergingConfig, dtype: str | torch.dtype, trust_remote_code: bool
+    found: FoundModels,
+    config: NeuroMergingConfig,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+    target: Path | None = None,
+    threads: int | None = None,
 ) -> MergePlan:
     """`plan_merge` for models whose folders are known.
 
     Raises:
-        MergeError: with all the problems that were found.
+        MergeError: with all the problems that were found, those of `found` among them.
     """
-    target = resolve_dtype(dtype)
-    problems = Problems()
+    problems = found.problems
+    target_dtype = problems.attempt(partial(resolve_dtype, dtype))
+    if target:
+        problems.attempt(partial(check_inputs_stay, target, found.locations))
+    expert_configs = [
+        None if adapter else problems.attempt(partial(load_config, location, trust_remote_code))
+        for location, adapter in zip(found.experts, found.adapters, strict=True)
+    ]
+    base_config = problems.attempt(partial(load_config, found.base, trust_remote_code))
+    if base_config is None:
+        raise problems.error
+    skeleton = Skeleton(model_class_of(base_config, found.base.folder, trust_remote_code), base_config)
 
-    base_location, locations, adapters = found
-    base_config = load_config(base_location, trust_remote_code)
-    base_class = model_class_of(base_config, base_location.folder, trust_remote_code)
-    skeleton = Skeleton(base_class, base_config)
-    expert_configs: list[PretrainedConfig | None] = []
-    for location, adapter in zip(locations, adapters, strict=True):
-        expert_configs.append(None if adapter else problems.attempt(partial(load_config, location, trust_remote_code)))
-        if expert_configs[-1]:
-            problems.add(check_architecture(location, expert_configs[-1], skeleton, base_location, trust_remote_code))
-    problems.report()
-
-    for location in (base_location, *locations):
-        location.fetch_weights()
-    base = open_base(base_location, base_config, skeleton)
-    names = unique_names(locations)
-    openers: list[Callable[[], Expert]] = []
-    for name, location, adapter, expert_config in zip(names, locations, adapters, expert_configs, strict=True):
+    names = unique_names(found.experts)
+    openers: list[tuple[Location, Callable[[Base], Expert]]] = []
+    for name, location, adapter, expert_config in zip(
+        names, found.experts, found.adapters, expert_configs, strict=True
+    ):
         if adapter is not None:
             from neuromerge_hf.sources.lora import open_lora  # imports PEFT, which only adapters need
 
-            openers.append(partial(open_lora, name, location, adapter, base))
+            openers.append((location, partial(open_lora, name, location, adapter)))
         elif expert_config is not None:
-            openers.append(partial(open_full, name, location, expert_config, base, trust_remote_code))
-    experts = problems.collect(openers)
-    units = _units(base, experts, config, target)
+            differences = check_architecture(location, expert_config, skeleton, found.base, trust_remote_code)
+            problems.add(differences)
+            if not differences:
+                opener = partial(open_full, name, location, expert_config, trust_remote_code=trust_remote_code)
+                openers.append((location, opener))
+
+    downloaded = _download_headerless(found.base, problems)
+    base = problems.attempt(partial(open_base, found.base, base_config, skeleton))
+    if base is None:
+        raise problems.error
+    experts: list[Expert] = []
+    for location, opener in sorted(openers, key=lambda pair: not pair[0].has_headers):
+        downloaded += _download_headerless(location, problems)
+        with problems:
+            experts.append(opener(base))
+    experts.sort(key=lambda expert: names.index(expert.name))
+    units = problems.attempt(partial(_units, base, experts, config, target_dtype)) or ()
+    problems.report()
     plan = MergePlan(
-        config, base, tuple(experts), units, "auto" if target is None else str(target).removeprefix("torch.")
+        config,
+        base,
+        tuple(experts),
+        units,
+        "auto" if target_dtype is None else str(target_dtype).removeprefix("torch."),
+        found.bytes_to_download,
+        tuple(downloaded),
+        threads or default_threads(),
     )
     if not plan.merged:
         raise MergeError("No expert changes any parameter of the base that is not excluded. There is nothing to merge.")
+    if target:
+        check_disk(plan, target)
     return plan
+
+
+def _download_headerless(location: Location, problems: Problems) -> list[str]:
+    """Download weights that have no header, unless something else is wrong already; returns what was downloaded."""
+    if location.has_headers:
+        return []
+    problems.report()
+    location.fetch_weights()
+    return [str(location)]
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -94,10 +148,10 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) -> Base:
     """Open the base's weights, from their headers alone."""
-    main = find_weights(location.folder, CHECKPOINT_FILES)
+    main = location.find_weights()
     if main is None:
         raise MergeError(f"The base {location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")
-    tensors = open_weights(main)
+    tensors = location.open_weights(main)
     places = skeleton.places(tensors)
     tensors = without_tied_copies(tensors, places)
     known = stored_form(tensors, places)

@@ -408,9 +408,11 @@ def test_models_must_be_a_list(models, refused, experts):
 
 
 def test_a_folder_that_does_not_exist_is_refused(models, refused):
-    for missing in ("./missing", "/missing/model", "~/missing/model", "a/b/c"):
+    for missing in ("./missing", "/missing/model", "~/missing/model", "a//b", "a/../b"):
         assert says(refused([missing], base_model=models / "base"), missing, "not a folder")
         assert says(refused([models / "math"], base_model=missing), missing, "not a folder")
+    message = refused(["a/b/c"], base_model=models / "base")
+    assert says(message, "a/b/c", "neither a folder on this machine", "nor a model on the Hub")
 
 
 def test_a_file_in_place_of_a_folder_is_refused(models, refused):

@@ -8,7 +8,7 @@ from collections import defaultdict
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-from neuromerge_hf.checkpoint import ADAPTER_FILES, find_weights, open_weights
+from neuromerge_hf.checkpoint import ADAPTER_FILES
 from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.heads import Head, task_class, task_config
 from neuromerge_hf.layout import Layout
@@ -81,17 +81,17 @@ def _reasons_against(config: PeftConfig) -> list[str]:
 
 
 def open_lora(name: str, location: Location, config: LoraConfig, base: Base) -> Expert:
-    """Open a LoRA adapter. Its small factors are read now, as float32.
+    """Open a LoRA adapter. Its small factors are read now, as float32; they are meta tensors before the download.
 
     Raises:
         MergeError: if a file is missing or damaged, or the adapter does not fit the base.
     """
-    main = find_weights(location.folder, ADAPTER_FILES)
+    main = location.find_weights()
     if main is None:
         raise MergeError(f"{location} has no weights: it holds none of {', '.join(ADAPTER_FILES)}.")
     factors: dict[tuple[str, bool], dict[str, StoredTensor]] = defaultdict(dict)
     stored: dict[str, StoredTensor] = {}
-    for key, tensor in open_weights(main).items():
+    for key, tensor in location.open_weights(main).items():
         if ".original_module." in key:  # bias="all" stores what modules_to_save has replaced
             continue
         module = WRAPPER.sub(".", key.removeprefix("base_model.model."))
@@ -165,7 +165,7 @@ def _low_rank(
 ) -> LowRank | str:
     """The task vector of a module, or the sentence that says why its factors do not fit."""
     a, b = (read_whole(sides[side]).float() for side in "AB")
-    if not math.isfinite(a.sum() + b.sum()):
+    if not a.is_meta and not b.is_meta and not math.isfinite(a.sum() + b.sum()):
         raise MergeError(
             f"{file}: lora_A or lora_B of {module} holds a NaN or an infinity. "
             "A damaged adapter cannot be merged: train or download it again, or leave it out."
