@@ -1,11 +1,13 @@
 """What a merge will do: the units that it writes, from which tensors, and what that costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.errors import LISTED
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import StoredTensor
@@ -81,11 +83,6 @@ class MergePlan:
     downloaded: tuple[str, ...] = ()
     threads: int = 1
 
-    def __str__(self) -> str:
-        from neuromerge_hf.summary import summary  # needs the engine's constants, and the engine needs this module
-
-        return summary(self)
-
     @property
     def merged(self) -> list[str]:
         """The parameters that at least one expert may change."""
@@ -125,6 +122,48 @@ class MergePlan:
         temporary = sum(expert.preparation.nbytes for expert in self.experts if expert.preparation)
         return self.bytes_to_download + self.bytes_written + temporary
 
+    @property
+    def memory_needed(self) -> int:
+        """An estimate of the private memory, in bytes; see `costs.memory_needed`."""
+        from neuromerge_hf.costs import memory_needed  # looks at the engine, which needs this module
+
+        return memory_needed(self)
+
+    @property
+    def seconds_needed(self) -> float:
+        """A rough estimate of the time on a CPU, without the download; see `costs.seconds_needed`."""
+        from neuromerge_hf.costs import seconds_needed
+
+        return seconds_needed(self)
+
+    def __str__(self) -> str:
+        experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
+        lines = [f"{experts} into {self.base.location}:"]
+        for number, expert in enumerate(self.experts):
+            changed = sum(number in unit.changing for unit in self.units)
+            lines.append(f"  {expert.name} ({expert.kind}), {expert.location}: may change {counted(changed)}")
+            if expert.head:
+                lines.append(f"    own head, kept apart: {', '.join(sorted(expert.head.tensors))}")
+            if expert.ignored:
+                lines.append(f"    left out, not of its model class: {listed(expert.ignored)}")
+        neuronal = sum(unit.is_neuronal for unit in self.units)
+        merged, copied = self.merged, self.copied
+        lines += [
+            f"  merged: {counted(len(merged))}, {neuronal} by neurons, {len(merged) - neuronal} by single entries",
+            f"  copied from the base: {counted(len(copied))}" + (f" ({listed(copied)})" if copied else ""),
+            f"  to download: {readable_size(self.bytes_to_download)}",
+            f"  to read: {readable_size(self.bytes_read)}",
+            f"  to write: {readable_size(self.bytes_written)}",
+            f"  disk needed: {readable_size(self.disk_needed)}",
+            f"  memory needed: about {readable_size(self.memory_needed)}",
+            f"  time, after the download: very roughly {self.seconds_needed:.0f} s with threads={self.threads}",
+        ]
+        if self.downloaded:
+            lines.append(
+                f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"
+            )
+        return "\n".join(lines)
+
 
 def readable_size(count: float) -> str:
     """A number of bytes with three digits: "1.24 GB"."""
@@ -133,3 +172,14 @@ def readable_size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def counted(parameters: int) -> str:
+    """A number of parameters: "1 parameter"."""
+    return "1 parameter" if parameters == 1 else f"{parameters} parameters"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
