@@ -103,10 +103,10 @@ def plan_found(
     if base is None:
         raise problems.error
     experts: list[Expert] = []
-    for location, opener in sorted(openers, key=lambda pair: not pair[0].has_headers):
+    for location, open_expert in sorted(openers, key=lambda opener: not opener[0].has_headers):
         downloaded += _download_headerless(location, problems)
         with problems:
-            experts.append(opener(base))
+            experts.append(open_expert(base))
     experts.sort(key=lambda expert: names.index(expert.name))
     units = problems.attempt(partial(_units, base, experts, config, target_dtype)) or ()
     problems.report()

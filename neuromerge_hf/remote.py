@@ -4,7 +4,11 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported lazily
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.tensors import RemoteTensor, read_header
