@@ -1,5 +1,6 @@
 """Whether a merged model can be written where it is wanted, known beforehand."""
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,12 @@ def check_output(target: Path, overwrite: bool) -> None:
     if target.is_mount():
         raise MergeError(
             f"The output directory {target} is a mount point, which cannot be replaced. Choose a folder inside it."
+        )
+    parent = next(parent for parent in target.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise MergeError(
+            f"The output directory {target} cannot be written: {parent} is not a folder in which this process may write. "
+            "Choose another one."
         )
 
 

@@ -45,7 +45,7 @@ class MergeReport:
         copied: names of the parameters and buffers that are the base's.
         seconds: wall time of the merge, downloads not counted.
         bytes_read: how much of the inputs was read.
-        bytes_written: the size of the merged weights.
+        bytes_written: the size of the merged weights, and of the heads beside them.
     """
 
     output_dir: Path

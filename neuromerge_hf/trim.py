@@ -188,10 +188,10 @@ def _predict(
 
     blocks = list(_evenly_spaced(units, step))
     # One allocation for each expert: many small ones that stay, among large ones that come and go, take gigabytes.
-    samples = []
+    samples: list[list[Tensor]] = []
     for expert in range(len(plan.experts)):
         sizes = [len(block) * unit.layout.width for unit, block in blocks if expert in unit.changing]
-        samples.append(torch.empty(sum(sizes)).split(sizes))
+        samples.append(list(torch.empty(sum(sizes)).split(sizes)))
     places = [iter(sample) for sample in samples]
     for found in map_in_order(sample, blocks, threads):
         for expert, magnitudes in found:
@@ -203,7 +203,7 @@ def _predict(
     }
 
 
-def _range_around(rank: int, entries: int, samples: Sequence[Tensor]) -> tuple[int, int]:
+def _range_around(rank: int, entries: int, samples: list[Tensor]) -> tuple[int, int]:
     """The bits between which the magnitude of a rank is, as far as the samples tell."""
     if not samples:
         return 0, INFINITY

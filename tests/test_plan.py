@@ -309,6 +309,17 @@ def test_an_output_that_would_replace_a_model_or_does_not_fit_is_found_by_the_pl
     assert not (tmp_path / "new").exists()
 
 
+def test_an_output_inside_a_file_or_a_folder_that_may_not_be_written_is_found_by_the_plan(models, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    outputs = [tmp_path / "notes.txt" / "merged"]
+    if not os.access(tmp_path / "locked", os.W_OK):  # root may write everywhere
+        outputs.append(tmp_path / "locked" / "merged")
+    for output in outputs:
+        with pytest.raises(MergeError, match=rf"{output} cannot be written: {output.parent}"):
+            plan_merge([models / "math"], base_model=models / "base", output_dir=output)
+
+
 def test_the_disk_must_hold_the_downloads_as_well(models, publish, tmp_path, monkeypatch):
     publish("disk", "base", "math")
     plan = plan_merge(["disk/math"], base_model="disk/base")
