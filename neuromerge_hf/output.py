@@ -29,7 +29,7 @@ def check_output(target: Path, overwrite: bool) -> None:
     parent = next(parent for parent in target.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise MergeError(
-            f"The output directory {target} cannot be written: {parent} is not a folder in which this process may write. "
+            f"The output directory {target} cannot be written: {parent} is no folder that this process may write in. "
             "Choose another one."
         )
 
@@ -48,12 +48,15 @@ def check_disk(plan: MergePlan, target: Path) -> None:
     needed: Counter[Path] = Counter()
     for path, size in ((target, output), (Path(constants.HF_HUB_CACHE).absolute(), plan.bytes_to_download)):
         needed[_mount_point(path)] += size
-    problems = [
-        f"No space on the disk: {readable_size(size)} are needed, but only {readable_size(free)} are free in {disk}. "
-        "Free some space, choose another output directory, or move the Hub's cache (HF_HOME)."
-        for disk, size in needed.items()
-        if (free := shutil.disk_usage(disk).free) < size
-    ]
+    problems = []
+    for disk, size in needed.items():
+        usage = shutil.disk_usage(disk)
+        if usage.free < size and usage.total > 0:  # some file systems do not tell
+            problems.append(
+                f"No space on the disk: {readable_size(size)} are needed, but only {readable_size(usage.free)} "
+                f"are free in {disk}. Free some space, choose another output directory, or move the Hub's cache "
+                "(HF_HOME)."
+            )
     if problems:
         raise MergeError(problems)
 

@@ -454,7 +454,9 @@ def test_no_weights_are_downloaded_for_what_metadata_refuses(hub, models, refuse
     hub.add_folder("bad/llama", models / "base")
     hub.forget_traffic()
     assert says(refused(["bad/bert"], base_model="bad/llama"), "bad/bert", "bad/llama")
-    assert not [name for name in hub.bytes_served if name.endswith(".safetensors")]
+    weights = {name: count for name, count in hub.bytes_served.items() if name.endswith(".safetensors")}
+    assert set(weights) == {"bad/llama/model.safetensors"}
+    assert weights["bad/llama/model.safetensors"] < (models / "base" / "model.safetensors").stat().st_size / 10
 
 
 @pytest.mark.parametrize("density", [0, 0.0, -0.1, 2, 1.01, float("nan"), float("inf"), "x", "0.2", None, True, [0.2]])
