@@ -63,16 +63,6 @@ class Problems:
             self._found += error.problems
             return None
 
-    def collect(self, steps: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of all steps.
-
-        Raises:
-            MergeError: after the last step, if anything was noted.
-        """
-        results = [self.attempt(step) for step in steps]
-        self.report()
-        return results  # type: ignore[return-value]  # nothing was noted, so no None is a failure's
-
     def report(self) -> None:
         """Raise what was noted, as one `MergeError`."""
         if self._found:
