@@ -2,7 +2,7 @@
 
 * `AutoMergedModel.from_pretrained([...])` merges and loads.
 * `merge([...], output_dir)` merges into a directory; `merge_recipe` makes a directory again from its recipe.
-* `plan_merge([...])` checks everything without reading a weight.
+* `plan_merge([...])` checks everything and says what a merge needs, without downloading a weight.
 * `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
 """
 

@@ -4,13 +4,12 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from neuromerge_hf.checkpoint import ADAPTER_FILES, find_weights, open_weights, tokenizer_files
+from neuromerge_hf.checkpoint import tokenizer_files
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.heads import Head
 from neuromerge_hf.layout import Layout
@@ -32,14 +31,14 @@ def comparable(base: Skeleton, base_location: Location, expert: Location, config
     return Skeleton(base.model_class, resized(base.model.config, rows))
 
 
-def adapter_rows(folder: Path, base: Base) -> int | None:
+def adapter_rows(location: Location, base: Base) -> int | None:
     """How many rows an adapter's embeddings have: those it stores, or the base's."""
     rows = vocabulary_size(base.config)
-    main = find_weights(folder, ADAPTER_FILES)
-    if main is None or rows is None or not tokenizer_files(folder):
+    main = location.find_weights()
+    if main is None or rows is None or not tokenizer_files(location.folder):
         return rows
     modules = [name.rpartition(".")[0] for name in vocabulary_parameters(base.skeleton)]
-    for key, tensor in open_weights(main).items():
+    for key, tensor in location.open_weights(main).items():
         stored = key.removesuffix(".weight").removesuffix(".base_layer").removesuffix(".modules_to_save")
         if key.endswith(".weight") and any(module and stored.endswith(f".{module}") for module in modules):
             return tensor.shape[0]

@@ -15,9 +15,10 @@ from transformers import AutoConfig, PreTrainedModel
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES, HEAD_WEIGHTS, HEADS, find_weights, weight_files
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.location import Location, download, locate
+from neuromerge_hf.location import Location, locate
 from neuromerge_hf.merging import directory_in_the_making, merge
 from neuromerge_hf.models import ModelId, find_models
+from neuromerge_hf.planner import plan_found
 from neuromerge_hf.recipe import RECIPE_NAME, fingerprint
 from neuromerge_hf.skeleton import model_class_of
 
@@ -79,7 +80,7 @@ class AutoMergedModel:
             location.fetch_weights()
             if head and location.commit:
                 heads = [f"{HEADS}/*/config.json", f"{HEADS}/{head}/*"]
-                download(location.id, location.commit, token, heads, ignore=None)
+                location.download(heads, ignore=None)
             folder = location.folder
         elif revision is not None:
             raise MergeError(f"Each model has its own revision: write it as id@{revision}, and leave revision= out.")
@@ -109,14 +110,16 @@ def _find_or_merge(
     token: str | bool | None,
     trust_remote_code: bool,
 ) -> Path:
-    base, locations, _ = find_models(models, base_model, token)
-    folder = cache / fingerprint(base, locations, *settings.values())
+    found = find_models(models, base_model, token)
+    if found.problems:
+        plan_found(found, **settings, trust_remote_code=trust_remote_code)  # raises them, with what else is wrong
+    folder = cache / fingerprint(found.base, found.experts, *settings.values())
     if not folder.is_dir():
         try:
             merge(
-                [_reference(location) for location in locations],
+                [_reference(location) for location in found.experts],
                 folder,
-                base_model=_reference(base),
+                base_model=_reference(found.base),
                 **settings,
                 device=device,
                 token=token,

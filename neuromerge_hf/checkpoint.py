@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,6 +20,9 @@ CHECKPOINT_FILES = (
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT looks for, in its order."""
+
+OPENED_AT_ONCE = 8
+"""How many files are opened at once: the headers of files on the Hub are waited for."""
 
 HEADS = "heads"
 """The folder of a merged model in which the experts' heads lie, one folder for each expert."""
@@ -63,8 +68,12 @@ def find_weights(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def weight_files(main: Path) -> list[Path]:
+def weight_files(main: Path, is_file: Callable[[Path], bool] = Path.is_file) -> list[Path]:
     """The files that hold the tensors: `main` itself, or those that it lists if it is an index.
+
+    Args:
+        main: a weight file or an index, see `find_weights`.
+        is_file: whether a file is there.
 
     Raises:
         MergeError: if the index is damaged, names a file outside its folder, or a file is missing.
@@ -73,7 +82,7 @@ def weight_files(main: Path) -> list[Path]:
         return [main]
     files = indexed_files(main)
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise MergeError(f"{file} is missing, but {main.name} lists it. Download the model again.")
     return files
 
@@ -99,21 +108,34 @@ def indexed_files(main: Path) -> list[Path]:
     return [main.parent / name for name in names]
 
 
-def open_weights(main: Path) -> dict[str, StoredTensor]:
+def open_file(path: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of one weight file by name.
+
+    Raises:
+        MergeError: if it is truncated or damaged.
+    """
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+
+
+def open_weights(
+    main: Path,
+    is_file: Callable[[Path], bool] = Path.is_file,
+    open_file: Callable[[Path], Mapping[str, StoredTensor]] = open_file,
+) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint or adapter by name, in the order of the files, from their headers alone.
 
     Args:
         main: a weight file or an index, see `find_weights`.
+        is_file: whether a file is there.
+        open_file: opens one; called on several threads.
 
     Raises:
         MergeError: if a file is missing, truncated or damaged.
     """
     tensors: dict[str, StoredTensor] = {}
-    for path in weight_files(main):
-        if path.suffix == ".safetensors":
-            tensors.update(open_safetensors(path))
-        else:
-            tensors.update(open_pickle(path))
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        for opened in pool.map(open_file, weight_files(main, is_file)):
+            tensors.update(opened)
     if main.name.endswith(".index.json"):
         missing = sorted(set(json.loads(main.read_text())["weight_map"]) - set(tensors))
         if missing:

@@ -1,10 +1,15 @@
-"""The command line: ``neuromerge merge``."""
+"""The command line: ``neuromerge merge`` and ``neuromerge plan``."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from neuromerge_hf.config import NeuroMergingConfig
 
 IN_RECIPE = (
     "base_model",
@@ -32,56 +37,60 @@ def main(context: typer.Context) -> None:
     context.call_on_close(gc.enable)
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="The experts: folders or ids on the Hub (owner/name, owner/name/folder, id@revision). Or one recipe.yaml.",
+        show_default=False,
+    ),
+]
+BaseModel = Annotated[
+    str | None, typer.Option(help="The model they were fine-tuned from.", show_default="the adapters' own")
+]
+Density = Annotated[float, typer.Option(help="The fraction of each task vector that is kept.")]
+LambdaParallel = Annotated[float, typer.Option(help="The weight of the parallel part, lambda_1.")]
+LambdaOrthogonal = Annotated[str, typer.Option(help="The weight of the orthogonal part, lambda_2.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")]
+Tokenizer = Annotated[str, typer.Option(help="base, an expert's name or id, or union.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="base, or an expert's name or id.", show_default="the tokenizer's")
+]
+MergeHeads = Annotated[bool, typer.Option("--merge-heads", help="Take the mean of heads that the base lacks.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="How many threads.", show_default="all processors")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a directory that is not empty.")]
+Token = Annotated[str | None, typer.Option(help="For private and gated models.", envvar="HF_TOKEN")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the repositories.")]
+
+
 @app.command("merge")
 def merge_command(
     context: typer.Context,
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="The experts: folders or ids on the Hub (id@revision). Or one recipe.yaml.", show_default=False
-        ),
-    ],
+    models: Models,
     output: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
-    base_model: Annotated[
-        str | None, typer.Option(help="The model they were fine-tuned from.", show_default="the adapters' own")
-    ] = None,
-    density: Annotated[float, typer.Option(help="The fraction of each task vector that is kept.")] = 0.2,
-    lambda_parallel: Annotated[float, typer.Option(help="The weight of the parallel part, lambda_1.")] = 0.0,
-    lambda_orthogonal: Annotated[str, typer.Option(help="The weight of the orthogonal part, lambda_2.")] = "auto",
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")] = "auto",
-    tokenizer: Annotated[str, typer.Option(help="base, an expert's name or id, or union.")] = "base",
-    chat_template: Annotated[
-        str | None, typer.Option(help="base, or an expert's name or id.", show_default="the tokenizer's")
-    ] = None,
-    merge_heads: Annotated[
-        bool, typer.Option("--merge-heads", help="Take the mean of heads that the base lacks.")
-    ] = False,
+    base_model: BaseModel = None,
+    density: Density = 0.2,
+    lambda_parallel: LambdaParallel = 0.0,
+    lambda_orthogonal: LambdaOrthogonal = "auto",
+    exclude: Exclude = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = "base",
+    chat_template: ChatTemplate = None,
+    merge_heads: MergeHeads = False,
     max_shard_size: Annotated[str, typer.Option(help="The largest size of a weight file.")] = "5GB",
     device: Annotated[
         str | None, typer.Option(help="Where to compute.", show_default="the accelerator, or cpu")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="How many threads.", show_default="all processors")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory that is not empty.")] = False,
-    token: Annotated[str | None, typer.Option(help="For private and gated models.", envvar="HF_TOKEN")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code from the repositories.")
-    ] = False,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    token: Token = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge fine-tunes and adapters into their base, or make a model again from its recipe."""
-    from neuromerge_hf.config import NeuroMergingConfig
-    from neuromerge_hf.errors import MergeError
     from neuromerge_hf.merging import merge, merge_recipe
 
-    try:
-        if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-            sources = {name: context.get_parameter_source(name) for name in IN_RECIPE}
-            given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-            if given:
-                options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-                raise MergeError(f"The recipe {models[0]} says this itself: leave {options} out.")
+    with _errors_in_a_sentence():
+        if _is_recipe(context, models):
             report = merge_recipe(
                 models[0],
                 output,
@@ -92,17 +101,11 @@ def merge_command(
                 trust_remote_code=trust_remote_code,
             )
         else:
-            config = NeuroMergingConfig(
-                density=density,
-                lambda_parallel=lambda_parallel,
-                lambda_orthogonal=_number_or_auto(lambda_orthogonal),
-                exclude=tuple(exclude or ()),
-            )
             report = merge(
                 models,
                 output,
                 base_model=base_model,
-                config=config,
+                config=_config(density, lambda_parallel, lambda_orthogonal, exclude),
                 dtype=dtype,
                 tokenizer=tokenizer,
                 chat_template=chat_template,
@@ -114,10 +117,96 @@ def merge_command(
                 token=token,
                 trust_remote_code=trust_remote_code,
             )
+        typer.echo(report)
+
+
+@app.command("plan")
+def plan_command(
+    context: typer.Context,
+    models: Models,
+    base_model: BaseModel = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The directory that the merge shall write, to be checked as well.")
+    ] = None,
+    density: Density = 0.2,
+    lambda_parallel: LambdaParallel = 0.0,
+    lambda_orthogonal: LambdaOrthogonal = "auto",
+    exclude: Exclude = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = "base",
+    chat_template: ChatTemplate = None,
+    merge_heads: MergeHeads = False,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    token: Token = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say what a merge will do and need, or everything that is wrong with it, without downloading the weights."""
+    from neuromerge_hf.planner import plan_merge
+    from neuromerge_hf.recipe import load_recipe
+
+    with _errors_in_a_sentence():
+        settings: dict[str, Any] = {
+            "models": models,
+            "base_model": base_model,
+            "config": _config(density, lambda_parallel, lambda_orthogonal, exclude),
+            "dtype": dtype,
+            "tokenizer": tokenizer,
+            "chat_template": chat_template,
+            "merge_heads": merge_heads,
+        }
+        if _is_recipe(context, models):
+            recipe = load_recipe(Path(models[0]))
+            settings = {name: getattr(recipe, name) for name in settings}
+            settings["models"] = [model.reference for model in recipe.models]
+            settings["base_model"] = recipe.base_model.reference
+        plan = plan_merge(
+            **settings,
+            output_dir=output,
+            threads=threads,
+            overwrite=overwrite,
+            token=token,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(plan)
+
+
+@contextmanager
+def _errors_in_a_sentence() -> Iterator[None]:
+    from neuromerge_hf.errors import MergeError
+
+    try:
+        yield
     except MergeError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(report)
+
+
+def _is_recipe(context: typer.Context, models: list[str]) -> bool:
+    """Whether the models are those of a recipe, which then leaves nothing else to be said."""
+    from neuromerge_hf.errors import MergeError
+
+    if len(models) != 1 or not models[0].endswith((".yaml", ".yml")):
+        return False
+    sources = {name: context.get_parameter_source(name) for name in IN_RECIPE if name in context.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise MergeError(f"The recipe {models[0]} says this itself: leave {options} out.")
+    return True
+
+
+def _config(
+    density: float, lambda_parallel: float, lambda_orthogonal: str, exclude: list[str] | None
+) -> "NeuroMergingConfig":
+    from neuromerge_hf.config import NeuroMergingConfig
+
+    return NeuroMergingConfig(
+        density=density,
+        lambda_parallel=lambda_parallel,
+        lambda_orthogonal=_number_or_auto(lambda_orthogonal),
+        exclude=tuple(exclude or ()),
+    )
 
 
 def _number_or_auto(value: str) -> Any:

@@ -32,10 +32,24 @@ def abridged(problems: Sequence[str]) -> list[str]:
 
 
 class Problems:
-    """Everything that is wrong with several steps, to be reported at once."""
+    """Everything that is wrong with several steps, to be reported at once.
+
+    ``with problems:`` notes a `MergeError` of the block and goes on after it.
+    """
 
     def __init__(self) -> None:
         self._found: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, MergeError):
+            self.add(error.problems)
+        return isinstance(error, MergeError)
 
     def add(self, problems: Sequence[str]) -> None:
         """Note problems."""
@@ -49,17 +63,12 @@ class Problems:
             self._found += error.problems
             return None
 
-    def collect(self, steps: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of all steps.
-
-        Raises:
-            MergeError: after the last step, if anything was noted.
-        """
-        results = [self.attempt(step) for step in steps]
-        self.report()
-        return results  # type: ignore[return-value]  # nothing was noted, so no None is a failure's
-
     def report(self) -> None:
         """Raise what was noted, as one `MergeError`."""
         if self._found:
-            raise MergeError(self._found)
+            raise self.error
+
+    @property
+    def error(self) -> MergeError:
+        """What was noted, as one `MergeError`."""
+        return MergeError(self._found)

@@ -7,19 +7,20 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.utils.tqdm import tqdm
 
-from neuromerge_hf.blocks import default_threads
 from neuromerge_hf.checkpoint import HEADS
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.engine import merge_weights
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.models import ModelId, find_models
-from neuromerge_hf.plan import MergePlan, check_disk
+from neuromerge_hf.output import check_output
+from neuromerge_hf.plan import MergePlan
 from neuromerge_hf.recipe import Ingredients, Recipe, load_recipe
 from neuromerge_hf.report import MergeReport, make_report
 from neuromerge_hf.trim import Trimming, find_trimmings
@@ -47,7 +48,7 @@ def merge(
 
     Args:
         models: the experts: full checkpoints and PEFT adapters, mixed freely. Each is a folder or an id on the Hub,
-            which may end in ``@revision``.
+            which may go on with a folder of the repository, and may end in ``@revision``.
         output_dir: where the merged model is written: weights, configuration, tokenizer, the experts' heads, and the
             recipe that reproduces it. A directory that exists is complete.
         base_model: the model that they were fine-tuned from; found from the adapters where they agree.
@@ -75,33 +76,41 @@ def merge(
         MergeError: if the models cannot be merged. Nothing is left behind.
     """
     target = Path(output_dir).expanduser().absolute()
-    check_output(target, overwrite)
-    check_shard_size(max_shard_size)
-    compute_device = find_device(device)
-    found = base, experts, _ = find_models(models, base_model, token)
-    for location in (base, *experts):
-        folder = location.folder.resolve()
-        if target.resolve() in (folder, *folder.parents):
-            raise MergeError(f"The output directory {target} holds the model {location}. Choose another one.")
-    with Ingredients(base, experts) as ingredients:
+    problems = Problems()
+    problems.attempt(partial(check_output, target, overwrite))
+    problems.attempt(partial(check_shard_size, max_shard_size))
+    compute_device = problems.attempt(partial(find_device, device))
+    found = find_models(models, base_model, token, problems)
+    with Ingredients(found.base, found.experts) as ingredients:
         # These load transformers, which takes seconds.
         from neuromerge_hf.companions import write_companions
         from neuromerge_hf.planner import plan_found
 
-        plan = plan_found(
-            found, config or NeuroMergingConfig(), dtype, trust_remote_code, tokenizer, chat_template, merge_heads
+        make_plan = partial(
+            plan_found,
+            found,
+            config=config or NeuroMergingConfig(),
+            dtype=dtype,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            merge_heads=merge_heads,
+            target=target,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
         )
+        plan = make_plan()
+        assert compute_device is not None, "else there was a problem"
+        if plan.bytes_to_download:
+            found.fetch_weights()
+            plan = make_plan()  # now from the files themselves
         started = time.perf_counter()
         with directory_in_the_making(target, overwrite) as folder:
-            check_disk(plan, folder)
             prepared = folder / "prepared"
             prepared.mkdir()
             for expert in plan.experts:
                 if expert.preparation:
                     expert.preparation.run(prepared)
-            trimmings, lambda_orthogonal = _write_weights(
-                plan, folder, max_shard_size, compute_device, threads or default_threads()
-            )
+            trimmings, lambda_orthogonal = _write_weights(plan, folder, max_shard_size, compute_device, plan.threads)
             shutil.rmtree(prepared)
             write_companions(plan, folder, trust_remote_code)
             for expert in plan.experts:
@@ -153,21 +162,6 @@ def merge_recipe(
         token=token,
         trust_remote_code=trust_remote_code,
     )
-
-
-def check_output(target: Path, overwrite: bool) -> None:
-    """Raise a `MergeError` if the output directory cannot be made."""
-    if target.exists() and not target.is_dir():
-        raise MergeError(f"The output directory {target} is a file.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise MergeError(
-            f"The output directory {target} exists and is not empty. "
-            "Choose another one, or pass overwrite=True (--overwrite) to replace it."
-        )
-    if target.is_mount():
-        raise MergeError(
-            f"The output directory {target} is a mount point, which cannot be replaced. Choose a folder inside it."
-        )
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
+from neuromerge_hf.checkpoint import ADAPTER_FILES
 from neuromerge_hf.errors import MergeError, Problems
-from neuromerge_hf.location import Location, download, locate
+from neuromerge_hf.location import Location, locate
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -16,24 +17,77 @@ if TYPE_CHECKING:
 
 ModelId = str | os.PathLike[str]
 
-FoundModels: TypeAlias = "tuple[Location, list[Location], list[PeftConfig | None]]"
-"""Where the base and the experts are, and the configurations of those that are adapters."""
+
+@dataclass(frozen=True)
+class FoundModels:
+    """Which models a merge is of.
+
+    Attributes:
+        base: where the base is.
+        experts: where the experts are that were found and, if they are adapters, are of a kind that can be merged.
+        adapters: their configurations, if they are adapters; None for full checkpoints.
+        problems: why the other experts were not found or cannot be merged.
+    """
+
+    base: Location
+    experts: "list[Location]"
+    adapters: "list[PeftConfig | None]"
+    problems: Problems
+
+    @property
+    def locations(self) -> list[Location]:
+        """The base and the experts."""
+        return [self.base, *self.experts]
+
+    @property
+    def bytes_to_download(self) -> int:
+        """The size of the weight files that are not downloaded yet."""
+        return sum({file: size for model in self.locations for file, size in model.missing_weights().items()}.values())
+
+    def fetch_weights(self) -> None:
+        """Download the weight files that are not here yet.
+
+        Raises:
+            MergeError: if they cannot be had.
+        """
+        for location in self.locations:
+            location.fetch_weights()
 
 
-def find_models(models: Sequence[ModelId], base_model: ModelId | None, token: str | bool | None) -> FoundModels:
+def find_models(
+    models: Sequence[ModelId],
+    base_model: ModelId | None,
+    token: str | bool | None,
+    problems: Problems | None = None,
+) -> FoundModels:
     """Find the base and the experts.
 
+    Args:
+        problems: what has been found wrong before, to be reported together.
+
     Raises:
-        MergeError: if one is not found, or is an adapter that cannot be merged.
+        MergeError: if the base is not found, with everything else that was found wrong. Problems with experts alone
+            are left in the result, because more may be found wrong with the others.
     """
+    problems = Problems() if problems is None else problems
     if isinstance(models, str | os.PathLike) or not models:
-        raise MergeError(
-            f"models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), not {models!r}."
+        problems.add(
+            [f"models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), not {models!r}."]
         )
-    problems = Problems()
-    locations = problems.collect([partial(locate, model, token=token) for model in models])
-    adapters = problems.collect([partial(_adapter_config, location) for location in locations])
-    return _find_base(base_model, locations, adapters, token), locations, adapters
+        raise problems.error
+    located = [problems.attempt(partial(locate, model, token=token)) for model in models]
+    experts: list[Location] = []
+    adapters: list[PeftConfig | None] = []
+    for location in filter(None, located):
+        with problems:
+            adapter = _adapter_config(location)
+            adapters.append(adapter)
+            experts.append(replace(location, weight_names=ADAPTER_FILES) if adapter else location)
+    if base_model is None and not any(adapter and adapter.base_model_name_or_path for adapter in adapters):
+        problems.report()  # one of those may have named it
+    with problems:
+        return FoundModels(_find_base(base_model, experts, adapters, token), experts, adapters, problems)
+    raise problems.error
 
 
 def load_config(location: Location, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -67,10 +121,8 @@ def about_quantised_base(location: Location, adapter: "PeftConfig", base: Locati
     named = adapter.base_model_name_or_path
     if not named or named == base.id:
         return []
-    folder = Path(named).expanduser()
     try:
-        if not folder.is_dir():
-            folder = download(named, adapter.revision, location.token, ["config.json"])
+        folder = locate(named, revision=adapter.revision, token=location.token).folder
         quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
     except (MergeError, OSError, ValueError):  # it is gone or private, and not needed
         return []

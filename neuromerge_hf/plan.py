@@ -1,15 +1,14 @@
 """What a merge will do: the units that it writes, from which tensors, and what that costs."""
 
 import dataclasses
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from neuromerge_hf.config import NeuroMergingConfig
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import LISTED
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.sources.task_vector import TaskVector
 from neuromerge_hf.tensors import StoredTensor
@@ -80,6 +79,9 @@ class MergePlan:
         dtype: the name of the dtype that was asked for, or "auto" for each tensor's own.
         tokenizer: where the tokenizer comes from. The rows of `base` and of the experts are already in its order.
         head: the head that is made of the experts' own; None if they are kept apart.
+        bytes_to_download: the size of the weight files that are not in the Hub's cache yet.
+        downloaded: the models whose weights had to be downloaded to be planned, because ``.bin`` files have no header.
+        threads: how many compute.
     """
 
     config: NeuroMergingConfig
@@ -89,6 +91,9 @@ class MergePlan:
     dtype: str
     tokenizer: "TokenizerChoice"
     head: "MergedHead | None" = None
+    bytes_to_download: int = 0
+    downloaded: tuple[str, ...] = ()
+    threads: int = 1
 
     @property
     def merged(self) -> list[str]:
@@ -113,26 +118,66 @@ class MergePlan:
 
     @property
     def bytes_written(self) -> int:
-        """The size of the merged weights."""
-        return sum(unit.nbytes for unit in self.units)
+        """The size of the merged weights, and of the heads beside them."""
+        heads = sum(expert.head.nbytes for expert in self.experts if expert.head)
+        return sum(unit.nbytes for unit in self.units) + heads
 
     @property
     def bytes_read(self) -> int:
-        """How much is read in all: once for the thresholds, unless density is 1, and once for the merge."""
+        """How much is read in all: once for the thresholds, unless density is 1, and once for the merge.
+
+        Not counted: the samples that predict the thresholds, and hashing local files for the recipe.
+        """
         passes = 1 if self.config.density == 1 else 2
         return sum(unit.bytes_read * (passes if unit.task_vectors else 1) for unit in self.units)
 
+    @property
+    def disk_needed(self) -> int:
+        """What is downloaded, written, and kept in temporary files beside the output, in bytes."""
+        temporary = sum(expert.preparation.nbytes for expert in self.experts if expert.preparation)
+        return self.bytes_to_download + self.bytes_written + temporary
 
-def check_disk(plan: MergePlan, folder: Path) -> None:
-    """Raise a `MergeError` if the output does not fit on the disk of `folder`, which exists."""
-    free = shutil.disk_usage(folder).free
-    needed = plan.bytes_written + sum(expert.head.nbytes for expert in plan.experts if expert.head)
-    needed += sum(expert.preparation.nbytes for expert in plan.experts if expert.preparation)
-    if free < needed:
-        raise MergeError(
-            f"No space on the disk: the merged model needs {readable_size(needed)}, but only {readable_size(free)} are "
-            f"free in {folder.parent}. Free some space or choose another output directory."
-        )
+    @property
+    def memory_needed(self) -> int:
+        """An estimate of the private memory, in bytes; see `costs.memory_needed`."""
+        from neuromerge_hf.costs import memory_needed  # looks at the engine, which needs this module
+
+        return memory_needed(self)
+
+    @property
+    def seconds_needed(self) -> float:
+        """A rough estimate of the time on a CPU, without the download; see `costs.seconds_needed`."""
+        from neuromerge_hf.costs import seconds_needed
+
+        return seconds_needed(self)
+
+    def __str__(self) -> str:
+        experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
+        lines = [f"{experts} into {self.base.location}:"]
+        for number, expert in enumerate(self.experts):
+            changed = sum(number in unit.changing for unit in self.units)
+            lines.append(f"  {expert.name} ({expert.kind}), {expert.location}: may change {counted(changed)}")
+            if expert.head:
+                lines.append(f"    own head, kept apart: {', '.join(sorted(expert.head.tensors))}")
+            if expert.ignored:
+                lines.append(f"    left out, not of its model class: {listed(expert.ignored)}")
+        neuronal = sum(unit.is_neuronal for unit in self.units)
+        merged, copied = self.merged, self.copied
+        lines += [
+            f"  merged: {counted(len(merged))}, {neuronal} by neurons, {len(merged) - neuronal} by single entries",
+            f"  copied from the base: {counted(len(copied))}" + (f" ({listed(copied)})" if copied else ""),
+            f"  to download: {readable_size(self.bytes_to_download)}",
+            f"  to read: {readable_size(self.bytes_read)}",
+            f"  to write: {readable_size(self.bytes_written)}",
+            f"  disk needed: {readable_size(self.disk_needed)}",
+            f"  memory needed: about {readable_size(self.memory_needed)}",
+            f"  time, after the download: very roughly {self.seconds_needed:.0f} s with threads={self.threads}",
+        ]
+        if self.downloaded:
+            lines.append(
+                f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"
+            )
+        return "\n".join(lines)
 
 
 def readable_size(count: float) -> str:
@@ -142,3 +187,14 @@ def readable_size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def counted(parameters: int) -> str:
+    """A number of parameters: "1 parameter"."""
+    return "1 parameter" if parameters == 1 else f"{parameters} parameters"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

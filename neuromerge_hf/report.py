@@ -76,7 +76,7 @@ class MergeReport:
         vocabulary: how tokens were aligned; None where all models have the same.
         seconds: wall time of the merge, downloads not counted.
         bytes_read: how much of the inputs was read.
-        bytes_written: the size of the merged weights.
+        bytes_written: the size of the merged weights, and of the heads beside them.
         notes: what else is worth knowing of the experts.
     """
 

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -78,7 +79,9 @@ def read_rows(tensor: StoredTensor, layout: Layout, block: Block, buffer: Tensor
 
 
 def read_whole(tensor: StoredTensor) -> Tensor:
-    """The whole tensor, on the CPU: for small ones."""
+    """The whole tensor, on the CPU: for small ones. One that is not downloaded yet is a meta tensor."""
+    if isinstance(tensor, RemoteTensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     out = torch.empty(tensor.shape, dtype=tensor.dtype)
     tensor.read(0, out.numel(), out.view(-1))
     return out
@@ -131,6 +134,19 @@ class SafetensorsTensor:
 
 
 @dataclass(frozen=True)
+class RemoteTensor:
+    """A tensor on the Hub of which only the header is known; `path` is where its file will be."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        raise RuntimeError(f"{self.path} is read before it is downloaded")
+
+
+@dataclass(frozen=True)
 class PickledTensor:
     """A tensor of a ``.bin`` file, mapped into memory by torch."""
 
@@ -156,19 +172,39 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
     Raises:
         MergeError: if the file is truncated or is not a safetensors file.
     """
-    size = path.stat().st_size
+    opened = SafetensorsFile(path)
+    with path.open("rb") as file:
+        header = read_header(
+            path, path.stat().st_size, lambda start, stop: os.pread(file.fileno(), stop - start, start)
+        )
+    return {
+        name: SafetensorsTensor(name, dtype, shape, opened, offset) for name, (dtype, shape, offset) in header.items()
+    }
+
+
+def read_header(
+    path: Path, size: int, read: Callable[[int, int], bytes]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """The dtype, the shape and the first byte of each tensor of a safetensors file.
+
+    Args:
+        path: the file, for messages.
+        size: its size in bytes.
+        read: gives the bytes [start, stop) of it; asked for the first 8, then for the header.
+
+    Raises:
+        MergeError: if the file is truncated or is not a safetensors file.
+    """
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if size < 8:
-                raise _truncated(path, "the length of its header alone has 8")
-            if length > MAX_HEADER:
-                raise ValueError(f"it starts with {start!r}, like a web page or a pointer of Git LFS")
-            if length > size - 8:
-                raise _truncated(path, f"its header should have {length} bytes")
-            header = json.loads(file.read(length))
-        opened = SafetensorsFile(path)
+        if size < 8:
+            raise _truncated(path, size, "the length of its header alone has 8")
+        start = read(0, 8)
+        data = 8 + int.from_bytes(start, "little")
+        if data - 8 > MAX_HEADER:
+            raise ValueError(f"it starts with {start!r}, like a web page or a pointer of Git LFS")
+        if data > size:
+            raise _truncated(path, size, f"its header should have {data - 8} bytes")
+        header = json.loads(read(8, data))
         tensors = {}
         for name, entry in header.items():
             if name == "__metadata__":
@@ -177,9 +213,9 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             if end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name} has {end - begin} bytes, not those of {dtype} {shape}")
-            if 8 + length + end > size:
-                raise _truncated(path, f"tensor {name} should end at byte {8 + length + end}")
-            tensors[name] = SafetensorsTensor(name, dtype, shape, opened, 8 + length + begin)
+            if data + end > size:
+                raise _truncated(path, size, f"tensor {name} should end at byte {data + end}")
+            tensors[name] = dtype, shape, data + begin
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, MergeError):
             raise
@@ -187,10 +223,8 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
     return tensors
 
 
-def _truncated(path: Path, expectation: str) -> MergeError:
-    return MergeError(
-        f"{path} is truncated: it has {path.stat().st_size} bytes, but {expectation}. Download or copy it again."
-    )
+def _truncated(path: Path, size: int, expectation: str) -> MergeError:
+    return MergeError(f"{path} is truncated: it has {size} bytes, but {expectation}. Download or copy it again.")
 
 
 def open_pickle(path: Path) -> dict[str, PickledTensor]:

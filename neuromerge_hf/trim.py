@@ -186,10 +186,16 @@ def _predict(
         x = load_block(unit, block, memory, device)
         return [(expert, x[t].abs().flatten().cpu()) for t, expert in enumerate(unit.changing, start=1)]
 
-    samples: list[list[Tensor]] = [[] for _ in plan.experts]
-    for found in map_in_order(sample, _evenly_spaced(units, step), threads):
+    blocks = list(_evenly_spaced(units, step))
+    # One allocation for each expert: many small ones that stay, among large ones that come and go, take gigabytes.
+    samples: list[list[Tensor]] = []
+    for expert in range(len(plan.experts)):
+        sizes = [len(block) * unit.layout.width for unit, block in blocks if expert in unit.changing]
+        samples.append(list(torch.empty(sum(sizes)).split(sizes)))
+    places = [iter(sample) for sample in samples]
+    for found in map_in_order(sample, blocks, threads):
         for expert, magnitudes in found:
-            samples[expert].append(magnitudes)
+            next(places[expert]).copy_(magnitudes)
     return {
         expert: _Counter(*_range_around(rank, entries[expert], samples[expert]))
         for expert, rank in enumerate(ranks)

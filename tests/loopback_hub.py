@@ -198,6 +198,8 @@ def tree(call: _Handler, repo_id: str, revision: str, folder: str) -> object:
     below = {p: b for p, b in repo.commits[sha].items() if not folder or p.startswith(f"{folder}/")}
     if folder and not below:
         raise HubError(404, "EntryNotFound", commit=sha)
+    if call.query.get("recursive", "").lower() != "true":  # the Hub lists folders as well
+        below = {p: b for p, b in below.items() if "/" not in p.removeprefix(f"{folder}/" if folder else "")}
     return [entry(p, b) for p, b in below.items()]
 
 

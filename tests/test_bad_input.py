@@ -375,9 +375,11 @@ def test_models_must_be_a_list(models, refused, experts):
 
 
 def test_a_folder_that_does_not_exist_is_refused(models, refused):
-    for missing in ("./missing", "/missing/model", "~/missing/model", "a/b/c"):
+    for missing in ("./missing", "/missing/model", "~/missing/model", "a//b", "a/../b"):
         assert says(refused([missing], base_model=models / "base"), missing, "not a folder")
         assert says(refused([models / "math"], base_model=missing), missing, "not a folder")
+    message = refused(["a/b/c"], base_model=models / "base")
+    assert says(message, "a/b/c", "neither a folder on this machine", "nor a model on the Hub")
 
 
 def test_a_file_in_place_of_a_folder_is_refused(models, refused):
@@ -419,7 +421,9 @@ def test_no_weights_are_downloaded_for_what_metadata_refuses(hub, models, refuse
     hub.add_folder("bad/llama", models / "base")
     hub.forget_traffic()
     assert says(refused(["bad/bert"], base_model="bad/llama"), "bad/bert", "bad/llama")
-    assert not [name for name in hub.bytes_served if name.endswith(".safetensors")]
+    weights = {name: count for name, count in hub.bytes_served.items() if name.endswith(".safetensors")}
+    assert set(weights) == {"bad/llama/model.safetensors"}
+    assert weights["bad/llama/model.safetensors"] < (models / "base" / "model.safetensors").stat().st_size / 10
 
 
 @pytest.mark.parametrize("density", [0, 0.0, -0.1, 2, 1.01, float("nan"), float("inf"), "x", "0.2", None, True, [0.2]])

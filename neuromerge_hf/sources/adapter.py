@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from neuromerge_hf.checkpoint import ADAPTER_FILES, find_weights, open_weights
+from neuromerge_hf.checkpoint import ADAPTER_FILES
 from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.heads import Head, task_class, task_config
 from neuromerge_hf.location import Location
@@ -51,12 +51,12 @@ def read_adapter(location: Location, config: tuner.AnyConfig, ties: Mapping[str,
     Raises:
         MergeError: if a file is missing or damaged.
     """
-    main = find_weights(location.folder, ADAPTER_FILES)
+    main = location.find_weights()
     if main is None:
         raise MergeError(f"{location} has no weights: it holds none of {', '.join(ADAPTER_FILES)}.")
     adapter = AdapterTensors(main)
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
-    for key, tensor in open_weights(main).items():
+    for key, tensor in location.open_weights(main).items():
         name = key.removeprefix("base_model.model.")
         if ".original_module." in name:  # bias="all" stores what modules_to_save has replaced
             continue

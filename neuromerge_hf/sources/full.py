@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from neuromerge_hf.checkpoint import CHECKPOINT_FILES, find_weights, open_weights
+from neuromerge_hf.checkpoint import CHECKPOINT_FILES
 from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.heads import Head
 from neuromerge_hf.location import Location
@@ -89,12 +89,12 @@ def open_full(
     Raises:
         MergeError: if a file or a parameter is missing or damaged, or does not fit the base.
     """
-    main = find_weights(location.folder, CHECKPOINT_FILES)
+    main = location.find_weights()
     if main is None:
         raise MergeError(f"{location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")
     model_class = model_class_of(config, location.folder, trust_remote_code, default=base.skeleton.model_class)
     skeleton = Skeleton(model_class, config)
-    tensors = open_weights(main)
+    tensors = location.open_weights(main)
     own_places = skeleton.places(tensors)
     tensors = without_tied_copies(tensors, own_places)
     check_complete(location, skeleton, tensors, own_places, main)
