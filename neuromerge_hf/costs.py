@@ -3,7 +3,6 @@
 from neuromerge_hf.blocks import BLOCK_ENTRIES
 from neuromerge_hf.kernel import ALIGNMENT
 from neuromerge_hf.plan import MergePlan, Unit
-from neuromerge_hf.sources.task_vector import LowRank
 from neuromerge_hf.trim import BINS, SAMPLE_ENTRIES
 
 START_MEMORY = 300_000_000
@@ -19,11 +18,11 @@ VALUES_PER_SECOND = 150_000_000
 def memory_needed(plan: MergePlan) -> int:
     """The private memory of a merge on the CPU, in bytes: mapped files, which the kernel may drop, are not counted.
 
-    What is loaded at the start, and the factors of LoRA adapters, stay. Each thread has a block of the base and of the
-    T experts that change it in float32, as it was read (8 bytes an entry), as it is merged (4) and as it is written
-    (4); a padded copy where neurons do not fill whole cache lines. If values are trimmed there are, for each expert,
-    the counters and the sample that predicts the threshold, which is copied twice while it is sorted. The largest head
-    is held while it is written.
+    What is loaded at the start stays; of LoRA adapters, the factors of one tensor. Each thread has a block of the base
+    and of the T experts that change it in float32, as it was read (8 bytes an entry), as it is merged (4) and as it is
+    written (4); a padded copy where neurons do not fill whole cache lines. If values are trimmed there are, for each
+    expert, the counters and the sample that predicts the threshold, which is copied twice while it is sorted. The
+    largest head is held while it is written. What preparing an adapter takes is not counted.
     """
     experts = len(plan.experts) if plan.config.density < 1 else 0
     trimming = experts * (8 * BINS + 4 * SAMPLE_ENTRIES) + (8 * SAMPLE_ENTRIES if experts else 0)
@@ -52,5 +51,8 @@ def _block_memory(unit: Unit) -> int:
 
 
 def _factors(plan: MergePlan) -> int:
-    vectors = (vector for unit in plan.units for vector in unit.task_vectors)
-    return sum(4 * (v.left.numel() + v.right.numel()) for v in vectors if isinstance(v, LowRank))
+    """The factors of the LoRA adapters of one tensor in float32, which are in memory while it is merged."""
+    return max(
+        4 * (unit.layout.rows + unit.layout.width) * sum(getattr(vector, "rank", 0) for vector in unit.task_vectors)
+        for unit in plan.units
+    )

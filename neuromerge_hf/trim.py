@@ -128,14 +128,14 @@ class _Counter:
         norms = torch.stack([magnitudes.sum(1), trim(magnitudes, low, out=kept).sum(1)]).cpu().double()
         if magnitudes.is_cpu:  # numpy's comparisons and selections are several times as fast as torch's
             array = magnitudes.numpy()
-            count = np.count_nonzero(np.less(array, low, out=below.numpy()))
+            count = int(np.count_nonzero(np.less(array, low, out=below.numpy())))
             np.less(array, high, out=inside.numpy())
             np.logical_xor(inside.numpy(), below.numpy(), out=inside.numpy())
             found = torch.from_numpy(array.ravel().compress(inside.numpy().ravel()))
         else:
-            count = torch.lt(magnitudes, low, out=below).sum()
+            count = int(torch.lt(magnitudes, low, out=below).sum())
             found = magnitudes[torch.lt(magnitudes, high, out=inside).logical_xor_(below)].cpu()
-        return int(count), found.view(torch.int32) - self.low >> self.shift, norms
+        return count, found.view(torch.int32) - self.low >> self.shift, norms
 
     def add(self, below: int, bins: Tensor) -> None:
         """Add what `look` found, but for the norms."""
