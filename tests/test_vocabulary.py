@@ -7,12 +7,13 @@ of the parameters: `by_text` of a model is what its embeddings say of each token
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -419,7 +420,8 @@ def save_resized_adapter(base: Path, folder: Path, tokenizer=None, *, rows: int 
     """A LoRA adapter on the base with more rows, trained together with the embeddings; returns the trained model."""
     rows = rows or len(WORDS) + 5
     model = load(base)
-    with seeded(11):
+    with seeded(11), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # PEFT's advice
         model.resize_token_embeddings(rows, mean_resizing=False)
         disturb(model.get_input_embeddings())
         if not model.config.tie_word_embeddings:
@@ -432,12 +434,21 @@ def save_resized_adapter(base: Path, folder: Path, tokenizer=None, *, rows: int 
     return adapted.eval()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}],
-    ids=["stored", "LoRA of the embeddings", "modules to save"],
-)
-def test_an_adapter_with_resized_embeddings_is_given_back(models, tmp_path, options):
+RESIZED = {
+    "stored": ("llama", {}),
+    "LoRA of the embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "DoRA of the embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+    "modules to save": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "trained tokens": ("llama", {"trainable_token_indices": {"embed_tokens": [12, 13]}}),
+    "tied, stored": ("llama-tied", {}),
+    "tied, LoRA of the embeddings": ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied, modules to save": ("llama-tied", {"modules_to_save": ["embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize(("family", "options"), RESIZED.values(), ids=RESIZED)
+def test_an_adapter_with_resized_embeddings_is_given_back(models_of, tmp_path, family, options):
+    models = models_of(family)
     trained = save_resized_adapter(models / "base", tmp_path / "adapter", make_tokenizer(added=CHAT), **options)
     options = {"base_model": models / "base", "config": GIVES_BACK, "tokenizer": "adapter", **CPU}
     merge([tmp_path / "adapter"], tmp_path / "merged", **options)
@@ -445,6 +456,16 @@ def test_an_adapter_with_resized_embeddings_is_given_back(models, tmp_path, opti
     torch.testing.assert_close(logits(load(tmp_path / "merged"), ids), logits(trained, ids), rtol=0, atol=1e-4)
     config = load(tmp_path / "merged").config
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (len(WORDS) + 5, 2, 3)
+
+
+def test_a_resized_adapter_that_is_computed_in_the_whole_model_is_refused(models, tmp_path):
+    model = load(models / "base")
+    model.resize_token_embeddings(len(WORDS) + 5, mean_resizing=False)
+    adapted = get_peft_model(model, VeraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    make_tokenizer(added=CHAT).save_pretrained(tmp_path / "adapter")
+    match = r"adapter is of type VERA, which PEFT computes in the whole model at once, and has another number of tokens"
+    refused([tmp_path / "adapter"], match, base_model=models / "base")
 
 
 def test_a_full_expert_and_a_resized_adapter_are_merged_by_text(models, tmp_path):

@@ -19,7 +19,7 @@ from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch, m
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.tensors import StoredTensor
 
-WRAPPERS = (".base_layer.", ".modules_to_save.")
+WRAPPERS = (".base_layer.", ".modules_to_save.", ".token_adapter.")
 """PEFT's modules around those of the model, in the names of biases (bias="all") and of adapted embeddings."""
 
 TOKENS = "trainable_tokens_delta"

@@ -12,6 +12,7 @@ from torch import nn
 
 from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place
+from neuromerge_hf.sources.aligned import AlignedTensor
 from neuromerge_hf.sources.expert import Base
 from neuromerge_hf.tensors import StoredTensor
 
@@ -77,6 +78,12 @@ def find_changes(
 ) -> tuple[list[Change], list[str]]:
     """What an adapter changes, and the problems that were found."""
     changes, problems = [], []
+    if needs_whole_model(config) and any(isinstance(tensor, AlignedTensor) for tensor in base.tensors.values()):
+        problems.append(
+            f"{location} is of type {type_of(config)}, which PEFT computes in the whole model at once, and has another "
+            f"number of tokens than the base {base.location}. Put it into its resized base with PEFT's "
+            "merge_and_unload(), save that model with its tokenizer, and give it in place of the adapter."
+        )
     for module, tensors in [*tuned.items(), *((module, {}) for module in tokens)]:
         own = _own_name(module, config, base)
         if own is None:
