@@ -146,6 +146,12 @@ class RemoteTensor:
         raise RuntimeError(f"{self.path} is read before it is downloaded")
 
 
+def is_remote(tensor: StoredTensor) -> bool:
+    """Whether a tensor cannot be read before a download."""
+    # `tensor` is what an AlignedTensor reads in another order.
+    return any(isinstance(one, RemoteTensor) for one in (tensor, getattr(tensor, "tensor", None)))
+
+
 @dataclass(frozen=True)
 class PickledTensor:
     """A tensor of a ``.bin`` file, mapped into memory by torch."""

@@ -16,7 +16,7 @@ from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton, StoredForm
 from neuromerge_hf.sources.prepared import Preparation
 from neuromerge_hf.sources.task_vector import TaskVector
-from neuromerge_hf.tensors import MERGEABLE, RemoteTensor, StoredTensor, read_rows, read_whole
+from neuromerge_hf.tensors import MERGEABLE, StoredTensor, is_remote, read_rows, read_whole
 
 COMPARED_AT_ONCE = 1 << 20
 
@@ -222,7 +222,7 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether `a` holds the values of `b`, as they are in the dtype of `a`; taken for granted before the download."""
     if a.shape != b.shape:
         return False
-    if isinstance(a, RemoteTensor) or isinstance(b, RemoteTensor):
+    if is_remote(a) or is_remote(b):
         return True
     layout = Layout(1, 1, Layout.of(a.shape, None).width, 1)
     blocks = (
