@@ -68,6 +68,35 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class VocabularyReport:
+    """How the tokens of models with different vocabularies were brought together.
+
+    Attributes:
+        tokens: how many the merged model has.
+        rows: how many rows its embeddings have.
+        aligned: how many of the tokens the base has.
+        from_experts: how many the base lacks, so that they are the mean over the experts that have them.
+        lacked: how many of the tokens each expert lacks, by its name.
+        left_out: how many tokens of each expert the merged model lacks, by its name.
+    """
+
+    tokens: int
+    rows: int
+    aligned: int
+    from_experts: int
+    lacked: dict[str, int]
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        notes = [f"{name} lacks {count:,}" for name, count in self.lacked.items() if count]
+        notes += [f"{count:,} of {name} left out" for name, count in self.left_out.items() if count]
+        return (
+            f"vocabulary of {self.tokens:,} tokens in {self.rows:,} rows: {self.aligned:,} aligned with the base's, "
+            f"{self.from_experts:,} from the experts" + "".join(f"; {text}" for text in notes)
+        )
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """What a merge will do.
 
@@ -115,6 +144,27 @@ class MergePlan:
         if len(classes) == 1 and not any(expert.head for expert in self.experts):
             return classes.pop()
         return None
+
+    @property
+    def vocabulary(self) -> VocabularyReport | None:
+        """How tokens are aligned; None where all models have the same."""
+        alignment = self.tokenizer.alignment
+        if alignment is None:
+            return None
+        tokens = alignment.target.tokens.keys()
+        aligned = len(tokens & alignment.base.tokens.keys())
+        theirs = {
+            expert.name: vocabulary.tokens.keys()
+            for expert, vocabulary in zip(self.experts, alignment.experts, strict=True)
+        }
+        return VocabularyReport(
+            tokens=len(tokens),
+            rows=alignment.target.rows,
+            aligned=aligned,
+            from_experts=len(tokens) - aligned,
+            lacked={name: len(tokens - own) for name, own in theirs.items()},
+            left_out={name: len(own - tokens) for name, own in theirs.items()},
+        )
 
     @property
     def bytes_written(self) -> int:
@@ -166,6 +216,9 @@ class MergePlan:
         lines += [
             f"  merged: {counted(len(merged))}, {neuronal} by neurons, {len(merged) - neuronal} by single entries",
             f"  copied from the base: {counted(len(copied))}" + (f" ({listed(copied)})" if copied else ""),
+            *([f"  heads merged by their mean: {', '.join(sorted(self.head.tensors))}"] if self.head else []),
+            *([f"  tokenizer of {self.tokenizer.location}"] if self.tokenizer.is_expert else []),
+            *([f"  {self.vocabulary}"] if self.vocabulary else []),
             f"  to download: {readable_size(self.bytes_to_download)}",
             f"  to read: {readable_size(self.bytes_read)}",
             f"  to write: {readable_size(self.bytes_written)}",
@@ -173,6 +226,7 @@ class MergePlan:
             f"  memory needed: about {readable_size(self.memory_needed)}",
             f"  time, after the download: very roughly {self.seconds_needed:.0f} s with threads={self.threads}",
         ]
+        lines += [f"  Note: {note}" for expert in self.experts for note in expert.notes]
         if self.downloaded:
             lines.append(
                 f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"

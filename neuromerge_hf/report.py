@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neuromerge_hf.plan import MergePlan, readable_size
+from neuromerge_hf.plan import MergePlan, VocabularyReport, readable_size
 from neuromerge_hf.trim import Trimming
 
 
@@ -30,35 +30,6 @@ class ExpertReport:
     sigma: float
     head: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class VocabularyReport:
-    """How the tokens of models with different vocabularies were brought together.
-
-    Attributes:
-        tokens: how many the merged model has.
-        rows: how many rows its embeddings have.
-        aligned: how many of the tokens the base has.
-        from_experts: how many the base lacks, so that they are the mean over the experts that have them.
-        lacked: how many of the tokens each expert lacks, by its name.
-        left_out: how many tokens of each expert the merged model lacks, by its name.
-    """
-
-    tokens: int
-    rows: int
-    aligned: int
-    from_experts: int
-    lacked: dict[str, int]
-    left_out: dict[str, int]
-
-    def __str__(self) -> str:
-        notes = [f"{name} lacks {count:,}" for name, count in self.lacked.items() if count]
-        notes += [f"{count:,} of {name} left out" for name, count in self.left_out.items() if count]
-        return (
-            f"vocabulary of {self.tokens:,} tokens in {self.rows:,} rows: {self.aligned:,} aligned with the base's, "
-            f"{self.from_experts:,} from the experts" + "".join(f"; {text}" for text in notes)
-        )
 
 
 @dataclass(frozen=True)
@@ -148,25 +119,5 @@ def make_report(
         bytes_written=plan.bytes_written,
         notes=[note for expert in plan.experts for note in expert.notes],
         head=sorted(plan.head.tensors) if plan.head else [],
-        vocabulary=_vocabulary_report(plan),
-    )
-
-
-def _vocabulary_report(plan: MergePlan) -> VocabularyReport | None:
-    alignment = plan.tokenizer.alignment
-    if alignment is None:
-        return None
-    tokens = alignment.target.tokens.keys()
-    aligned = len(tokens & alignment.base.tokens.keys())
-    theirs = {
-        expert.name: vocabulary.tokens.keys()
-        for expert, vocabulary in zip(plan.experts, alignment.experts, strict=True)
-    }
-    return VocabularyReport(
-        tokens=len(tokens),
-        rows=alignment.target.rows,
-        aligned=aligned,
-        from_experts=len(tokens) - aligned,
-        lacked={name: len(tokens - own) for name, own in theirs.items()},
-        left_out={name: len(own - tokens) for name, own in theirs.items()},
+        vocabulary=plan.vocabulary,
     )

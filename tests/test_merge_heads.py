@@ -52,6 +52,7 @@ def heads(*experts: Path) -> dict[str, list[torch.Tensor]]:
 
 def test_heads_become_their_mean_in_the_model_itself(models, tmp_path):
     experts = [models / "films", models / "books", models / "plain"]
+    plan = plan_merge(experts, base_model=models / "base", merge_heads=True)
     report = merge(experts, tmp_path / "merged", base_model=models / "base", merge_heads=True, **CPU)
     merged, loading = transformers.BertForSequenceClassification.from_pretrained(
         tmp_path / "merged", output_loading_info=True
@@ -63,7 +64,8 @@ def test_heads_become_their_mean_in_the_model_itself(models, tmp_path):
         assert_same_bits(state(merged)[name], ((theirs[0].double() + theirs[1].double()) / 2).float())
     assert report.head == [*HEAD]
     assert not set(report.copied) & set(HEAD)
-    assert "heads merged by their mean: classifier.bias, classifier.weight" in str(report)
+    for text in (str(plan), str(report)):
+        assert "heads merged by their mean: classifier.bias, classifier.weight" in text
     assert [expert.head for expert in report.experts] == [[]] * 3
     assert not (tmp_path / "merged" / "heads").exists()
 

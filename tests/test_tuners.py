@@ -20,7 +20,7 @@ from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraC
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, Relatives, assert_merged_as_reference, state
-from neuromerge_hf import MergeError, MergeReport, NeuroMergingConfig, merge
+from neuromerge_hf import MergeError, MergeReport, NeuroMergingConfig, merge, plan_merge
 from tiny_models import disturb, load, load_adapted, logits, save_fine_tune, save_llama, seeded
 
 GIVES_BACK = NeuroMergingConfig(density=1, lambda_parallel=1, lambda_orthogonal=1)
@@ -567,6 +567,7 @@ def test_an_adapter_of_a_quantised_base_merges_into_the_full_one_and_the_report_
     for words in (str(adapter), str(quantised), "quantised (bitsandbytes)", str(bases["llama"])):
         assert words in note
     assert note in str(report)
+    assert note in str(plan_merge([adapter], base_model=bases["llama"]))
 
     with pytest.raises(MergeError, match=r"quantised \(bitsandbytes\).*base_model="):
         merge([adapter], tmp_path / "merged", **CPU)
