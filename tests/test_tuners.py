@@ -6,6 +6,7 @@ What is merged is compared with the unmerged PeftModel: PEFT's own merge_and_unl
 import functools
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -583,6 +584,16 @@ def test_an_option_that_only_a_newer_peft_knows_is_refused(bases: dict[str, Path
     assert "pip install -U peft" in message
     file.write_text(json.dumps(known | {"peft_version": "99.0", "use_other": False}))
     merge([adapter], tmp_path / "merged", base_model=bases["llama"], **CPU)
+
+
+def test_an_adapter_that_needs_a_package_which_is_not_installed_is_refused(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", config_of("ADAMSS", TUNERS["ADAMSS"]))
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as if it were not there
+    message = refused(adapter, bases["llama"], tmp_path)
+    assert "adapter_config.json needs a package that is not installed here" in message
+    assert "pip install scikit-learn" in message
 
 
 # What training leaves behind

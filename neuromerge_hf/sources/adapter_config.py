@@ -45,6 +45,8 @@ def load_adapter_config(location: Location) -> AnyConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on training, and what _unknown_options finds
             config = PeftConfig.from_pretrained(str(location.folder))
+    except ImportError as error:
+        raise MergeError(f"{path} needs a package that is not installed here: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise MergeError(f"{path} is not an adapter configuration that this PEFT understands: {error}") from error
     unknown = _unknown_options(path, config)
