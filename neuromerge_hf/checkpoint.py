@@ -80,14 +80,14 @@ def weight_files(main: Path, is_file: Callable[[Path], bool] = Path.is_file) -> 
     """
     if not main.name.endswith(".index.json"):
         return [main]
-    files = indexed_files(main)
+    files = _indexed_files(main)
     for file in files:
         if not is_file(file):
             raise MergeError(f"{file} is missing, but {main.name} lists it. Download the model again.")
     return files
 
 
-def indexed_files(main: Path) -> list[Path]:
+def _indexed_files(main: Path) -> list[Path]:
     """The files that an index lists, whether they are there or not.
 
     Raises:
