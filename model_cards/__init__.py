@@ -1,1 +1,6 @@
-"""The templates of the model cards that a merge writes."""
+"""The model card of a merge: `MergeCard` brings together what a merged model's folder says, and renders it."""
+
+from neuromerge_hf.model_cards.card import MergeCard
+from neuromerge_hf.model_cards.write import write_card
+
+__all__ = ["MergeCard", "write_card"]

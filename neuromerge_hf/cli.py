@@ -1,4 +1,4 @@
-"""The command line: ``neuromerge merge`` and ``neuromerge plan``."""
+"""The command line: ``neuromerge merge``, ``plan`` and ``card``."""
 
 import gc
 from collections.abc import Iterator
@@ -169,6 +169,28 @@ def plan_command(
             trust_remote_code=trust_remote_code,
         )
         typer.echo(plan)
+
+
+@app.command("card")
+def card_command(
+    folder: Annotated[Path, typer.Argument(help="The directory that a merge wrote.", show_default=False)],
+    repo_id: Annotated[
+        str | None, typer.Option(help="The repository that the card is for.", show_default="the folder itself")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="A JSON file with measurements to add: a list of {model, task, metric, value}.")
+    ] = None,
+    template: Annotated[Path | None, typer.Option(help="A Jinja template that replaces sections of the card.")] = None,
+) -> None:
+    """Write or refresh the model card of a merged model."""
+    from neuromerge_hf.model_cards import write_card
+    from neuromerge_hf.report import load_report
+    from neuromerge_hf.results import load_results
+
+    with _errors_in_a_sentence():
+        if results:
+            load_report(folder).add_results(load_results(results))
+        typer.echo(f"The card is in {write_card(folder, repo_id, template=template)}")
 
 
 @contextmanager

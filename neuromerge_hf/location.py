@@ -52,6 +52,16 @@ class Location:
         """The last part of the id, by which the report names the model."""
         return Path(self.id).name if self.commit else self.folder.resolve().name
 
+    @property
+    def public_name(self) -> str:
+        """How a published text names it: the id and the commit, or no more of a folder than the last part."""
+        return str(self) if self.commit else self.name
+
+    @property
+    def repo(self) -> str:
+        """The repository on the Hub, without the folder in it."""
+        return _split(self.id)[0]
+
     def download(self, patterns: Sequence[str], ignore: str | None = "*/*") -> None:
         """Download the files of a model on the Hub that match.
 

@@ -84,6 +84,7 @@ def merge(
     with Ingredients(found.base, found.experts) as ingredients:
         # These load transformers, which takes seconds.
         from neuromerge_hf.companions import write_companions
+        from neuromerge_hf.model_cards import write_card
         from neuromerge_hf.planner import plan_found
 
         make_plan = partial(
@@ -111,6 +112,7 @@ def merge(
                 if expert.preparation:
                     expert.preparation.run(prepared)
             trimmings, lambda_orthogonal = _write_weights(plan, folder, max_shard_size, compute_device, plan.threads)
+            seconds = time.perf_counter() - started
             shutil.rmtree(prepared)
             write_companions(plan, folder, trust_remote_code)
             for expert in plan.experts:
@@ -126,7 +128,10 @@ def merge(
                 merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
             ).save(folder)
-    return make_report(plan, trimmings, lambda_orthogonal, target, time.perf_counter() - started)
+            report = make_report(plan, trimmings, lambda_orthogonal, target, seconds, compute_device)
+            report.save(folder)
+            write_card(folder, name=target.name)
+    return report
 
 
 def merge_recipe(

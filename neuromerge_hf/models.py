@@ -122,15 +122,16 @@ def about_quantised_base(location: Location, adapter: "PeftConfig", base: Locati
     if not named or named == base.id:
         return []
     try:
-        folder = locate(named, revision=adapter.revision, token=location.token).folder
-        quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        trained_on = locate(named, revision=adapter.revision, token=location.token)
+        quantization = json.loads((trained_on.folder / "config.json").read_text()).get("quantization_config")
     except (MergeError, OSError, ValueError):  # it is gone or private, and not needed
         return []
     if not quantization:
         return []
+    how = quantization.get("quant_method")
     return [
-        f"{location} was trained on {named}, which is quantised ({quantization.get('quant_method')}). It was merged "
-        f"into {base}, whose weights differ from those by what quantising rounded away."
+        f"{location.public_name} was trained on {trained_on.public_name}, which is quantised ({how}). It was merged "
+        f"into {base.public_name}, whose weights differ from those by what quantising rounded away."
     ]
 
 

@@ -132,8 +132,13 @@ class MergePlan:
     @property
     def copied(self) -> list[str]:
         """The parameters and buffers that are copied from the base."""
+        return [unit.parameter for unit in self.copied_units]
+
+    @property
+    def copied_units(self) -> list[Unit]:
+        """The units that are copied from the base."""
         head = self.head.tensors if self.head else {}
-        return [unit.parameter for unit in self.units if not unit.task_vectors and unit.tensor.name not in head]
+        return [unit for unit in self.units if not unit.task_vectors and unit.tensor.name not in head]
 
     @property
     def architecture(self) -> str | None:

@@ -54,6 +54,11 @@ class Ingredient:
             raise TypeError(f"{self.to_dict()} describes no model")
 
     @property
+    def repo(self) -> str:
+        """The repository on the Hub, without the folder in it."""
+        return "/".join(self.id.split("/")[:2])
+
+    @property
     def reference(self) -> str:
         """What `merge` takes: the folder, or ``id@revision``."""
         return f"{self.id}@{self.revision}" if self.revision else self.id

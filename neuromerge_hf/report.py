@@ -1,10 +1,24 @@
 """What a merge did."""
 
+import dataclasses
+import json
+import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from neuromerge_hf.plan import MergePlan, VocabularyReport, readable_size
+import torch
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.parents import Parent
+from neuromerge_hf.plan import MergePlan, Unit, VocabularyReport, readable_size
+from neuromerge_hf.recipe import PACKAGES
+from neuromerge_hf.results import Result, check_results
 from neuromerge_hf.trim import Trimming
+
+REPORT_NAME = "merge_report.json"
 
 
 @dataclass(frozen=True)
@@ -13,8 +27,9 @@ class ExpertReport:
 
     Attributes:
         name: by which `AutoMergedModel.from_pretrained(..., head=name)` finds its head.
-        id: the folder or the id on the Hub, with the commit.
+        id: the id on the Hub with the commit, or the last part of the folder's path.
         kind: "full", or the kind of adapter.
+        model_class: the architecture that it was trained as, if it says so.
         entries: how many entries its task vector has.
         threshold: the magnitude below which they were trimmed.
         sigma: the share of the task vector's L1 norm that was trimmed.
@@ -25,6 +40,7 @@ class ExpertReport:
     name: str
     id: str
     kind: str
+    model_class: str | None
     entries: int
     threshold: float
     sigma: float
@@ -33,22 +49,46 @@ class ExpertReport:
 
 
 @dataclass(frozen=True)
+class ParameterReport:
+    """What became of the parameters of one class.
+
+    Attributes:
+        names: the parameters, and buffers, by their names in the model.
+        entries: how many numbers they hold.
+    """
+
+    names: list[str]
+    entries: int
+
+
+@dataclass(frozen=True)
 class MergeReport:
-    """What a merge did; `str()` gives it in a few lines.
+    """What a merge did; `str()` gives it in a few lines, ``merge_report.json`` keeps it beside the merged weights.
+
+    It names folders of this machine by the last part of their path alone, because it may be published.
 
     Attributes:
         output_dir: where the merged model is.
-        base_model: the base's folder or id, with the commit.
+        base_model: the base's id on the Hub with the commit, or the last part of its folder's path.
         sigma: the largest of the experts' sigmas.
         lambda_orthogonal: the paper's lambda_2 as it was used.
-        merged: names of the parameters that were merged.
-        copied: names of the parameters and buffers that are the base's.
+        by_neuron: the weights that were merged neuron by neuron.
+        by_entry: the parameters that have no neurons (biases, norms), merged entry by entry.
+        from_base: the parameters and buffers that are the base's.
         head: names of the parameters that are the mean of the experts' own.
+        tied: parameters that share another's weights, with the name of that.
+        untied: parameters that the base ties, and the merged model does not.
+        tokenizer: whose tokenizer the merged model has, as `base_model`; None if it has none.
         vocabulary: how tokens were aligned; None where all models have the same.
         seconds: wall time of the merge, downloads not counted.
         bytes_read: how much of the inputs was read.
         bytes_written: the size of the merged weights, and of the heads beside them.
+        environment: versions of the packages, and the hardware.
         notes: what else is worth knowing of the experts.
+        parents: what the cards of the base and then of the experts say about them.
+        results: measurements, if there are any; see `add_results`.
+        changed: whether the weights beside it are no longer the merge's: trained further, or edited.
+        loaded_head: the expert whose head the weights beside it have, if they were saved with one.
     """
 
     output_dir: Path
@@ -58,14 +98,58 @@ class MergeReport:
     sigma: float
     lambda_parallel: float
     lambda_orthogonal: float
-    merged: list[str]
-    copied: list[str]
+    by_neuron: ParameterReport
+    by_entry: ParameterReport
+    from_base: ParameterReport
     seconds: float
     bytes_read: int
     bytes_written: int
-    notes: list[str] = field(default_factory=list)
     head: list[str] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
     vocabulary: VocabularyReport | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    parents: list[Parent] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    changed: bool = False
+    loaded_head: str | None = None
+
+    @property
+    def merged(self) -> list[str]:
+        """Names of the parameters that were merged."""
+        return sorted([*self.by_neuron.names, *self.by_entry.names])
+
+    @property
+    def copied(self) -> list[str]:
+        """Names of the parameters and buffers that are the base's."""
+        return self.from_base.names
+
+    def add_results(self, results: Iterable[Result | Mapping[str, Any]]) -> None:
+        """Add measurements to the report and the card in `output_dir`; newer ones replace older ones of the same.
+
+        Args:
+            results: of the merged model ("merged"), of the base ("base"), or of an expert (its name).
+
+        Raises:
+            MergeError: if an entry is incomplete, is no finite number, or is of a model that is not in the merge.
+        """
+        from neuromerge_hf.model_cards import write_card  # which reads reports
+
+        found = {(result.model, *result.measured): result for result in self.results}
+        for result in check_results(results, [expert.name for expert in self.experts]):
+            found[(result.model, *result.measured)] = result
+        self.results[:] = found.values()
+        self.save(self.output_dir)
+        write_card(self.output_dir)
+
+    def save(self, folder: Path) -> None:
+        """Write ``merge_report.json``."""
+        content = dataclasses.asdict(self)
+        del content["output_dir"]
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
@@ -87,15 +171,45 @@ class MergeReport:
         return "\n".join(lines)
 
 
+def load_report(folder: Path) -> MergeReport:
+    """The report that a merge saved.
+
+    Raises:
+        MergeError: if it is missing or damaged.
+    """
+    path = folder / REPORT_NAME
+    lists = {"experts": ExpertReport, "parents": Parent, "results": Result}
+    single = ("by_neuron", "by_entry", "from_base")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made: dict[str, Any] = {key: [kind(**entry) for entry in content.pop(key)] for key, kind in lists.items()}
+        made |= {key: ParameterReport(**content.pop(key)) for key in single}
+        vocabulary = content.pop("vocabulary")
+        made["vocabulary"] = VocabularyReport(**vocabulary) if vocabulary else None
+        return MergeReport(output_dir=folder, **made, **content)
+    except OSError as error:
+        raise MergeError(
+            f"{path} cannot be read ({error.strerror}). Give a directory that `neuromerge merge` wrote."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MergeError(f"{path} is not a report that `neuromerge merge` wrote ({error!r}).") from error
+
+
 def make_report(
-    plan: MergePlan, trimmings: list[Trimming], lambda_orthogonal: float, output_dir: Path, seconds: float
+    plan: MergePlan,
+    trimmings: list[Trimming],
+    lambda_orthogonal: float,
+    output_dir: Path,
+    seconds: float,
+    device: torch.device,
 ) -> MergeReport:
     """The report of a finished merge."""
     experts = [
         ExpertReport(
             name=expert.name,
-            id=str(expert.location),
+            id=expert.location.public_name,
             kind=expert.kind,
+            model_class=expert.model_class_name,
             entries=trimming.entries,
             threshold=trimming.threshold,
             sigma=trimming.sigma,
@@ -104,20 +218,44 @@ def make_report(
         )
         for expert, trimming in zip(plan.experts, trimmings, strict=True)
     ]
+    merged = [unit for unit in plan.units if unit.task_vectors]
     return MergeReport(
         output_dir=output_dir,
-        base_model=str(plan.base.location),
+        base_model=plan.base.location.public_name,
         experts=experts,
         density=plan.config.density,
         sigma=max(trimming.sigma for trimming in trimmings),
         lambda_parallel=plan.config.lambda_parallel,
         lambda_orthogonal=lambda_orthogonal,
-        merged=plan.merged,
-        copied=plan.copied,
-        seconds=seconds,
+        by_neuron=_parameters(unit for unit in merged if unit.is_neuronal),
+        by_entry=_parameters(unit for unit in merged if not unit.is_neuronal),
+        from_base=_parameters(plan.copied_units),
+        seconds=round(seconds, 1),
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        notes=[note for expert in plan.experts for note in expert.notes],
         head=sorted(plan.head.tensors) if plan.head else [],
+        tied=plan.base.skeleton.ties,
+        untied=sorted(plan.base.copies),
+        tokenizer=plan.tokenizer.location.public_name if plan.tokenizer.has_files else None,
         vocabulary=plan.vocabulary,
+        environment=_environment(device, plan.threads),
+        notes=[note for expert in plan.experts for note in expert.notes],
+        parents=[Parent.of(location) for location in (plan.base.location, *(each.location for each in plan.experts))],
     )
+
+
+def _parameters(units: Iterable[Unit]) -> ParameterReport:
+    units = list(units)
+    return ParameterReport([unit.parameter for unit in units], sum(unit.entries for unit in units))
+
+
+def _environment(device: torch.device, threads: int) -> dict[str, str]:
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{device.type} with {threads} threads ({platform.machine()})"
+    return {
+        **{package: version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "device": hardware,
+    }

@@ -39,6 +39,11 @@ class TokenizerChoice:
     alignment: Alignment | None = None
     chat_template: str | None = None
 
+    @property
+    def has_files(self) -> bool:
+        """Whether there is a tokenizer at all."""
+        return bool(tokenizer_files(self.location.folder))
+
 
 @dataclass(frozen=True)
 class Candidate:

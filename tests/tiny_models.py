@@ -122,6 +122,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
+OF_ONE_RUN = ("merge_report.json", "README.md")
+"""They tell how long the merge took, and where it is; everything else is the same whenever it is made again."""
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file of a folder that is not of one run, by its path."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in OF_ONE_RUN)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -1,0 +1,197 @@
+"""A merged model's card: what its folder says, brought together and rendered."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import (
+    ChoiceLoader,
+    DictLoader,
+    Environment,
+    PackageLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateSyntaxError,
+)
+from neuromerge_hf.model_cards import markdown, tables
+from neuromerge_hf.model_cards.licences import remarks
+from neuromerge_hf.model_cards.quick_start import head_start, quick_start
+from neuromerge_hf.model_cards.tasks import Task, task_of
+
+from neuromerge_hf import __version__
+from neuromerge_hf.checkpoint import companion_files, tokenizer_files
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.plan import readable_size
+from neuromerge_hf.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
+from neuromerge_hf.report import ExpertReport, MergeReport, load_report
+
+TEMPLATE = "merge.md.jinja"
+
+
+@dataclass(frozen=True)
+class MergeCard:
+    """Everything that a card says; `render` writes it down.
+
+    Attributes:
+        name: the title.
+        repo_id: the repository that it is for; None for a folder on this machine.
+        recipe: what was merged, and how.
+        report: what the merge did.
+        config: the merged model's ``config.json``.
+        weights: the sha256 of every weight file, by its path in the folder.
+        has_tokenizer: whether the folder has a tokenizer.
+        has_chat: whether it has a chat template.
+    """
+
+    # From whoever writes the card
+    name: str
+    repo_id: str | None
+    # From the merged model's folder
+    recipe: Recipe
+    report: MergeReport
+    config: dict[str, Any]
+    weights: dict[str, str]
+    has_tokenizer: bool
+    has_chat: bool
+
+    @classmethod
+    def of(cls, folder: Path, repo_id: str | None = None, name: str | None = None) -> "MergeCard":
+        """The card of a folder that a merge wrote.
+
+        Raises:
+            MergeError: if the folder lacks its recipe or its report.
+        """
+        report, recipe = load_report(folder), load_recipe(folder / RECIPE_NAME)
+        return cls(
+            name=name or (repo_id.rpartition("/")[2] if repo_id else folder.resolve().name),
+            repo_id=repo_id,
+            recipe=recipe,
+            report=report,
+            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            weights=_hashes(folder),
+            has_tokenizer=bool(tokenizer_files(folder)),
+            has_chat=bool(companion_files(folder, ("chat_template*",))),
+        )
+
+    @cached_property
+    def task(self) -> Task | None:
+        """What the merged model's class is for."""
+        return task_of((self.config.get("architectures") or [None])[0])
+
+    @property
+    def load_as(self) -> str:
+        """What to pass to `from_pretrained`."""
+        return self.repo_id or f"./{self.name}"
+
+    # ---------------------------------------------------------------------------------------------- what went in
+
+    @property
+    def ingredients(self) -> list[Ingredient]:
+        """The base and then the experts."""
+        return [self.recipe.base_model, *self.recipe.models]
+
+    @property
+    def base_link(self) -> str:
+        """The base in Markdown."""
+        return _link(self.recipe.base_model, self.report.base_model)
+
+    @property
+    def expert_links(self) -> list[str]:
+        """The experts in Markdown."""
+        named = zip(self.recipe.models, self.report.experts, strict=True)
+        return [_link(model, expert.name) for model, expert in named]
+
+    def task_of_expert(self, expert: ExpertReport, stated: str | None) -> str:
+        """What an expert is for: as its card says, or else by its class."""
+        task = task_of(expert.model_class)
+        return stated or (task.pipeline_tag if task else None) or ""
+
+    @property
+    def local(self) -> list[str]:
+        """The names of the folders that the recipe needs, because these models are not on the Hub."""
+        names = [self.report.base_model, *(expert.name for expert in self.report.experts)]
+        return [name for model, name in zip(self.ingredients, names, strict=True) if not model.revision]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on the parents' licences."""
+        links = [self.base_link, *self.expert_links]
+        return remarks(list(zip(links, self.report.parents, strict=True)))
+
+    @property
+    def citations(self) -> list[str]:
+        """The parents' BibTeX entries, each once."""
+        return list(dict.fromkeys(entry for parent in self.report.parents for entry in parent.citations))
+
+    # ------------------------------------------------------------------------------------------------- rendering
+
+    @property
+    def quick_start(self) -> str | None:
+        """Code that loads the model, if transformers knows its class."""
+        own_code = "auto_map" in self.config
+        task = self.task
+        if task is None:
+            return None
+        return quick_start(
+            task, self.load_as, has_tokenizer=self.has_tokenizer, has_chat=self.has_chat, own_code=own_code
+        )
+
+    @property
+    def head_start(self) -> str | None:
+        """Code that loads it with an expert's own head, if there are any."""
+        heads = [expert.name for expert in self.report.experts if expert.head]
+        return head_start(self.load_as, heads[0]) if heads else None
+
+    def render(self, template: str | os.PathLike[str] | None = None) -> str:
+        """The whole card, without its metadata.
+
+        Args:
+            template: a file with a Jinja template of the user's. It may extend "merge.md.jinja" and replace its blocks.
+
+        Raises:
+            MergeError: if the template cannot be read or rendered.
+        """
+        loader = PackageLoader("neuromerge_hf.model_cards", ".")
+        try:
+            own = {} if template is None else {"template": Path(template).read_text(encoding="utf-8")}
+            environment = Environment(
+                loader=ChoiceLoader([DictLoader(own), loader]),
+                undefined=StrictUndefined,
+                trim_blocks=True,
+                lstrip_blocks=True,
+                keep_trailing_newline=True,
+                autoescape=False,  # Markdown: what strangers wrote goes through the filters
+            )
+            environment.filters |= {
+                "text": markdown.escaped,
+                "code": markdown.code,
+                "block": markdown.block,
+                "size": readable_size,
+                "sentence_list": markdown.sentence_list,
+            }
+            chosen = environment.get_template("template" if own else TEMPLATE)
+            return chosen.render(card=self, report=self.report, recipe=self.recipe, tables=tables, version=__version__)
+        except (OSError, UnicodeDecodeError, TemplateError) as error:
+            if template is None:
+                raise
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise MergeError(f"The template {os.fspath(template)}{line} cannot be used: {error}") from error
+
+
+def _link(model: Ingredient, name: str) -> str:
+    """A model in Markdown: a link where it is on the Hub."""
+    if not model.revision:
+        return markdown.code(name)
+    return f"[{markdown.code(model.id)}](https://huggingface.co/{quote(model.repo)})"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("heads/*/*.safetensors")])
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_hash, paths)
+        return {path.relative_to(folder).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}

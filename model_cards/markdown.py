@@ -1,0 +1,54 @@
+"""Words of strangers (names of models, tokens, tasks) in Markdown that they cannot break."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+SPECIAL = re.compile(r"(^[-+#=]|[\\`*_\[\]|~$:@])")
+"""What Markdown, its tables, or the Hub's mentions and formulas could take as more than a letter."""
+
+UNWRITTEN = ("Cc", "Cf", "Cs", "Co", "Cn")
+"""The categories of characters that do not show, or that change the direction of what follows."""
+
+FENCE = "```"
+
+
+def plain(text: object) -> str:
+    """One line of text: no characters that do not show, white space as single spaces."""
+    letters = (" " if letter.isspace() else letter for letter in str(text))
+    return " ".join("".join(letter for letter in letters if unicodedata.category(letter) not in UNWRITTEN).split())
+
+
+def escaped(text: object) -> str:
+    """Plain text for a sentence or a table's cell."""
+    entities = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return SPECIAL.sub(r"\\\1", entities).replace("http\\:", "http&#58;").replace("https\\:", "https&#58;")
+
+
+def code(text: object) -> str:
+    """Text as code, for a sentence or a table's cell, which a pipe would end even inside of code."""
+    inner = plain(text)
+    ticks = "`" * (max((len(run) for run in re.findall("`+", inner)), default=0) + 1)
+    space = " " if inner.startswith("`") or inner.endswith("`") else ""
+    return f"{ticks}{space}{inner}{space}{ticks}".replace("|", "\\|")
+
+
+def block(text: str, language: str = "") -> str:
+    """A block of code, with a fence that is longer than any in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(len(FENCE), longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already; columns that are empty in all rows are left out."""
+    rows = list(rows)
+    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    lines = [[header[column] for column in kept], ["---" for _ in kept]]
+    lines += [[row[column] for column in kept] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def sentence_list(parts: Sequence[str]) -> str:
+    """Parts of a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""

@@ -1,0 +1,61 @@
+"""The YAML at the top of a card, for the Hub: ids on the Hub only, and only what the parents agree on."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from neuromerge_hf.model_cards.markdown import plain
+
+from neuromerge_hf.parents import common_license, union
+from neuromerge_hf.results import MERGED
+
+if TYPE_CHECKING:
+    from neuromerge_hf.model_cards.card import MergeCard
+
+TAGS = ("merge", "neuromerging")
+"""By which people find merges."""
+
+MEASURED = ("model-index", "model_name")
+"""Results of earlier weights are not those of the new ones."""
+
+
+def metadata(card: "MergeCard") -> ModelCardData:
+    """The metadata of a merged model."""
+    on_hub = list(dict.fromkeys(ingredient.repo for ingredient in card.ingredients if ingredient.revision))
+    parents = card.report.parents
+    results = _results(card)
+    licence: dict[str, Any] = common_license(parents)
+    return ModelCardData(
+        model_name=plain(card.name) if results else None,
+        base_model=on_hub or None,
+        base_model_relation="merge" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag=card.task.pipeline_tag if card.task else None,
+        tags=list(TAGS),
+        language=union(parent.languages for parent in parents) or None,
+        datasets=union(parent.datasets for parent in parents) or None,
+        eval_results=results or None,
+        **licence,
+    )
+
+
+def _results(card: "MergeCard") -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=(card.task and card.task.pipeline_tag) or "other",
+            dataset_type=plain(result.dataset or result.task),
+            dataset_name=plain(result.task),
+            dataset_split=result.split,
+            metric_type=plain(result.metric),
+            metric_value=result.value,
+        )
+        for result in card.report.results
+        if result.model == MERGED and not card.report.changed
+    ]
+
+
+def combined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """New metadata with what people added to the old: tags, and entries that the new does not have."""
+    tags = [*new["tags"], *(tag for tag in old.get("tags") or [] if isinstance(tag, str))]
+    others = {key: value for key, value in old.items() if key not in (*new, *MEASURED)}
+    return {**new, **others, "tags": list(dict.fromkeys(tags))}

@@ -1,0 +1,132 @@
+"""The tables of a card, in Markdown."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from neuromerge_hf.model_cards.markdown import code, escaped, table
+
+from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.recipe import Recipe
+from neuromerge_hf.results import BASE, MERGED, Result
+
+if TYPE_CHECKING:
+    from neuromerge_hf.model_cards.card import MergeCard
+
+SHOWN = 8
+"""How many names of parameters a cell lists."""
+
+
+def ingredients(card: "MergeCard") -> str:
+    """What went in, and under which licence."""
+    parents = card.report.parents
+    rows = [["base", card.base_link, _commit(card.recipe.base_model.revision), "", "", _terms(parents[0])]]
+    for expert, link, model, parent in zip(
+        card.report.experts, card.expert_links, card.recipe.models, parents[1:], strict=True
+    ):
+        kind = "full fine-tune" if expert.kind == "full" else expert.kind
+        task = card.task_of_expert(expert, parent.task)
+        rows.append(["expert", link, _commit(model.revision), escaped(kind), escaped(task), _terms(parent)])
+    return table(["role", "model", "commit", "kind", "task", "licence"], rows)
+
+
+def _commit(revision: str | None) -> str:
+    return code(revision[:8]) if revision else ""
+
+
+def _terms(parent: Any) -> str:
+    terms = escaped(parent.terms) if parent.terms else "not stated"
+    return f"{terms}, gated" if parent.gated else terms
+
+
+def settings(card: "MergeCard") -> str:
+    """Every hyper-parameter, and whether it is the default."""
+    recipe = card.recipe
+    default = Recipe(recipe.base_model, recipe.models, NeuroMergingConfig())
+    names = ("dtype", "tokenizer", "chat_template", "merge_heads")
+    values = {**recipe.config.to_dict(), **{name: getattr(recipe, name) for name in names}}
+    defaults = {**default.config.to_dict(), **{name: getattr(default, name) for name in names}}
+    rows = []
+    for name, value in values.items():
+        used = f", which gave {card.report.lambda_orthogonal:.4g}" if value == "auto" and name.startswith("lam") else ""
+        rows.append([code(name), f"{_setting(value)}{used}", "default" if value == defaults[name] else "chosen"])
+    return table(["hyper-parameter", "value", ""], rows)
+
+
+def _setting(value: Any) -> str:
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(code, value))
+    # An expert may have been named by the path of its folder.
+    return code(os.path.basename(value.rstrip("/\\")) if isinstance(value, str) else value)
+
+
+def parameters(card: "MergeCard") -> str:
+    """What became of every class of parameters."""
+    report = card.report
+    classes = [
+        ("weights with neurons", "merged neuron by neuron", report.by_neuron, False),
+        ("vectors (biases, norms) and scalars", "merged entry by entry", report.by_entry, False),
+        ("all others", "the base's", report.from_base, True),
+    ]
+    rows = [
+        [what, fate, f"{len(found.names):,}", f"{found.entries:,}", _names(found.names) if listed else ""]
+        for what, fate, found, listed in classes
+        if found.names
+    ]
+    if report.head:
+        rows.append(
+            ["head that the base lacks", "mean of the experts'", f"{len(report.head):,}", "", _names(report.head)]
+        )
+    for expert in report.experts:
+        if expert.head:
+            fate = f"kept apart, in `heads/` under {code(expert.name)}"
+            rows.append(["head that the base lacks", fate, f"{len(expert.head):,}", "", _names(expert.head)])
+    for name, owner in report.tied.items():
+        rows.append(["tied", f"shares {code(owner)}", "1", "", code(name)])
+    for name in report.untied:
+        rows.append(["tied in the base", "has weights of its own now", "1", "", code(name)])
+    return table(["parameters", "what became of them", "tensors", "numbers", "which"], rows)
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(map(code, names[:SHOWN])) + more
+
+
+def results(card: "MergeCard") -> str:
+    """Measurements of the base, of each expert and of the merged model, and the share of the best expert's it retains."""
+    experts = [expert.name for expert in card.report.experts]
+    measured: dict[tuple[str, str, str | None], dict[str, Result]] = {}
+    for result in card.report.results:
+        measured.setdefault(result.measured, {})[result.model] = result
+    rows = []
+    for (task, metric, split), found in measured.items():
+        values = [_score(found.get(model)) for model in (BASE, *experts, MERGED)]
+        rows.append([escaped(task), escaped(metric), escaped(split or ""), *values, _retained(found)])
+    header = ["task", "metric", "split", BASE, *map(escaped, experts), MERGED, "retained"]
+    return table(header, rows)
+
+
+def _score(result: Result | None) -> str:
+    return "" if result is None else f"{result.value:.4g}"
+
+
+def _retained(found: dict[str, Result]) -> str:
+    merged = found.get(MERGED)
+    best = max((result.value for model, result in found.items() if model not in (MERGED, BASE)), default=0.0)
+    if merged is None or not merged.greater_is_better or best <= 0 or merged.value < 0:
+        return ""
+    return f"{100 * merged.value / best:.1f} %"
+
+
+def environment(card: "MergeCard") -> str:
+    """Versions and hardware."""
+    rows = [[escaped(name), escaped(value)] for name, value in card.report.environment.items()]
+    return table(["made with", ""], rows)
+
+
+def weights(card: "MergeCard") -> str:
+    """The sha256 of every weight file."""
+    rows = [[code(name), code(digest)] for name, digest in sorted(card.weights.items())]
+    return table(["file", "sha256"], rows)

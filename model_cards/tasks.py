@@ -1,0 +1,54 @@
+"""What a model class is for, and the Auto class that loads it."""
+
+from dataclasses import dataclass
+
+import transformers
+
+TASKS = {
+    "AutoModelForSeq2SeqLM": None,  # some of these classes are listed to fill masks or to generate text as well
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForDepthEstimation": "depth-estimation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModel": "feature-extraction",
+}
+"""The Hub's name of the task of each Auto class; None where the class alone does not tell it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model class is for.
+
+    Attributes:
+        auto_class: the name of the Auto class that loads it.
+        pipeline_tag: the Hub's name of the task, if the class tells it.
+    """
+
+    auto_class: str
+    pipeline_tag: str | None
+
+
+def task_of(model_class: str | None) -> Task | None:
+    """The task of a model class of transformers; None for a class of which its Auto classes do not know."""
+    for auto_class, pipeline_tag in TASKS.items():
+        if model_class in _class_names(auto_class):
+            return Task(auto_class, pipeline_tag)
+    others = sorted(name for name in dir(transformers) if name.startswith("AutoModelFor") and name not in TASKS)
+    return next((Task(name, None) for name in others if model_class in _class_names(name)), None)
+
+
+def _class_names(auto_class: str) -> set[str]:
+    mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
+    found: set[str] = set()
+    for value in getattr(mapping, "_model_mapping", {}).values():
+        found.update([value] if isinstance(value, str) else value)
+    return found

@@ -1,0 +1,64 @@
+"""Writing a card into a merged model's folder, around what people wrote there by hand."""
+
+import os
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard
+from neuromerge_hf.model_cards.card import MergeCard
+from neuromerge_hf.model_cards.metadata import combined, metadata
+
+CARD_NAME = "README.md"
+
+BEGIN = "<!-- neuromerge: from here on written anew with each merge. Write above, or below the end. -->"
+END = "<!-- neuromerge: end -->"
+
+
+def write_card(
+    folder: Path,
+    repo_id: str | None = None,
+    *,
+    name: str | None = None,
+    template: str | os.PathLike[str] | None = None,
+    previous: str | None = None,
+) -> Path:
+    """Write or refresh ``README.md``.
+
+    What stands before and after the marked part of the previous card is kept, and so are the tags and the entries of
+    its metadata that this card does not have.
+
+    Args:
+        folder: what a merge wrote.
+        repo_id: the repository that it is for; None for a folder on this machine.
+        name: the title, if not the repository's or the folder's name.
+        template: as in `MergeCard.render`.
+        previous: the text of the previous card, if it is not the ``README.md`` in the folder.
+
+    Raises:
+        MergeError: if the folder was not written by a merge, or the template cannot be used.
+    """
+    path = folder / CARD_NAME
+    if previous is None and path.is_file():
+        previous = path.read_text(encoding="utf-8-sig")
+    card = MergeCard.of(folder, repo_id, name)
+    new = metadata(card).to_dict()
+    before, after = "", ""
+    if previous:
+        old, text = _parts(previous)
+        new = combined(old, new)
+        before, after = text.partition(BEGIN)[0], text.rpartition(END)[2]
+        if BEGIN not in text or END not in text:
+            before, after = "", text
+    header = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+    text = f"---\n{header}---\n{before}{BEGIN}\n\n{card.render(template).strip()}\n\n{END}{after}"
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def _parts(text: str) -> tuple[dict[str, object], str]:
+    """The metadata and the body of a card; no metadata where they cannot be read."""
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}, text
+    return card.data.to_dict(), card.text
