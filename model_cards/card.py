@@ -98,7 +98,7 @@ class MergeCard:
     @property
     def base_link(self) -> str:
         """The base in Markdown."""
-        return _link(self.recipe.base_model, self.report.base_model)
+        return _link(self.recipe.base_model, self.report.model_names[0])
 
     @property
     def expert_links(self) -> list[str]:
@@ -114,8 +114,8 @@ class MergeCard:
     @property
     def local(self) -> list[str]:
         """The names of the folders that the recipe needs, because these models are not on the Hub."""
-        names = [self.report.base_model, *(expert.name for expert in self.report.experts)]
-        return [name for model, name in zip(self.ingredients, names, strict=True) if not model.revision]
+        named = zip(self.ingredients, self.report.model_names, strict=True)
+        return [name for model, name in named if not model.revision]
 
     @property
     def remarks(self) -> list[str]:

@@ -95,7 +95,7 @@ def _names(names: list[str]) -> str:
 
 
 def results(card: "MergeCard") -> str:
-    """Measurements of the base, of each expert and of the merged model, and the share of the best expert's it retains."""
+    """Measurements of the base, each expert and the merged model, which retains a share of the best expert's."""
     experts = [expert.name for expert in card.report.experts]
     measured: dict[tuple[str, str, str | None], dict[str, Result]] = {}
     for result in card.report.results:

@@ -1,6 +1,7 @@
 """Writing a card into a merged model's folder, around what people wrote there by hand."""
 
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -10,8 +11,9 @@ from neuromerge_hf.model_cards.metadata import combined, metadata
 
 CARD_NAME = "README.md"
 
-BEGIN = "<!-- neuromerge: from here on written anew with each merge. Write above, or below the end. -->"
-END = "<!-- neuromerge: end -->"
+BEGIN = "<!-- neuromerge: written anew each time down to the end mark, with the metadata {keys}. -->"
+END = "<!-- neuromerge: end mark -->"
+BEGIN_PATTERN = re.compile(re.escape(BEGIN).replace(r"\{keys\}", r"([\w, -]*)"))
 
 
 def write_card(
@@ -24,8 +26,8 @@ def write_card(
 ) -> Path:
     """Write or refresh ``README.md``.
 
-    What stands before and after the marked part of the previous card is kept, and so are the tags and the entries of
-    its metadata that this card does not have.
+    What stands before and after the marked part of the previous card is kept, and so are tags and metadata that were
+    added to it, where this card does not say the same itself.
 
     Args:
         folder: what a merge wrote.
@@ -42,17 +44,25 @@ def write_card(
         previous = path.read_text(encoding="utf-8-sig")
     card = MergeCard.of(folder, repo_id, name)
     new = metadata(card).to_dict()
+    begin = BEGIN.format(keys=", ".join(new))
     before, after = "", ""
     if previous:
         old, text = _parts(previous)
-        new = combined(old, new)
-        before, after = text.partition(BEGIN)[0], text.rpartition(END)[2]
-        if BEGIN not in text or END not in text:
-            before, after = "", text
+        before, own_keys, after = _by_hand(text)
+        new = combined({key: value for key, value in old.items() if key not in own_keys}, new)
     header = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
-    text = f"---\n{header}---\n{before}{BEGIN}\n\n{card.render(template).strip()}\n\n{END}{after}"
+    text = f"---\n{header}---\n{before}{begin}\n\n{card.render(template).strip()}\n\n{END}{after}"
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
+
+
+def _by_hand(text: str) -> tuple[str, list[str], str]:
+    """What stands before and after the marked part of a card, and which metadata came with that part."""
+    begin = BEGIN_PATTERN.search(text)
+    if begin is None or END not in text[begin.end() :]:
+        return "", [], text
+    own_keys = [key for key in begin[1].split(", ") if key != "tags"]  # which are combined
+    return text[: begin.start()], own_keys, text.rpartition(END)[2]
 
 
 def _parts(text: str) -> tuple[dict[str, object], str]:

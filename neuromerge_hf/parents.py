@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -37,9 +37,9 @@ class Parent:
     license_link: str | None = None
     gated: bool = False
     task: str | None = None
-    languages: list[str] | tuple[str, ...] = ()
-    datasets: list[str] | tuple[str, ...] = ()
-    citations: list[str] | tuple[str, ...] = ()
+    languages: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    citations: list[str] = field(default_factory=list)
 
     @property
     def terms(self) -> str | None:

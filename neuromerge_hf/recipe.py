@@ -93,7 +93,7 @@ class Recipe:
             "max_shard_size": self.max_shard_size,
             "versions": {package: version(package) for package in PACKAGES},
         }
-        (folder / RECIPE_NAME).write_text(HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        (folder / RECIPE_NAME).write_text(_text(content), encoding="utf-8")
 
     def check_files(self) -> None:
         """Raise a `MergeError` if a local file is not the one that the recipe was made with."""
@@ -151,6 +151,23 @@ def read_files(location: Location, *, is_base: bool = False) -> list[Path]:
     return [path for path in files if path.is_file()]
 
 
+def published_recipe(folder: Path, names: Sequence[str]) -> str:
+    """The text of a merged folder's recipe in which folders of this machine are called by `names` alone.
+
+    Args:
+        folder: what a merge wrote.
+        names: of the base and then of the experts.
+    """
+    content = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8"))
+    renamed = {}
+    for model, name in zip([content["base_model"], *content["models"]], names, strict=True):
+        if "revision" not in model:
+            renamed[model["id"]] = model["id"] = name
+    for option in ("tokenizer", "chat_template"):
+        content[option] = renamed.get(content[option], content[option])
+    return _text(content)
+
+
 def fingerprint(base: Location, models: Sequence[Location], *settings: object) -> str:
     """A short name for a merge by its inputs, without reading them: commits, or sizes and times of local files."""
     identity: list[object] = [version("neuromerge-hf"), *(str(setting) for setting in settings)]
@@ -172,6 +189,10 @@ def file_hash(path: Path, stopped: threading.Event | None = None) -> str:
         while (count := file.readinto(buffer)) and not (stopped and stopped.is_set()):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def _text(content: dict[str, Any]) -> str:
+    return HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 class Ingredients:

@@ -126,6 +126,13 @@ class MergeReport:
         """Names of the parameters and buffers that are the base's."""
         return self.from_base.names
 
+    @property
+    def model_names(self) -> list[str]:
+        """Different names for the base and then the experts, as folders are called in what is published."""
+        experts = [expert.name for expert in self.experts]
+        base = self.base_model.partition("@")[0].rpartition("/")[2]
+        return [f"{base}-base" if base in experts else base, *experts]
+
     def add_results(self, results: Iterable[Result | Mapping[str, Any]]) -> None:
         """Add measurements to the report and the card in `output_dir`; newer ones replace older ones of the same.
 
