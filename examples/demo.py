@@ -7,8 +7,10 @@ has seen. `train_experts.py` makes the adapters again from nothing.
 """
 
 import argparse
+import json
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 from data import CACHE, load_task
@@ -18,10 +20,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from neuromerge_hf import AutoMergedModel, NeuroMergingConfig, merge
+from neuromerge_hf import AutoMergedModel, MergeReport, NeuroMergingConfig, merge
+from neuromerge_hf.results import Result
 
 FOLDER = Path(__file__).resolve().parent
-BASE = get_model_path()
+BASE = CACHE / "all-MiniLM-L6-v2"
 
 
 def main() -> None:
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER.parent / "merged")
     parser.add_argument("--density", type=float, default=NeuroMergingConfig.density)
     parser.add_argument("--limit", type=int, default=TEST_LIMIT, help="test texts of each task (%(default)s)")
+    parser.add_argument("--results", type=Path, help="a JSON file to write the measurements to")
     arguments = parser.parse_args()
     disable_progress_bar()
     set_verbosity_error()
@@ -37,13 +41,14 @@ def main() -> None:
     experts = sorted(path for path in arguments.experts.iterdir() if path.is_dir())
     tasks = [load_task(path.name, CACHE) for path in experts]
 
-    config = NeuroMergingConfig(density=arguments.density)
-    print(merge(experts, arguments.output, base_model=BASE, config=config, overwrite=True))
+    report = merge_experts(experts, arguments.output, NeuroMergingConfig(density=arguments.density))
+    print(report)
 
     print(f"\nAccuracy in % on {arguments.limit} held-out texts of each task, always with the expert's own head:\n")
     print(f"{'task':<12} {'base':>6} {'expert':>7} {'merged':>7}   the task")
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
+    split = f"test[:{arguments.limit}]"
     columns = []
     for task, expert in zip(tasks, experts, strict=True):
         models = (
@@ -51,13 +56,29 @@ def main() -> None:
             load_expert(expert),
             merged_with_head(arguments.output, task.name),
         )
-        columns.append([100 * accuracy(model, tokenizer, task, limit=arguments.limit) for model in models])
+        shares = [accuracy(model, tokenizer, task, limit=arguments.limit) for model in models]
+        columns.append([100 * share for share in shares])
         print("{:<12} {:6.1f} {:7.1f} {:7.1f}   {}".format(task.name, *columns[-1], task.description))
+        report.add_results(
+            Result(model, task.description, "accuracy", round(share, 4), "text-classification", split=split)
+            for model, share in zip(("base", task.name, "merged"), shares, strict=True)
+        )
     base, expert, merged = (sum(column) / len(columns) for column in zip(*columns, strict=True))
     print(f"{'average':<12} {base:6.1f} {expert:7.1f} {merged:7.1f}")
     share = 100 * (merged - base) / (expert - base)
     print(f"\nOne model has {share:.0f}% of what the {len(experts)} experts gained over their base.")
     print(f"It was evaluated in {time.perf_counter() - started:.0f} s and lies in {arguments.output}.")
+    print(f"Its model card is {arguments.output / 'README.md'}.")
+    if arguments.results:
+        arguments.results.write_text(json.dumps([asdict(result) for result in report.results], indent=2) + "\n")
+
+
+def merge_experts(experts: list[Path], output: Path, config: NeuroMergingConfig) -> MergeReport:
+    """Merge the experts into the encoder, which is called by its own name and not by that of its package's folder."""
+    if not BASE.exists():
+        BASE.parent.mkdir(exist_ok=True)
+        BASE.symlink_to(get_model_path(), target_is_directory=True)
+    return merge(experts, output, base_model=BASE, config=config, overwrite=True)
 
 
 def merged_with_head(folder: Path, head: str) -> PreTrainedModel:

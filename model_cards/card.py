@@ -68,7 +68,7 @@ class MergeCard:
         """
         report, recipe = load_report(folder), load_recipe(folder / RECIPE_NAME)
         return cls(
-            name=name or (repo_id.rpartition("/")[2] if repo_id else folder.resolve().name),
+            name=name or (repo_id.rpartition("/")[2] if repo_id else os.path.basename(os.path.abspath(folder))),
             repo_id=repo_id,
             recipe=recipe,
             report=report,

@@ -42,7 +42,7 @@ def metadata(card: "MergeCard") -> ModelCardData:
 def _results(card: "MergeCard") -> list[EvalResult]:
     return [
         EvalResult(
-            task_type=(card.task and card.task.pipeline_tag) or "other",
+            task_type=result.task_type or (card.task and card.task.pipeline_tag) or "other",
             dataset_type=plain(result.dataset or result.task),
             dataset_name=plain(result.task),
             dataset_split=result.split,

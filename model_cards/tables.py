@@ -76,12 +76,14 @@ def parameters(card: "MergeCard") -> str:
     ]
     if report.head:
         rows.append(
-            ["head that the base lacks", "mean of the experts'", f"{len(report.head):,}", "", _names(report.head)]
+            ["head that the base lacks", "a mean of the experts'", f"{len(report.head):,}", "", _names(report.head)]
         )
-    for expert in report.experts:
-        if expert.head:
-            fate = f"kept apart, in `heads/` under {code(expert.name)}"
-            rows.append(["head that the base lacks", fate, f"{len(expert.head):,}", "", _names(expert.head)])
+    heads = {expert.name: expert.head for expert in report.experts if expert.head}
+    if heads:
+        count = f"{sum(map(len, heads.values())):,}"
+        rows.append(
+            ["heads that the base lacks", "kept apart, in `heads/`", count, "", f"those of {_names(list(heads))}"]
+        )
     for name, owner in report.tied.items():
         rows.append(["tied", f"shares {code(owner)}", "1", "", code(name)])
     for name in report.untied:

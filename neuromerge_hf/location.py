@@ -50,7 +50,8 @@ class Location:
     @property
     def name(self) -> str:
         """The last part of the id, by which the report names the model."""
-        return Path(self.id).name if self.commit else self.folder.resolve().name
+        # The name of a link tells more than that of the folder behind it.
+        return Path(self.id).name if self.commit else os.path.basename(os.path.abspath(self.folder))
 
     @property
     def public_name(self) -> str:

@@ -22,6 +22,7 @@ class Result:
         task: what was measured, in words.
         metric: its name.
         value: a finite number.
+        task_type: the Hub's name of the task ("text-classification"), if it is not that of the merged model's class.
         dataset: the id on the Hub of the data set, if it is there.
         split: of the data set.
         greater_is_better: false for a loss.
@@ -31,6 +32,7 @@ class Result:
     task: str
     metric: str
     value: float
+    task_type: str | None = None
     dataset: str | None = None
     split: str | None = None
     greater_is_better: bool = True
@@ -95,6 +97,7 @@ def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Resu
     return Result(
         **texts,
         value=float(value),
+        task_type=result.task_type,
         dataset=result.dataset,
         split=result.split,
         greater_is_better=bool(result.greater_is_better),

@@ -7,8 +7,9 @@ import yaml
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe
 from neuromerge_hf.location import Location
-from neuromerge_hf.recipe import Ingredients, file_hash
-from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama
+from neuromerge_hf.recipe import Ingredients, file_hash, published_recipe
+from neuromerge_hf.report import load_report
+from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,30 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
         assert "revision" not in entry
         for name, digest in entry["sha256"].items():
             assert digest == file_hash(models / entry["id"] / name)
+
+
+def test_a_published_recipe_calls_folders_by_their_names_and_makes_the_model_again(models, tmp_path, monkeypatch, hub):
+    commit = hub.add_folder("org/published-base", models / "bert")
+    (tmp_path / "private").mkdir()
+    experts = [shutil.copytree(models / "topics", tmp_path / side / "topics") for side in ("private", "secret")]
+    save_tokenizer(experts[1])
+    merge(experts, tmp_path / "merged", base_model="org/published-base", tokenizer=str(experts[1]))
+    names = load_report(tmp_path / "merged").model_names
+    text = published_recipe(tmp_path / "merged", names)
+    content = yaml.safe_load(text)
+    assert content["base_model"] == {"id": "org/published-base", "revision": commit}
+    assert [model["id"] for model in content["models"]] == ["topics", "topics-2"]
+    assert content["tokenizer"] == "topics-2"
+    assert str(tmp_path) not in text
+
+    public = tmp_path / "public"
+    for expert, name in zip(experts, names[1:], strict=True):
+        shutil.copytree(expert, public / name)
+    (public / "recipe.yaml").write_text(text)
+    monkeypatch.chdir(public)
+    merge_recipe("recipe.yaml", "again")
+    for name, data in contents(tmp_path / "merged").items():
+        assert name == "recipe.yaml" or data == (public / "again" / name).read_bytes(), name
 
 
 def test_no_file_names_a_place_that_the_user_did_not_write(models, tmp_path, monkeypatch):
