@@ -86,7 +86,9 @@ class Diagnostics:
         if not norms:
             return "The experts change nothing."
         several = len(self.experts) > 1
-        first = f"After trimming, the norm of {'each' if several else 'the'} expert's change is {_range(norms, '.2%')} "
+        trimmed = any(expert.entries_kept < 1 for expert in self.experts)
+        first = "After trimming, the norm" if trimmed else "The norm"
+        first += f" of {'each' if several else 'the'} expert's change is {_range(norms, '.2%')} "
         first += "of that of the weights it may change"
         pairs = combinations(range(len(self.experts)), 2)
         cosines = [cosine for s, t in pairs if (cosine := self.cosines[s][t]) is not None]
