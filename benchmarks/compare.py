@@ -1,6 +1,6 @@
 """Times ours, mergekit's TIES and plain reading and writing on the same files; and the direct SVD form on one weight.
 
-    pip install -e '.[bench]'
+    pip install -e .
     python benchmarks/compare.py --folder family                  # 1.1 B parameters, 3 experts, 11 GB of disk
     python benchmarks/compare.py --folder family --skip mergekit  # a minute instead of ten
 

@@ -10,6 +10,9 @@ Pure functions, any device, no dependency but torch. Inputs are float32; the Gra
 float64: experts that have much in common make it nearly singular, and then float32 is not enough.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,32 @@ GRAM_ENTRIES = 1 << 18
 
 ALIGNMENT = 64
 """In bytes. Where a row starts changes the last bit of a matrix product, so all rows start at a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Election:
+    """What was voted on at some neurons, and how it ended; all float64.
+
+    Attributes:
+        gram: (neurons, 1 + T, 1 + T), see `gram_matrix`.
+        alpha: (neurons, T), the coordinates of the parallel parts.
+        elected_alpha: (neurons,), their elected mean.
+        lengths: (neurons, T), the squared singular values ``S_j^2`` of the stacked orthogonal parts.
+        u: (neurons, T, T), row t the coordinates of task t in units of ``S_j``; those that do not count are 0.
+        elected: (neurons, T), the elected means of the columns of `u`.
+        coefficients: (neurons, 1 + T), the numbers ``a`` with ``merged neuron = w_0 + a @ X``.
+    """
+
+    gram: Tensor
+    alpha: Tensor
+    elected_alpha: Tensor
+    lengths: Tensor
+    u: Tensor
+    elected: Tensor
+    coefficients: Tensor
+
+
+Observer = Callable[[Election], object]
 
 
 def trim(task_vector: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
@@ -63,13 +92,16 @@ def elected_sign(x: Tensor, dim: int, rounding: float = 0.0) -> Tensor:
     return torch.where(total.abs() <= rounding, 0.0, total.sign())
 
 
-def merge_neurons(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tensor:
+def merge_neurons(
+    x: Tensor, lambda_parallel: float, lambda_orthogonal: float, observe: Observer | None = None
+) -> Tensor:
     """Merge every neuron: ``w_0 + lambda_1 psi_par + lambda_2 psi_orth`` (paper, section 3.2).
 
     Args:
         x: (neurons, 1 + T, n) float32; row 0 of each neuron is ``w_0``, rows 1..T are the trimmed task vectors.
         lambda_parallel: the paper's lambda_1.
         lambda_orthogonal: the paper's lambda_2.
+        observe: is shown the election.
 
     Returns:
         (neurons, n) float32. Each neuron depends on its own rows alone, to the last bit, and a neuron that no task
@@ -82,7 +114,10 @@ def merge_neurons(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -
     x = _aligned(x)
     gram = gram_matrix(x)
     base = x[:, 0]
-    coefficients = merge_coefficients(gram, lambda_parallel, lambda_orthogonal).to(x.dtype)
+    election = hold_election(gram, lambda_parallel, lambda_orthogonal)
+    if observe:
+        observe(election)
+    coefficients = election.coefficients.to(x.dtype)
     merged = torch.baddbmm(base.unsqueeze(1), coefficients.unsqueeze(1), x).squeeze(1)
     unchanged = (gram.diagonal(dim1=1, dim2=2)[:, 1:] == 0).all(1)
     if unchanged.any():
@@ -128,8 +163,12 @@ def decompose(gram: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, gram[:, 1:, 1:] - alpha.unsqueeze(2) * products.unsqueeze(1)
 
 
-def merge_coefficients(gram: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tensor:
-    """The numbers ``a`` with ``merged neuron = w_0 + a @ X``: (neurons, 1 + T) float64.
+def hold_election(gram: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Election:
+    """Elect both parts of each neuron, and find the numbers that combine it.
+
+    The eigenvectors of ``P = U diag(S^2) U^T`` are the left singular vectors of the stacked orthogonal parts. Electing
+    the mean of column j of ``U S`` and rebuilding along ``v_j`` cancels ``S_j``, which leaves
+    ``psi_orth = sum_t c_t tau_orth,t`` with ``c = U elect_mean(U)``.
 
     Args:
         gram: (neurons, 1 + T, 1 + T) float64, see `gram_matrix`.
@@ -137,29 +176,19 @@ def merge_coefficients(gram: Tensor, lambda_parallel: float, lambda_orthogonal: 
         lambda_orthogonal: the paper's lambda_2.
     """
     alpha, orthogonal = decompose(gram)
-    c = orthogonal_coefficients(orthogonal, gram[:, 1:, 1:].diagonal(dim1=1, dim2=2))
-    on_base = lambda_parallel * elect_mean(alpha, dim=1) - lambda_orthogonal * (c * alpha).sum(1)
-    return torch.cat([on_base.unsqueeze(1), lambda_orthogonal * c], dim=1)
-
-
-def orthogonal_coefficients(orthogonal: Tensor, energy: Tensor) -> Tensor:
-    """The numbers ``c`` with ``psi_orth = sum_t c_t tau_orth,t``: (neurons, T) float64.
-
-    The eigenvectors of ``P = U diag(S^2) U^T`` are the left singular vectors of the stacked orthogonal parts. Electing
-    the mean of column j of ``U S`` and rebuilding along ``v_j`` cancels ``S_j``, which leaves ``c = U elect_mean(U)``.
-
-    Args:
-        orthogonal: (neurons, T, T) float64, the inner products ``P`` of the orthogonal parts.
-        energy: (neurons, T) float64, ``||tau_t||^2``.
-    """
-    eigenvalues, u = torch.linalg.eigh(orthogonal)
+    elected_alpha = elect_mean(alpha, dim=1)
+    lengths, u = torch.linalg.eigh(orthogonal)
+    energy = gram[:, 1:, 1:].diagonal(dim1=1, dim2=2)
     absent = orthogonal.diagonal(dim1=1, dim2=2) <= PARALLEL * energy
     u = torch.where(absent.unsqueeze(2) | (u.abs() < ROUNDING), 0.0, u)
     # A direction without length has no coordinates, hence no vote in the other directions' ties.
-    voting = eigenvalues > PARALLEL * eigenvalues[:, -1:]
+    voting = lengths > PARALLEL * lengths[:, -1:]
     votes = elected_sign(u, dim=1, rounding=ROUNDING) * voting.unsqueeze(1)
     elected = elect_mean(u, dim=1, tie_sign=votes.sum(2, keepdim=True).sign(), rounding=ROUNDING)
-    return (u @ elected.unsqueeze(2)).squeeze(2)
+    c = (u @ elected.unsqueeze(2)).squeeze(2)
+    on_base = lambda_parallel * elected_alpha - lambda_orthogonal * (c * alpha).sum(1)
+    coefficients = torch.cat([on_base.unsqueeze(1), lambda_orthogonal * c], dim=1)
+    return Election(gram, alpha, elected_alpha, lengths, u, elected, coefficients)
 
 
 def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: float) -> Tensor:
@@ -185,7 +214,13 @@ def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: flo
 
 
 def merge_low_rank(
-    base: Tensor, left: Tensor, right: Tensor, overlap: Tensor, lambda_parallel: float, lambda_orthogonal: float
+    base: Tensor,
+    left: Tensor,
+    right: Tensor,
+    overlap: Tensor,
+    lambda_parallel: float,
+    lambda_orthogonal: float,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Merge neurons whose task vectors are ``tau_t = left_t @ right_t``, without forming them.
 
@@ -199,6 +234,7 @@ def merge_low_rank(
         overlap: (T, r, T, r) float64, the inner products of the rows of `right`.
         lambda_parallel: the paper's lambda_1.
         lambda_orthogonal: the paper's lambda_2.
+        observe: is shown the elections, which each neuron takes part in once.
 
     Returns:
         (neurons, n) float32; a neuron that no task changes is returned bit for bit.
@@ -219,17 +255,21 @@ def merge_low_rank(
     if not gram.isfinite().all():
         raise FloatingPointError("a weight is NaN or infinite")
 
-    coefficients = merge_coefficients(gram, lambda_parallel, lambda_orthogonal).to(base.dtype)
+    # Where hardly anything is orthogonal, the float32 products with w_0 do not tell how little it is.
+    energy = gram.diagonal(dim1=1, dim2=2)[:, 1:]
+    parallel = (decompose(gram)[1].diagonal(dim1=1, dim2=2) < CANCELLATION * energy).any(1)
+    gram[parallel] = 0  # these are merged apart, below
+    election = hold_election(gram, lambda_parallel, lambda_orthogonal)
+    if observe:
+        observe(election)
+    coefficients = election.coefficients.to(base.dtype)
     change = (coefficients[:, 1:, None] * left).view(neurons, tasks * rank) @ rows
     merged = change.add_(base * coefficients[:, :1]).add_(base)
-    energy = gram.diagonal(dim1=1, dim2=2)[:, 1:]
     unchanged = (energy == 0).all(1)
     if unchanged.any():
         merged[unchanged] = base[unchanged]
-    # Where hardly anything is orthogonal, the float32 products with w_0 do not tell how little it is.
-    parallel = (decompose(gram)[1].diagonal(dim1=1, dim2=2) < CANCELLATION * energy).any(1)
     if parallel.any():
         task_vectors = torch.einsum("ktr,trn->ktn", left[parallel], right)
         x = torch.cat([base[parallel].unsqueeze(1), task_vectors], dim=1)
-        merged[parallel] = merge_neurons(x, lambda_parallel, lambda_orthogonal)
+        merged[parallel] = merge_neurons(x, lambda_parallel, lambda_orthogonal, observe)
     return merged

@@ -16,6 +16,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from neuromerge_hf.checkpoint import HEADS
 from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.diagnostics import Diagnostics
 from neuromerge_hf.engine import merge_weights
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.models import ModelId, find_models
@@ -23,6 +24,7 @@ from neuromerge_hf.output import check_output
 from neuromerge_hf.plan import MergePlan
 from neuromerge_hf.recipe import Ingredients, Recipe, load_recipe
 from neuromerge_hf.report import MergeReport, make_report
+from neuromerge_hf.tally import Record
 from neuromerge_hf.trim import Trimming, find_trimmings
 from neuromerge_hf.writer import CheckpointWriter, check_shard_size
 
@@ -111,7 +113,9 @@ def merge(
             for expert in plan.experts:
                 if expert.preparation:
                     expert.preparation.run(prepared)
-            trimmings, lambda_orthogonal = _write_weights(plan, folder, max_shard_size, compute_device, plan.threads)
+            trimmings, lambda_orthogonal, diagnostics = _write_weights(
+                plan, folder, max_shard_size, compute_device, plan.threads
+            )
             seconds = time.perf_counter() - started
             shutil.rmtree(prepared)
             write_companions(plan, folder, trust_remote_code)
@@ -128,7 +132,7 @@ def merge(
                 merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
             ).save(folder)
-            report = make_report(plan, trimmings, lambda_orthogonal, target, seconds, compute_device)
+            report = make_report(plan, trimmings, lambda_orthogonal, diagnostics, target, seconds, compute_device)
             report.save(folder)
             write_card(folder, name=target.name)
     return report
@@ -239,16 +243,17 @@ def _beside(target: Path) -> Path:
 
 def _write_weights(
     plan: MergePlan, folder: Path, max_shard_size: str | int, device: torch.device, threads: int
-) -> tuple[list[Trimming], float]:
+) -> tuple[list[Trimming], float, Diagnostics]:
     with tqdm(total=plan.bytes_read, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merging") as bar:
         trimmings = find_trimmings(plan, device, threads, bar.update)
         lambda_orthogonal = plan.config.lambda_orthogonal
         if lambda_orthogonal == "auto":
             lambda_orthogonal = 1 / (1 - max(trimming.sigma for trimming in trimmings))
         writer = CheckpointWriter(folder, plan.units, max_shard_size)
+        record = Record(plan)
         try:
             thresholds = [trimming.threshold for trimming in trimmings]
-            merge_weights(plan, thresholds, lambda_orthogonal, writer, device, threads, bar.update)
+            merge_weights(plan, thresholds, lambda_orthogonal, writer, device, threads, bar.update, record.add)
         finally:
             writer.close()
-    return trimmings, lambda_orthogonal
+    return trimmings, lambda_orthogonal, record.diagnostics(trimmings)

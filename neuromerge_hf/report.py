@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from neuromerge_hf.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.parents import Parent
 from neuromerge_hf.plan import MergePlan, Unit, VocabularyReport, readable_size
@@ -85,6 +86,7 @@ class MergeReport:
         bytes_written: the size of the merged weights, and of the heads beside them.
         environment: versions of the packages, and the hardware.
         notes: what else is worth knowing of the experts.
+        diagnostics: what their task vectors say.
         parents: what the cards of the base and then of the experts say about them.
         results: measurements, if there are any; see `add_results`.
         changed: whether the weights beside it are no longer the merge's: trained further, or edited.
@@ -109,6 +111,7 @@ class MergeReport:
     untied: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     vocabulary: VocabularyReport | None = None
+    diagnostics: Diagnostics | None = None
     environment: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parents: list[Parent] = field(default_factory=list)
@@ -172,6 +175,7 @@ class MergeReport:
             *([f"  {self.vocabulary}"] if self.vocabulary else []),
             f"  {self.seconds:.1f} s, {readable_size(self.bytes_read)} read, "
             f"{readable_size(self.bytes_written)} written",
+            *([f"  {self.diagnostics.sentence}"] if self.diagnostics else []),
             *(f"  Note: {note}" for note in self.notes),
             f"The merged model is in {self.output_dir}",
         ]
@@ -193,6 +197,8 @@ def load_report(folder: Path) -> MergeReport:
         made |= {key: ParameterReport(**content.pop(key)) for key in single}
         vocabulary = content.pop("vocabulary")
         made["vocabulary"] = VocabularyReport(**vocabulary) if vocabulary else None
+        diagnostics = content.pop("diagnostics")
+        made["diagnostics"] = load_diagnostics(diagnostics) if diagnostics else None
         return MergeReport(output_dir=folder, **made, **content)
     except OSError as error:
         raise MergeError(
@@ -206,6 +212,7 @@ def make_report(
     plan: MergePlan,
     trimmings: list[Trimming],
     lambda_orthogonal: float,
+    diagnostics: Diagnostics,
     output_dir: Path,
     seconds: float,
     device: torch.device,
@@ -245,6 +252,7 @@ def make_report(
         untied=sorted(plan.base.copies),
         tokenizer=plan.tokenizer.location.public_name if plan.tokenizer.has_files else None,
         vocabulary=plan.vocabulary,
+        diagnostics=diagnostics,
         environment=_environment(device, plan.threads),
         notes=[note for expert in plan.experts for note in expert.notes],
         parents=[Parent.of(location) for location in (plan.base.location, *(each.location for each in plan.experts))],

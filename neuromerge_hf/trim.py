@@ -50,11 +50,13 @@ class Trimming:
         threshold: entries with a smaller magnitude become 0.
         sigma: the share of the task vector's L1 norm that is trimmed.
         entries: how many entries the task vector has: those of the parameters that the expert may change.
+        trimmed: how many of them become 0.
     """
 
     threshold: float
     sigma: float
     entries: int
+    trimmed: int = 0
 
 
 def trim_rank(entries: int, density: float) -> int:
@@ -150,7 +152,8 @@ class _Counter:
         values = torch.arange(self.low, self.low + found, dtype=torch.int32).view(torch.float32).double()
         kept = self.kept - (self.counts[:found].double() @ values).item()
         sigma = 1 - kept / self.norm if self.norm > 0 else 0.0
-        return Trimming(_magnitude(self.low + found), sigma, entries)
+        trimmed = self.below + int(self.counts[:found].sum())
+        return Trimming(_magnitude(self.low + found), sigma, entries, trimmed)
 
     def narrowed(self, rank: int) -> "_Counter":
         """The counter for the next pass, around the rank-th smallest magnitude."""

@@ -12,7 +12,8 @@ from torch import Tensor
 import reference
 from neuromerge_hf import MergeError, plan_merge
 from neuromerge_hf.blocks import Memory, load_block
-from neuromerge_hf.kernel import merge_low_rank
+from neuromerge_hf.interference import Sums, sum_neurons
+from neuromerge_hf.kernel import merge_low_rank, merge_neurons
 from neuromerge_hf.layout import Block
 from tiny_models import save_adapter, save_llama
 
@@ -69,6 +70,25 @@ def test_absent_tasks_zero_weights_and_parallel_changes_merge_as_their_products_
     left[100:130, 0, 0] = 0.05
     left[100:130:3, 0, 1] = 1e-6
     assert share_that_agrees(merged(base, left, right, lambdas), base, left, right, lambdas) >= 0.999
+
+
+@pytest.mark.parametrize("along_base", [False, True])
+def test_each_neuron_votes_once_however_it_is_merged(along_base: bool) -> None:
+    base, left, right = factors_of(3, 64)
+    if along_base:  # then some are merged from their task vectors
+        right[0, 0] = base[100]
+        base[101:130] = base[100]
+        left[100:130, 0, 0] = 0.5
+    found: list[Sums] = []
+    merge_low_rank(
+        base, left, right, overlap_of(right), *LAMBDAS[1], lambda election: found.append(sum_neurons(election))
+    )
+    want: list[Sums] = []
+    x = torch.cat([base.unsqueeze(1), torch.einsum("ktr,trn->ktn", left, right)], dim=1)
+    merge_neurons(x, *LAMBDAS[1], lambda election: want.append(sum_neurons(election)))
+    assert len(found) == 1 + along_base
+    for name, value in vars(want[0]).items():
+        torch.testing.assert_close(sum(getattr(sums, name) for sums in found), value, rtol=1e-5, atol=1e-9)
 
 
 def test_a_neuron_that_no_adapter_changes_comes_back_bit_for_bit() -> None:

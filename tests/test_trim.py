@@ -60,6 +60,7 @@ def assert_exact(trimming: Trimming, tau: Tensor, density: float) -> None:
     removed = magnitudes[magnitudes < threshold].double().sum() / magnitudes.double().sum() if threshold else 0.0
     assert trimming.threshold == threshold
     assert trimming.entries == tau.numel()
+    assert trimming.trimmed == (magnitudes < threshold).sum()
     assert trimming.sigma == pytest.approx(float(removed), rel=1e-6, abs=1e-12)
 
 
@@ -101,7 +102,7 @@ def test_a_task_vector_of_ten_entries_loses_exactly_its_share(density: float, ra
     )
     everything_else = tuple(name for name in load_file(origin / WEIGHTS) if name != "model.norm.weight")
     (trimming,) = find(origin, tuned, density=density, exclude=everything_else)
-    assert trimming == Trimming(float(rank), pytest.approx(rank * (rank - 1) / 2 / 55), 10)
+    assert trimming == Trimming(float(rank), pytest.approx(rank * (rank - 1) / 2 / 55), 10, rank - 1)
 
 
 @pytest.mark.parametrize("bins", [4, 16, 1 << 10])

@@ -1,0 +1,205 @@
+"""The picture of a model card: how the experts of a merge relate, and what becomes of their changes layer by layer.
+
+Drawn with matplotlib's objects alone: no window system, no global state that outlasts the call. The sizes are inches on
+a page of 8, which a card shows some 800 pixels wide.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neuromerge_hf.diagnostics import Diagnostics, LayerDiagnostics
+
+if TYPE_CHECKING:  # matplotlib is loaded only where something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAME = "neuromerge.png"
+"""What the picture is called, beside README.md."""
+
+PARALLEL, ORTHOGONAL = "#D55E00", "#0072B2"
+"""Two colours that everyone tells apart (Okabe and Ito)."""
+
+WIDTH = 8.0
+LEFT = 0.75
+NAMES = 1.85  # the column of the experts' names
+MATRIX = 3.0
+ROW = 0.3
+PANEL = 1.25
+TICKS = 1.1  # below the lowest panel
+LETTERS = 20  # of an expert's name
+LAYER_LETTERS = 14
+GAP = 0.7  # between blocks and what is beside them, in bars
+LETTER = 0.07  # the width of a letter
+
+
+def draw(diagnostics: Diagnostics, path: Path) -> None:
+    """Write a picture of some diagnostics as a PNG on white, the same bytes for the same numbers."""
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    with matplotlib.style.context("default"):  # whatever the user's own settings are
+        top = max(2, len(diagnostics.experts)) * ROW
+        layers = [layer for layer in diagnostics.layers if layer.parallel is not None]
+        below = TICKS + 2 * PANEL + 1.1 if layers else 0.1
+        figure = Figure(figsize=(WIDTH, below + top + 0.5), dpi=160, facecolor="white")
+        canvas = FigureCanvasAgg(figure)
+        _draw_cosines(_axes(figure, NAMES, below, MATRIX, top), diagnostics)
+        _draw_norms(_axes(figure, NAMES + MATRIX + 0.15, below, WIDTH - NAMES - MATRIX - 0.25, top), diagnostics)
+        if layers:
+            width = WIDTH - LEFT - 0.1
+            places = _places(layers, width)
+            panels = [_axes(figure, LEFT, TICKS + row * (PANEL + 0.6), width, PANEL) for row in (1, 0)]
+            unit = width / (places[-1] + 1.4)
+            _draw_energy(panels[0], layers, places, unit)
+            _draw_conflicts(panels[1], layers, places)
+            for panel in panels:
+                panel.set_xlim(-0.7, places[-1] + 0.7)
+                panel.set_xticks([])
+            _label_layers(panels[1], layers, places, unit)
+        canvas.draw()
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    # A palette makes the file a third as large, and nobody sees the difference.
+    image.quantize(128).save(path, format="png")
+
+
+def _axes(figure: "Figure", left: float, bottom: float, width: float, height: float) -> "Axes":
+    w, h = figure.get_size_inches()
+    axes = figure.add_axes((left / w, bottom / h, width / w, height / h))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, length=2)
+    return axes
+
+
+def _draw_cosines(axes: "Axes", diagnostics: Diagnostics) -> None:
+    count = len(diagnostics.experts)
+    values = [[float("nan") if value is None else value for value in row] for row in diagnostics.cosines]
+    axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for s, row in enumerate(diagnostics.cosines):
+        for t, value in enumerate(row):
+            colour = "white" if value is not None and abs(value) > 0.6 else "black"
+            text = "–" if value is None else f"{value:.2f}".replace("-", "−")
+            axes.text(t, s, text, ha="center", va="center", fontsize=7.5 if count < 8 else 6.5, color=colour)
+    names = [f"{_legible(expert.name, LETTERS)}  {t}" for t, expert in enumerate(diagnostics.experts, start=1)]
+    axes.set_yticks(range(count), names, parse_math=False)
+    axes.set_xticks(range(count), [str(t) for t in range(1, count + 1)])
+    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_title("Cosines between the experts' task vectors", fontsize=9, loc="left", pad=18)
+
+
+def _draw_norms(axes: "Axes", diagnostics: Diagnostics) -> None:
+    norms = [expert.relative_norm or 0.0 for expert in diagnostics.experts]
+    longest = max(norms) or 1.0
+    axes.barh(range(len(norms)), norms, height=0.6, color="#777777")
+    for t, expert in enumerate(diagnostics.experts):
+        axes.text(norms[t] + 0.03 * longest, t, f"{norms[t]:.2%}, {expert.norm_kept:.0%} kept", va="center", fontsize=8)
+    axes.set_xlim(0, 2.0 * longest)
+    axes.set_ylim(len(norms) - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title("Norm relative to the base's,\nL1 norm kept by trimming", fontsize=9, loc="left", pad=5)
+
+
+def _draw_energy(axes: "Axes", layers: Sequence[LayerDiagnostics], places: Sequence[float], unit: float) -> None:
+    shares = [100 * (layer.parallel or 0.0) for layer in layers]
+    axes.vlines(places, 0, shares, linewidth=0.75 * unit * 72, color=PARALLEL)  # much faster than as many bars
+    axes.set_ylim(0, max(1.1 * max(shares), 0.01))
+    axes.set_ylabel("%", fontsize=8)
+    axes.set_title("Energy parallel to the base's neurons (the rest is orthogonal)", fontsize=9, loc="left", pad=5)
+
+
+def _draw_conflicts(axes: "Axes", layers: Sequence[LayerDiagnostics], places: Sequence[float]) -> None:
+    for part, colour, marker in (("orthogonal", ORTHOGONAL, "o"), ("parallel", PARALLEL, "s")):
+        for measure, style in (("conflicting", ":"), ("outvoted", "-")):
+            label = {"conflicting": f"{part}, signs conflict", "outvoted": f"{part}, outvoted"}[measure]
+            for number, section in enumerate(_sections(layers)):
+                values = [getattr(layers[i], f"{measure}_{part}") for i in section]
+                axes.plot(
+                    [places[i] for i in section],
+                    [float("nan") if value is None else 100 * value for value in values],
+                    style,
+                    color=colour,
+                    marker=marker,
+                    markersize=3,
+                    linewidth=1.2,
+                    label=None if number else label,
+                    markerfacecolor="white" if measure == "conflicting" else colour,
+                )
+    axes.set_ylim(0, 100)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    axes.set_ylabel("%", fontsize=8)
+    axes.legend(fontsize=8, ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 0.99), borderpad=0)
+    axes.set_title("Energy in conflict", fontsize=9, loc="left", pad=20)
+
+
+def _sections(layers: Sequence[LayerDiagnostics]) -> list[list[int]]:
+    """The layers' numbers, grouped by the list of blocks they are in; those beside the blocks stand alone."""
+    keys = [_split(layer.name) for layer in layers]
+    groups = groupby(range(len(layers)), key=lambda i: keys[i][0] if keys[i][1] else layers[i].name)
+    return [list(group) for _, group in groups]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The name of a list of blocks, and the number in it; no number for a layer beside the blocks."""
+    blocks, _, number = name.rpartition(".")
+    return (blocks, number) if number.isdecimal() else (name, "")
+
+
+def _places(layers: Sequence[LayerDiagnostics], width: float) -> list[float]:
+    """Where each layer is drawn: one bar apart, and further between sections, so that two names have room there."""
+    gap = max(GAP, 2.5 * LETTER * len(layers) / width - 1)
+    return [i + gap * number for number, section in enumerate(_sections(layers)) for i in section]
+
+
+def _label_layers(axes: "Axes", layers: Sequence[LayerDiagnostics], places: Sequence[float], unit: float) -> None:
+    """Numbers under blocks and their list's name under those, names under the other layers; `unit` inches a bar."""
+    ticks: list[tuple[float, str, dict[str, Any]]] = []
+    for section in _sections(layers):
+        blocks, number = _split(layers[section[0]].name)
+        path = blocks.split(".")
+        ends = (".".join(path[start:]) for start in range(len(path)))
+        label = next((end for end in ends if LETTER * len(end) < len(section) * unit), None)
+        if number and label:
+            step = next(step for step in (1, 2, 4, 8, 16, 32, 64, len(layers)) if step * unit > 3 * LETTER)
+            ticks += [(places[i], _split(layers[i].name)[1], {}) for i in section[::step]]
+            middle = (places[section[0]] + places[section[-1]]) / 2
+            ticks.append((middle, f"\n{_legible(label, len(label))}", {}))
+        else:
+            step = max(1, math.ceil(2 * LETTER / unit - 0.2))
+            ticks += [(places[i], _short(layers[i].name), {"rotation": 90}) for i in section[::step]]
+    for place, text, options in ticks:
+        axes.annotate(
+            text,
+            (place, 0),
+            (0, -5),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=8,
+            parse_math=False,
+            annotation_clip=False,
+            **options,
+        )
+
+
+def _short(layer: str) -> str:
+    """The end of a layer's name: "embed_tokens", or "convs.3"."""
+    path = layer.split(".")
+    name = _legible(".".join(path[-2:] if path[-1].isdecimal() else path[-1:]), len(layer))
+    return name if len(name) <= LAYER_LETTERS else "…" + name[1 - LAYER_LETTERS :]
+
+
+def _legible(name: str, letters: int) -> str:
+    """A name that fits, in letters that the font has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    text = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in name)
+    return text if len(text) <= letters else text[: letters - 1] + "…"

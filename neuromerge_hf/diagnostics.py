@@ -1,0 +1,122 @@
+"""What a merge tells of its experts and of their conflicts. `interference.Sums` says how it is measured."""
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ExpertDiagnostics:
+    """One expert's trimmed task vector. Shares are between 0 and 1, and None where they are shares of nothing.
+
+    Attributes:
+        name: the expert's.
+        norm: its L2 norm.
+        relative_norm: its norm in units of the base's norm, over the parameters that the expert may change.
+        entries_kept: the share of the entries that trimming kept.
+        norm_kept: the share of the L1 norm that trimming kept: 1 - sigma_t.
+        parallel: the share of its neurons' energy (squared L2 norm) that is parallel to the base's neurons; the rest is
+            orthogonal.
+        outvoted_parallel: the share of its parallel energy that lacks the elected sign.
+        outvoted_orthogonal: the share of its orthogonal energy that lacks the elected sign.
+    """
+
+    name: str
+    norm: float
+    relative_norm: float | None
+    entries_kept: float
+    norm_kept: float
+    parallel: float | None
+    outvoted_parallel: float | None
+    outvoted_orthogonal: float | None
+
+
+@dataclass(frozen=True)
+class LayerDiagnostics:
+    """The neurons of one layer, over all experts. Shares are as in `ExpertDiagnostics`.
+
+    Attributes:
+        name: the layer's, such as "model.layers.3".
+        relative_norm: the norm of all experts' trimmed task vectors in units of the base's, over what each may change.
+        parallel: the share of the energy that is parallel to the base's neurons; the rest is orthogonal.
+        conflicting_parallel: of the parallel energy at neurons where several experts have some, the share where their
+            signs differ.
+        conflicting_orthogonal: the same for the orthogonal energy and the singular directions.
+        outvoted_parallel: the share of the parallel energy that lacks the elected sign.
+        outvoted_orthogonal: the share of the orthogonal energy that lacks the elected sign.
+    """
+
+    name: str
+    relative_norm: float | None
+    parallel: float | None
+    conflicting_parallel: float | None
+    conflicting_orthogonal: float | None
+    outvoted_parallel: float | None
+    outvoted_orthogonal: float | None
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What a merge tells of its experts; rounded to six digits, so that it does not depend on the machine.
+
+    Attributes:
+        experts: one for each expert, in the merge's order.
+        cosines: between their trimmed task vectors, over the parameters that both may change; None where one is 0.
+        layers: the layers that an expert changes, in the order of the model.
+        model: all layers together.
+        merged_norm: the L2 norm of the merged task vector.
+    """
+
+    experts: list[ExpertDiagnostics]
+    cosines: list[list[float | None]]
+    layers: list[LayerDiagnostics]
+    model: LayerDiagnostics
+    merged_norm: float
+
+    @property
+    def merged_relative_norm(self) -> float | None:
+        """The merged task vector's norm in units of the experts' mean norm."""
+        mean = sum(expert.norm for expert in self.experts) / len(self.experts)
+        return self.merged_norm / mean if mean else None
+
+    @property
+    def sentence(self) -> str:
+        """All of it in two sentences."""
+        norms = [expert.relative_norm for expert in self.experts if expert.relative_norm]
+        if not norms:
+            return "The experts change nothing."
+        several = len(self.experts) > 1
+        trimmed = any(expert.entries_kept < 1 for expert in self.experts)
+        first = "After trimming, the norm" if trimmed else "The norm"
+        first += f" of {'each' if several else 'the'} expert's change is {_range(norms, '.2%')} "
+        first += "of that of the weights it may change"
+        pairs = combinations(range(len(self.experts)), 2)
+        cosines = [cosine for s, t in pairs if (cosine := self.cosines[s][t]) is not None]
+        if cosines:
+            first += f", and the cosine between two of them {_range(cosines, '.2f')}"
+        if self.model.parallel is not None:
+            first += f"; {self.model.parallel:.1%} of the energy is parallel to the base's neurons, the rest orthogonal"
+        conflicting, outvoted = self.model.conflicting_orthogonal, self.model.outvoted_orthogonal
+        second = f"the merged change is {self.merged_relative_norm:.2f} times as long as the experts' are on average"
+        if conflicting is not None and outvoted is not None:
+            second = (
+                f"of the orthogonal energy that experts share, {conflicting:.0%} lies in directions where their signs "
+                f"conflict; the election leaves out {outvoted:.0%} of the orthogonal energy, and {second}"
+            )
+        return f"{first}. {second[0].upper()}{second[1:]}."
+
+
+def load_diagnostics(values: dict[str, Any]) -> Diagnostics:
+    """The inverse of `dataclasses.asdict`, from what a JSON file holds."""
+    return Diagnostics(
+        experts=[ExpertDiagnostics(**expert) for expert in values["experts"]],
+        cosines=values["cosines"],
+        layers=[LayerDiagnostics(**layer) for layer in values["layers"]],
+        model=LayerDiagnostics(**values["model"]),
+        merged_norm=values["merged_norm"],
+    )
+
+
+def _range(values: list[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,435 @@
+"""What a merge reports of its experts, against sums that are taken slowly: neuron by neuron, by singular value
+decomposition, over whole models in float64. What is exact by definition is checked exactly.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import reference
+from families import Relatives
+from neuromerge_hf import MergeReport, NeuroMergingConfig, engine, low_rank, merge
+from neuromerge_hf.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
+from neuromerge_hf.layers import find_layers
+from neuromerge_hf.model_cards.picture import draw
+from neuromerge_hf.report import load_report
+from reference import Neurons
+from tiny_models import save_adapter, save_fine_tune, save_llama
+
+CPU = {"device": "cpu", "threads": 1}
+WEIGHTS = "model.safetensors"
+PARTS = ("parallel", "orthogonal")
+
+
+@dataclass
+class Slow:
+    """The sums over one layer, or over the model; those of one expert are numbered."""
+
+    energy: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
+    outvoted: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
+    shared: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    conflicting: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, part: str, coordinates: list[float], elected: float) -> None:
+        total = math.fsum(x * x for x in coordinates)
+        signs = [reference.sign(x) for x in coordinates]
+        if len(signs) - signs.count(0) > 1:
+            self.shared[part] += total
+            if 1 in signs and -1 in signs:
+                self.conflicting[part] += total
+        for expert, x in enumerate(coordinates):
+            self.energy[part, expert] += x * x
+            if reference.sign(x) != reference.sign(elected):
+                self.outvoted[part, expert] += x * x
+
+    def shares(self, experts: list[int]) -> dict[str, float | None]:
+        """What is said of some experts together."""
+        energy = {part: sum(self.energy[part, expert] for expert in experts) for part in PARTS}
+        outvoted = {part: sum(self.outvoted[part, expert] for expert in experts) for part in PARTS}
+        return {
+            "parallel": share(energy["parallel"], sum(energy.values())),
+            **{f"outvoted_{part}": share(outvoted[part], energy[part]) for part in PARTS},
+            **{f"conflicting_{part}": share(self.conflicting[part], self.shared[part]) for part in PARTS},
+        }
+
+
+def share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def vote(w0: Tensor, taus: Tensor) -> Iterator[tuple[str, list[float], float]]:
+    """The coordinates of each direction of a neuron, and their elected mean."""
+    w0, taus = w0.double(), taus.double()
+    length = float(w0.norm())
+    along = [float(tau @ w0) / length if length else 0.0 for tau in taus]
+    yield "parallel", along, reference.elect_mean(along)
+
+    orthogonal = torch.stack([tau - x * w0 / (length or 1) for tau, x in zip(taus, along, strict=True)])
+    orthogonal[[bool(o @ o <= 1e-12 * (tau @ tau)) for o, tau in zip(orthogonal, taus, strict=True)]] = 0
+    u, s, _ = torch.linalg.svd(orthogonal, full_matrices=False)
+    s = torch.where(s > 1e-10 * s[0], s, 0.0)
+    columns = torch.where(u.abs() < 1e-10, 0.0, u * s).T.tolist()
+    elected = reference.elect_means(columns, (1e-10 * s).tolist())
+    yield from (("orthogonal", column, mean) for column, mean in zip(columns, elected, strict=True))
+
+
+def assert_as_summed_slowly(
+    report: MergeReport,
+    base: dict[str, Tensor],
+    experts: list[dict[str, Tensor]],
+    neurons: dict[str, Neurons | None],
+    merged: dict[str, Tensor],
+    *,
+    exact_task_vectors: bool,
+) -> None:
+    """As `families.assert_merged_as_reference`: a LoRA's task vector is rounded when it is added to the base."""
+    diagnostics = report.diagnostics
+    assert diagnostics is not None
+    rel = 6e-6 if exact_task_vectors else 1e-4
+    count = len(experts)
+    trimmed = []
+    for expert, of_report in zip(experts, report.experts, strict=True):
+        tau = {name: theta.float() - base[name].float() for name, theta in expert.items()}
+        threshold = of_report.threshold * (1 if exact_task_vectors else 1 - 1e-5)
+        kept = {name: t.abs() >= threshold for name, t in tau.items()}
+        trimmed.append({name: torch.where(kept[name], t, 0.0).double() for name, t in tau.items()})
+        entries = sum(t.numel() for t in tau.values())
+        found = diagnostics.experts[len(trimmed) - 1]
+        assert found.entries_kept == pytest.approx(sum(int(k.sum()) for k in kept.values()) / entries, abs=1e-6)
+        assert found.norm_kept == pytest.approx(1 - of_report.sigma, abs=1e-6)
+
+    layers = find_layers(base)
+    slow: dict[str, Slow] = defaultdict(Slow)
+    for name, theta in base.items():
+        view = neurons.get(name)
+        taus = [task.get(name, torch.zeros(theta.shape)) for task in trimmed]
+        if view is None or not any(tau.any() for tau in taus):
+            continue
+        for w0, *of_neuron in zip(view.to_rows(theta), *map(view.to_rows, taus), strict=True):
+            for direction in vote(w0, torch.stack(of_neuron)):
+                slow[layers[name]].add(*direction)
+                slow["model"].add(*direction)
+
+    def norm2(values: list[Tensor]) -> float:
+        return math.fsum(float(value.double().square().sum()) for value in values)
+
+    def agrees(got: float | None, want: float | None) -> bool:
+        return got == (None if want is None else pytest.approx(want, rel=rel, abs=rel))
+
+    for t, found in enumerate(diagnostics.experts):
+        norm = math.sqrt(norm2(list(trimmed[t].values())))
+        assert found.name == report.experts[t].name
+        assert found.norm == pytest.approx(norm, rel=rel)
+        assert found.relative_norm == pytest.approx(norm / math.sqrt(norm2([base[n] for n in trimmed[t]])), rel=rel)
+        for name, want in slow["model"].shares([t]).items():
+            assert name.startswith("conflicting") or agrees(getattr(found, name), want), name
+
+    for s, t in itertools.product(range(count), repeat=2):
+        both = trimmed[s].keys() & trimmed[t].keys()
+        product = math.fsum(float((trimmed[s][name] * trimmed[t][name]).sum()) for name in both)
+        lengths = [math.sqrt(norm2([trimmed[e][name] for name in both])) for e in (s, t)]
+        assert agrees(diagnostics.cosines[s][t], share(product, math.prod(lengths)))
+
+    order = list(dict.fromkeys(layers.values()))
+    assert [layer.name for layer in diagnostics.layers] == [layer for layer in order if layer in slow]
+    for layer in [*diagnostics.layers, diagnostics.model]:
+        for name, want in slow[layer.name].shares(list(range(count))).items():
+            assert agrees(getattr(layer, name), want), (layer.name, name)
+        of_layer = [(e, n) for e, task in enumerate(trimmed) for n in task if layer.name in ("model", layers[n])]
+        ratio = norm2([trimmed[e][n] for e, n in of_layer]) / norm2([base[n] for _, n in of_layer])
+        assert layer.relative_norm == pytest.approx(math.sqrt(ratio), rel=rel)
+    change = [merged[name].double() - theta.double() for name, theta in base.items()]
+    assert diagnostics.merged_norm == pytest.approx(math.sqrt(norm2(change)), rel=max(rel, 1e-5))
+
+
+CASES = {
+    "full fine-tunes": ("llama", "fff", NeuroMergingConfig(density=0.2)),
+    "both parts": ("llama", "ff", NeuroMergingConfig(density=0.5, lambda_parallel=0.5)),
+    "adapters from their factors": ("llama", "lll", NeuroMergingConfig(density=1, lambda_parallel=0.5)),
+    "Conv1D, both kinds": ("gpt2", "fl", NeuroMergingConfig(density=0.3)),
+    "fused experts": ("gpt-oss", "lf", NeuroMergingConfig(density=1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_number_is_the_one_that_is_summed_slowly(case: str, tmp_path: Path) -> None:
+    family, kinds, config = CASES[case]
+    relatives = Relatives(family, tmp_path)
+    experts = [{"f": relatives.full, "l": relatives.adapter}[kind](n) for n, kind in enumerate(kinds)]
+    report = merge(experts, tmp_path / "merged", base_model=relatives.base, config=config, **CPU)
+    base = relatives.base_state()
+    assert_as_summed_slowly(
+        report,
+        base,
+        relatives.experts_state(experts),
+        relatives.family.neurons_of(base),
+        relatives.base_state(tmp_path / "merged"),
+        exact_task_vectors="l" not in kinds,
+    )
+
+
+# What is exact
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def experts(base: Path) -> list[Path]:
+    fine_tunes = [save_fine_tune(base, base.parent / f"full-{seed}", seed=seed) for seed in (1, 2)]
+    return [*fine_tunes, save_adapter(base, base.parent / "lora", seed=3)]
+
+
+def changed(base: Path, folder: Path, change) -> Path:
+    """The base with each of its weights replaced by `change(name, weight)`."""
+    weights = {name: change(name, weight) for name, weight in load_file(base / WEIGHTS).items()}
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def diagnose(base: Path, experts: list[Path], output: Path, threads: int = 1, **config) -> Diagnostics:
+    settings = NeuroMergingConfig(**({"density": 1} | config))
+    report = merge(experts, output, base_model=base, config=settings, device="cpu", threads=threads)
+    assert report.diagnostics is not None
+    return report.diagnostics
+
+
+def test_identical_experts_have_cosine_one_and_no_conflicts(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    twins = [base.parent / name for name in ("full-1", "twin")]
+    if not twins[1].exists():
+        twins[1].symlink_to(twins[0])
+    found = diagnose(base, twins, tmp_path / "merged", lambda_parallel=1, lambda_orthogonal=1)
+    assert found.cosines == [[1, 1], [1, 1]]
+    for layer in [found.model, *found.layers]:
+        assert layer.conflicting_parallel == layer.conflicting_orthogonal == 0
+        assert layer.outvoted_parallel == layer.outvoted_orthogonal == 0
+    assert found.merged_relative_norm == pytest.approx(1, rel=1e-5)
+
+
+def test_opposite_experts_conflict_everywhere(base: Path, tmp_path: Path) -> None:
+    noise = torch.Generator().manual_seed(0)
+    # Whole multiples of a power of two: what is added to the base is what is subtracted from it.
+    steps = {
+        name: torch.randint(-8, 9, weight.shape, generator=noise) / 64
+        for name, weight in load_file(base / WEIGHTS).items()
+    }
+    origin = changed(base, tmp_path / "origin", lambda name, weight: (weight * 1024).round() / 1024)
+    there = changed(origin, tmp_path / "there", lambda name, weight: weight + steps[name])
+    back = changed(origin, tmp_path / "back", lambda name, weight: weight - steps[name])
+    found = diagnose(origin, [there, back], tmp_path / "merged")
+    assert found.cosines == [[1, -1], [-1, 1]]
+    for layer in [found.model, *found.layers]:
+        assert layer.conflicting_parallel == layer.conflicting_orthogonal == 1
+        assert layer.outvoted_parallel == layer.outvoted_orthogonal == 1
+    assert found.merged_norm == 0
+
+
+def test_a_purely_parallel_change_has_all_its_energy_parallel(base: Path, tmp_path: Path) -> None:
+    larger = changed(base, tmp_path / "larger", lambda _, weight: 1.5 * weight)
+    found = diagnose(base, [larger], tmp_path / "merged")
+    for each in [found.model, *found.layers, *found.experts]:
+        assert each.parallel == 1
+        assert each.relative_norm == 0.5
+        assert each.outvoted_orthogonal is None
+
+
+def test_a_purely_orthogonal_change_has_none_parallel(base: Path, tmp_path: Path) -> None:
+    def turned(_: str, weight: Tensor) -> Tensor:
+        pairs = weight.unflatten(-1, (-1, 2)).flip(-1) * torch.tensor([1.0, -1.0])
+        return weight + pairs.flatten(-2) if weight.ndim > 1 else weight
+
+    found = diagnose(base, [changed(base, tmp_path / "turned", turned)], tmp_path / "merged")
+    assert found.model.parallel == 0
+    assert found.model.outvoted_orthogonal == 0
+    assert found.model.outvoted_parallel is None  # there is nothing to speak of
+
+
+def test_experts_that_change_different_parameters_have_no_cosine(base: Path, tmp_path: Path) -> None:
+    adapters = [
+        save_adapter(base, tmp_path / module, seed=1, target_modules=[module]) for module in ("q_proj", "up_proj")
+    ]
+    found = diagnose(base, adapters, tmp_path / "merged")
+    assert found.cosines == [[1, None], [None, 1]]
+    assert found.model.conflicting_orthogonal is None
+    assert found.model.outvoted_orthogonal == 0
+    assert [layer.name for layer in found.layers] == ["model.layers.0", "model.layers.1"]
+
+
+def test_an_expert_that_changes_nothing_is_said_to(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    copy = changed(base, tmp_path / "copy", lambda _, weight: weight)
+    found = diagnose(base, [copy, experts[0]], tmp_path / "merged")
+    nothing = found.experts[0]
+    assert (nothing.norm, nothing.relative_norm, nothing.parallel, nothing.norm_kept) == (0, 0, None, 1)
+    assert found.cosines == [[None, None], [None, 1]]
+    assert diagnose(base, [copy], tmp_path / "same").sentence == "The experts change nothing."
+
+
+def test_trimming_tells_what_it_kept(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    found = diagnose(base, experts, tmp_path / "merged", density=0.25)
+    for expert in found.experts:
+        assert expert.entries_kept == pytest.approx(0.25, abs=1e-4)
+        assert 0.4 < expert.norm_kept < 0.6
+
+
+# What it does not depend on
+
+
+@pytest.mark.parametrize("density", [0.3, 1])
+def test_the_order_of_the_experts_does_not_matter(
+    density: float, base: Path, experts: list[Path], tmp_path: Path
+) -> None:
+    want = diagnose(base, experts, tmp_path / "want", density=density)
+    got = diagnose(base, experts[::-1], tmp_path / "got", density=density)
+    assert got.model == want.model
+    assert got.layers == want.layers
+    assert got.experts == want.experts[::-1]
+    assert got.cosines == [row[::-1] for row in want.cosines[::-1]]
+    assert got.merged_norm == want.merged_norm
+
+
+@pytest.mark.parametrize("kinds", ["full", "LoRA"])
+def test_neither_threads_nor_blocks_matter(
+    kinds: str, base: Path, experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = {"full": experts, "LoRA": [experts[2], save_adapter(base, tmp_path / "other", seed=4, r=3)]}[kinds]
+    want = diagnose(base, merged, tmp_path / "want")
+    for module in (engine, low_rank):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 150)
+    for threads in (1, 3):
+        assert diagnose(base, merged, tmp_path / f"threads-{threads}", threads) == want
+
+
+def test_the_report_keeps_it_in_a_file(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    found = diagnose(base, experts, tmp_path / "merged")
+    assert load_report(tmp_path / "merged").diagnostics == found
+    assert load_diagnostics(json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))) == found
+
+
+# Layers
+
+
+def test_layers_are_named_after_the_blocks_of_the_model() -> None:
+    names = [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.10.mlp.experts.3.up_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.embed_tokens.weight",
+    ]
+    found = find_layers(names)
+    assert list(dict.fromkeys(found.values())) == [
+        "model.embed_tokens",
+        "model.layers.2",
+        "model.layers.10",
+        "lm_head",
+        "model.norm",
+    ]
+    assert found[names[2]] == "model.layers.10"
+
+
+def test_each_list_of_blocks_has_its_own_layers(tmp_path: Path) -> None:
+    relatives = Relatives("t5", tmp_path)
+    found = diagnose(relatives.base, [relatives.full(0)], tmp_path / "merged")
+    assert [layer.name for layer in found.layers] == [
+        "shared",
+        *(f"{stack}.block.{block}" for stack in ("encoder", "decoder") for block in range(2)),
+    ]
+
+
+# In words and as a picture
+
+
+def test_the_sentence_says_what_was_measured() -> None:
+    found = made_up(["math", "code"], 2)
+    model = dataclasses.replace(found.model, parallel=0.029, conflicting_orthogonal=0.81, outvoted_orthogonal=0.08)
+    found = dataclasses.replace(found, cosines=[[1, -0.0149], [-0.0149, 1]], model=model, merged_norm=3.0)
+    assert found.sentence == (
+        "After trimming, the norm of each expert's change is 1.00% to 1.50% of that of the weights it may change, and "
+        "the cosine between two of them -0.01; 2.9% of the energy is parallel to the base's neurons, the rest "
+        "orthogonal. Of the orthogonal energy that experts share, 81% lies in directions where their signs conflict; "
+        "the election leaves out 8% of the orthogonal energy, and the merged change is 1.50 times as long as the "
+        "experts' are on average."
+    )
+
+
+def test_the_sentence_says_nothing_of_conflicts_where_there_are_none(
+    base: Path, experts: list[Path], tmp_path: Path
+) -> None:
+    sentence = diagnose(base, experts[:1], tmp_path / "merged").sentence
+    assert sentence.startswith("The norm of the expert's change is ")
+    assert not any(word in sentence for word in ("trimming", "conflict", "cosine", "None", "nan"))
+
+
+def made_up(names: list[str], blocks: int) -> Diagnostics:
+    """Diagnostics of made-up numbers."""
+
+    def layer(name: str, number: int) -> LayerDiagnostics:
+        shares = [(number * step % 10) / 10 for step in (3, 7, 9, 1)]
+        return LayerDiagnostics(name, 0.01, number % 7 / 100, *shares)
+
+    layers = ["model.embed_tokens", *(f"model.layers.{block}" for block in range(blocks)), "lm_head"]
+    return Diagnostics(
+        experts=[
+            ExpertDiagnostics(name, 2.0, 0.01 + number % 2 / 200, 0.2, 0.44, 0.03, 0.1, 0.1)
+            for number, name in enumerate(names)
+        ],
+        cosines=[[1.0 if s == t else (-1) ** (s + t) * 0.17 for t in range(len(names))] for s in range(len(names))],
+        layers=[layer(name, number) for number, name in enumerate(layers)],
+        model=layer("model", 1),
+        merged_norm=1.0,
+    )
+
+
+@pytest.mark.parametrize(("experts", "blocks"), [(1, 0), (2, 2), (10, 48), (3, 200)])
+def test_the_picture_is_small_and_always_the_same(experts: int, blocks: int, tmp_path: Path) -> None:
+    found = made_up([f"expert-{number}" for number in range(experts)], blocks)
+    for name in ("one.png", "two.png"):
+        draw(found, tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert (tmp_path / "one.png").stat().st_size < 200_000
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.width == 1280
+        assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)  # opaque, in dark mode as well
+        assert not image.info.keys() & {"Software", "Creation Time"}
+
+
+@pytest.mark.parametrize(
+    "name", ["$\\frac{1}{$", "a" * 500, "模型\n\u202ename", "<b>|`*_", "\x00\x1b[31m", "👩‍👩‍👧", "", " "]
+)
+def test_the_picture_takes_any_name(name: str, tmp_path: Path) -> None:
+    found = made_up([name, "other"], 2)
+    strange = [dataclasses.replace(layer, name=layer.name.replace("model", name)) for layer in found.layers]
+    draw(dataclasses.replace(found, layers=strange), tmp_path / "picture.png")  # warnings are errors here
+    draw(made_up(["plain", "other"], 2), tmp_path / "plain.png")
+    assert (tmp_path / "picture.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+def test_the_picture_shows_what_is_missing_as_missing(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    copy = changed(base, tmp_path / "copy", lambda _, weight: weight)
+    for name, models in {"one": experts[:1], "with a copy": [copy, experts[0]], "nothing": [copy]}.items():
+        draw(diagnose(base, models, tmp_path / name), tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_drawing_leaves_no_setting_behind(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    draw(made_up(["a", "b"], 2), tmp_path / "picture.png")
+    assert dict(matplotlib.rcParams) == before
