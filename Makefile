@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint families constraints clean
+.PHONY: demo test lint families card constraints clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,10 @@ lint: $(VENV)/.test
 # docs/families.md
 families: $(VENV)/.test
 	$(BIN)/python tests/make_families_table.py
+
+# model_cards/example.md, after `examples/demo.py --results examples/results.json` where the measurements have changed
+card: $(VENV)/.test
+	$(BIN)/python tests/make_example_card.py
 
 # The versions that are installed now. All but torch are for Python >= 3.11: some have no release for 3.10, where pip
 # is left to choose.

@@ -20,6 +20,8 @@ from jinja2 import (
 )
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.licences import remarks
+from neuromerge_hf.model_cards.limits import limits
+from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
 from neuromerge_hf.model_cards.tasks import Task, task_of
 
@@ -124,6 +126,11 @@ class MergeCard:
         return remarks(list(zip(links, self.report.parents, strict=True)))
 
     @property
+    def limits(self) -> list[str]:
+        """What the model is not, in sentences."""
+        return limits(self)
+
+    @property
     def citations(self) -> list[str]:
         """The parents' BibTeX entries, each once."""
         return list(dict.fromkeys(entry for parent in self.report.parents for entry in parent.citations))
@@ -175,7 +182,9 @@ class MergeCard:
                 "sentence_list": markdown.sentence_list,
             }
             chosen = environment.get_template("template" if own else TEMPLATE)
-            return chosen.render(card=self, report=self.report, recipe=self.recipe, tables=tables, version=__version__)
+            return chosen.render(
+                card=self, report=self.report, recipe=self.recipe, tables=tables, picture=PICTURE, version=__version__
+            )
         except (OSError, UnicodeDecodeError, TemplateError) as error:
             if template is None:
                 raise

@@ -96,18 +96,62 @@ def _names(names: list[str]) -> str:
     return ", ".join(map(code, names[:SHOWN])) + more
 
 
+def changes(card: "MergeCard") -> str:
+    """What trimming left of each expert's task vector, and what the election took of it."""
+    found = card.report.diagnostics
+    assert found is not None, "the template asks only where there are some"
+    rows = [
+        [
+            code(expert.name),
+            f"{expert.norm:.4g}",
+            _share(expert.relative_norm, 2),
+            _share(expert.entries_kept),
+            _share(expert.norm_kept),
+            f"{1 - expert.norm_kept:.3f}",
+            _share(expert.parallel, 2),
+            _share(expert.outvoted_orthogonal),
+        ]
+        for expert in found.experts
+    ]
+    header = ["expert", "norm", "of the base's", "entries kept", "L1 norm kept", "sigma", "parallel", "outvoted"]
+    return table(header, rows)
+
+
+def cosines(card: "MergeCard") -> str:
+    """The cosines between the experts' task vectors."""
+    found = card.report.diagnostics
+    assert found is not None, "the template asks only where there are some"
+    names = [code(expert.name) for expert in found.experts]
+    rows = [
+        [name, *("" if value is None else f"{value:.3f}" for value in values)]
+        for name, values in zip(names, found.cosines, strict=True)
+    ]
+    return table(["cosine", *names], rows)
+
+
+def _share(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f} %"
+
+
 def results(card: "MergeCard") -> str:
-    """Measurements of the base, each expert and the merged model, which retains a share of the best expert's."""
+    """Measurements of the base, each expert and the merged model, which retains a share of the best expert's.
+
+    Where each task is measured with one expert alone, as with heads of their own, they share a column.
+    """
     experts = [expert.name for expert in card.report.experts]
     measured: dict[tuple[str, str, str | None], dict[str, Result]] = {}
     for result in card.report.results:
         measured.setdefault(result.measured, {})[result.model] = result
+    alone = all(len(found.keys() & set(experts)) <= 1 for found in measured.values())
     rows = []
     for (task, metric, split), found in measured.items():
-        values = [_score(found.get(model)) for model in (BASE, *experts, MERGED)]
-        rows.append([escaped(task), escaped(metric), escaped(split or ""), *values, _retained(found)])
-    header = ["task", "metric", "split", BASE, *map(escaped, experts), MERGED, "retained"]
-    return table(header, rows)
+        of_experts = [_score(found.get(name)) for name in experts]
+        if alone:
+            of_experts = [f"{_score(found[name])} ({code(name)})" for name in experts if name in found] or [""]
+        what = [escaped(task), escaped(metric), escaped(split or "")]
+        rows.append([*what, _score(found.get(BASE)), *of_experts, _score(found.get(MERGED)), _retained(found)])
+    columns = ["expert"] if alone else map(code, experts)
+    return table(["task", "metric", "split", BASE, *columns, MERGED, "retained"], rows)
 
 
 def _score(result: Result | None) -> str:

@@ -8,6 +8,8 @@ import yaml
 from huggingface_hub import ModelCard
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.metadata import combined, metadata
+from neuromerge_hf.model_cards.picture import NAME as PICTURE
+from neuromerge_hf.model_cards.picture import draw
 
 CARD_NAME = "README.md"
 
@@ -24,7 +26,7 @@ def write_card(
     template: str | os.PathLike[str] | None = None,
     previous: str | None = None,
 ) -> Path:
-    """Write or refresh ``README.md``.
+    """Write or refresh ``README.md``, and the picture in it.
 
     What stands before and after the marked part of the previous card is kept, and so are tags and metadata that were
     added to it, where this card does not say the same itself.
@@ -52,6 +54,8 @@ def write_card(
         new = combined({key: value for key, value in old.items() if key not in own_keys}, new)
     header = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
     text = f"---\n{header}---\n{before}{begin}\n\n{card.render(template).strip()}\n\n{END}{after}"
+    if card.report.diagnostics:
+        draw(card.report.diagnostics, folder / PICTURE)
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
 

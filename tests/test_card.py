@@ -28,6 +28,7 @@ SECTIONS = [
     "What went in",
     "Method",
     "What became of the parameters",
+    "What the fine-tunes changed",
     "Evaluation",
     "Make it again",
     "Licences",
@@ -347,7 +348,7 @@ def test_results_appear_beside_each_other_with_the_share_that_is_retained(merged
     )
     metadata, body = card_of(merged)
     assert table_under(body, "Evaluation") == [
-        ["task", "metric", "split", "base", "math", "code", "merged", "retained"],
+        ["task", "metric", "split", "base", "`math`", "`code`", "merged", "retained"],
         ["sums", "accuracy", "", "0.25", "0.8", "0.3", "0.6", "75.0 %"],
         ["sums", "accuracy", "test", "", "", "", "0.5", ""],
         ["sums", "loss", "", "", "1.2", "", "1.5", ""],
@@ -357,6 +358,21 @@ def test_results_appear_beside_each_other_with_the_share_that_is_retained(merged
     values = [metric["value"] for result in index["results"] for metric in result["metrics"]]
     assert values == [0.5, pytest.approx(0.6), 1.5]
     assert "org/sums" in {result["dataset"]["type"] for result in index["results"]}
+
+
+def test_experts_that_were_measured_each_on_its_own_task_share_a_column(merged):
+    load_report(merged).add_results(
+        [
+            Result("math", "sums", "accuracy", 0.8),
+            Result("merged", "sums", "accuracy", 0.6),
+            Result("code", "words", "accuracy", 0.5),
+        ]
+    )
+    assert table_under(card_of(merged)[1], "Evaluation") == [
+        ["task", "metric", "expert", "merged", "retained"],
+        ["sums", "accuracy", "0.8 (`math`)", "0.6", "75.0 %"],
+        ["words", "accuracy", "0.5 (`code`)", "", ""],
+    ]
 
 
 def test_newer_results_replace_older_ones_of_the_same(merged):

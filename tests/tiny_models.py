@@ -127,7 +127,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
-OF_ONE_RUN = ("merge_report.json", "README.md")
+OF_ONE_RUN = ("merge_report.json", "README.md", "neuromerge.png")
 """They tell how long the merge took, and where it is; everything else is the same whenever it is made again."""
 
 

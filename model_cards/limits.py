@@ -1,0 +1,30 @@
+"""What a merged model is not: facts of the merge, and no general warnings."""
+
+from typing import TYPE_CHECKING
+
+from neuromerge_hf.model_cards.markdown import code, escaped, sentence_list
+
+if TYPE_CHECKING:
+    from neuromerge_hf.model_cards.card import MergeCard
+
+
+def limits(card: "MergeCard") -> list[str]:
+    """Sentences in Markdown; none where there is nothing to say."""
+    report = card.report
+    found = []
+    if not report.results:
+        found.append("The merged model has not been evaluated.")
+    if card.head_start and card.task and card.task.auto_class == "AutoModel":
+        found.append("Without an expert's head it is a backbone, and does none of the experts' tasks.")
+    if report.head:
+        found.append("Its head is a plain mean of the experts' heads: the base has none, so there are no task vectors.")
+    if report.vocabulary and report.vocabulary.from_experts:
+        found.append(
+            f"{report.vocabulary.from_experts:,} of its tokens are not in the base: their embeddings are a plain mean "
+            "over the experts that have them."
+        )
+    for expert in report.experts:
+        if expert.ignored:
+            names = sentence_list([code(name) for name in expert.ignored])
+            found.append(f"Left out, because the model class of {code(expert.name)} does not know them: {names}.")
+    return [*found, *map(escaped, report.notes)]
