@@ -496,6 +496,8 @@ def test_no_name_breaks_the_yaml_or_the_markdown(name, merged):
     def render(word):
         for expert, place in zip(content["experts"], ("first", "second"), strict=True):
             expert |= {"name": f"{word} {place}", "kind": word, "ignored": [word]}
+            for expert in content["diagnostics"]["experts"]:
+                expert["name"] = word
         content["parents"] = [{"license": word, "license_name": word, "task": word, "datasets": [word]}] * 3
         content["notes"] = [word]
         content["tokenizer"] = word
