@@ -109,7 +109,12 @@ def _draw_norms(axes: "Axes", diagnostics: Diagnostics) -> None:
 def _draw_energy(axes: "Axes", layers: Sequence[LayerDiagnostics], places: Sequence[float], unit: float) -> None:
     shares = [100 * (layer.parallel or 0.0) for layer in layers]
     axes.vlines(places, 0, shares, linewidth=0.75 * unit * 72, color=PARALLEL)  # much faster than as many bars
-    axes.set_ylim(0, max(1.1 * max(shares), 0.01))
+    chances = [100 * (layer.parallel_by_chance or 0.0) for layer in layers]
+    half = 0.45
+    ends = [place - half for place in places], [place + half for place in places]
+    axes.hlines(chances, *ends, linewidth=1.5, color="black", label="by chance")
+    axes.set_ylim(0, max(1.1 * max(*shares, *chances), 0.01))
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.99), borderpad=0)
     axes.set_ylabel("%", fontsize=8)
     axes.set_title("Energy parallel to the base's neurons (the rest is orthogonal)", fontsize=9, loc="left", pad=5)
 

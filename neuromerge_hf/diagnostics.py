@@ -39,6 +39,7 @@ class LayerDiagnostics:
         name: the layer's, such as "model.layers.3".
         relative_norm: the norm of all experts' trimmed task vectors in units of the base's, over what each may change.
         parallel: the share of the energy that is parallel to the base's neurons; the rest is orthogonal.
+        parallel_by_chance: what that share would be if the changes pointed anywhere: 1/n for n incoming weights.
         conflicting_parallel: of the parallel energy at neurons where several experts have some, the share where their
             signs differ.
         conflicting_orthogonal: the same for the orthogonal energy and the singular directions.
@@ -49,6 +50,7 @@ class LayerDiagnostics:
     name: str
     relative_norm: float | None
     parallel: float | None
+    parallel_by_chance: float | None
     conflicting_parallel: float | None
     conflicting_orthogonal: float | None
     outvoted_parallel: float | None
@@ -95,7 +97,10 @@ class Diagnostics:
         if cosines:
             first += f", and the cosine between two of them {_range(cosines, '.2f')}"
         if self.model.parallel is not None:
-            first += f"; {self.model.parallel:.1%} of the energy is parallel to the base's neurons, the rest orthogonal"
+            first += (
+                f"; {self.model.parallel:.1%} of the energy is parallel to the base's neurons (by chance it would be "
+            )
+            first += f"{self.model.parallel_by_chance:.1%}), the rest orthogonal"
         conflicting, outvoted = self.model.conflicting_orthogonal, self.model.outvoted_orthogonal
         second = f"the merged change is {self.merged_relative_norm:.2f} times as long as the experts' are on average"
         if conflicting is not None and outvoted is not None:

@@ -22,6 +22,7 @@ class Tally:
         base: (E,), the squared norm of the base, over what each expert may change.
         products: (E, E), the inner products of the experts' task vectors.
         norms: (E, E), row s the squared norm of expert s over what it and each other expert may change.
+        chance: (), the parallel energy of changes with the same norms that point anywhere.
     """
 
     def __init__(self, experts: int):
@@ -29,10 +30,10 @@ class Tally:
         self.products, self.norms = torch.zeros(2, experts, experts, dtype=torch.float64)
         self.energy, self.outvoted = torch.zeros(2, 2, experts, dtype=torch.float64)
         self.shared, self.conflicting = torch.zeros(2, 2, dtype=torch.float64)
-        self.merged = torch.zeros((), dtype=torch.float64)
+        self.chance, self.merged = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, sums: Sums, experts: list[int]) -> None:
-        """Add the sums of a block that these experts may change."""
+    def add(self, sums: Sums, experts: list[int], width: int) -> None:
+        """Add the sums of a block that these experts may change, of neurons with `width` incoming weights."""
         pairs = torch.tensor(experts).unsqueeze(1), torch.tensor(experts)
         products = sums.gram[1:, 1:]
         self.base[experts] += sums.gram[0, 0]
@@ -40,6 +41,7 @@ class Tally:
         self.norms[pairs] += products.diagonal().unsqueeze(1)
         self.energy[:, experts] += sums.energy
         self.outvoted[:, experts] += sums.outvoted
+        self.chance += sums.energy.sum() / max(1, width)
         self.shared += sums.shared
         self.conflicting += sums.conflicting
         self.merged += sums.merged
@@ -63,7 +65,7 @@ class Record:
 
     def add(self, unit: Unit, sums: Sums) -> None:
         """Add the sums of a block of a unit."""
-        self._tallies[self._layers[unit.parameter]].add(sums, unit.changing)
+        self._tallies[self._layers[unit.parameter]].add(sums, unit.changing, unit.layout.width)
 
     def diagnostics(self, trimmings: Sequence[Trimming]) -> Diagnostics:
         """What the tallies say, once all blocks are added."""
@@ -98,6 +100,7 @@ def _layer(name: str, tally: Tally) -> LayerDiagnostics:
         name=name,
         relative_norm=_rounded((tally.products.trace() / base).sqrt()) if base > 0 else None,
         parallel=_shares(energy, energy.sum())[0],
+        parallel_by_chance=round((tally.chance / energy.sum()).item(), 6) if energy.any() else None,
         **_named("conflicting", _shares(tally.conflicting, tally.shared)),
         **_named("outvoted", _shares(tally.outvoted.sum(1), energy)),
     )

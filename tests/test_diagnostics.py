@@ -127,6 +127,15 @@ def assert_as_summed_slowly(
     def agrees(got: float | None, want: float | None) -> bool:
         return got == (None if want is None else pytest.approx(want, rel=rel, abs=rel))
 
+    def chance(layer: str) -> float:
+        rows = [
+            view.to_rows(tau)
+            for task in trimmed
+            for name, tau in task.items()
+            if (view := neurons.get(name)) and layer in ("model", layers[name])
+        ]
+        return sum(norm2([each]) / each.shape[1] for each in rows) / norm2(rows)
+
     for t, found in enumerate(diagnostics.experts):
         norm = math.sqrt(norm2(list(trimmed[t].values())))
         assert found.name == report.experts[t].name
@@ -146,6 +155,7 @@ def assert_as_summed_slowly(
     for layer in [*diagnostics.layers, diagnostics.model]:
         for name, want in slow[layer.name].shares(list(range(count))).items():
             assert agrees(getattr(layer, name), want), (layer.name, name)
+        assert layer.parallel_by_chance == pytest.approx(chance(layer.name), abs=1e-6)
         of_layer = [(e, n) for e, task in enumerate(trimmed) for n in task if layer.name in ("model", layers[n])]
         ratio = norm2([trimmed[e][n] for e, n in of_layer]) / norm2([base[n] for _, n in of_layer])
         assert layer.relative_norm == pytest.approx(math.sqrt(ratio), rel=rel)
@@ -361,10 +371,10 @@ def test_the_sentence_says_what_was_measured() -> None:
     found = dataclasses.replace(found, cosines=[[1, -0.0149], [-0.0149, 1]], model=model, merged_norm=3.0)
     assert found.sentence == (
         "After trimming, the norm of each expert's change is 1.00% to 1.50% of that of the weights it may change, and "
-        "the cosine between two of them -0.01; 2.9% of the energy is parallel to the base's neurons, the rest "
-        "orthogonal. Of the orthogonal energy that experts share, 81% lies in directions where their signs conflict; "
-        "the election leaves out 8% of the orthogonal energy, and the merged change is 1.50 times as long as the "
-        "experts' are on average."
+        "the cosine between two of them -0.01; 2.9% of the energy is parallel to the base's neurons (by chance it would "
+        "be 2.6%), the rest orthogonal. Of the orthogonal energy that experts share, 81% lies in directions where their "
+        "signs conflict; the election leaves out 8% of the orthogonal energy, and the merged change is 1.50 times as "
+        "long as the experts' are on average."
     )
 
 
@@ -381,7 +391,7 @@ def made_up(names: list[str], blocks: int) -> Diagnostics:
 
     def layer(name: str, number: int) -> LayerDiagnostics:
         shares = [(number * step % 10) / 10 for step in (3, 7, 9, 1)]
-        return LayerDiagnostics(name, 0.01, number % 7 / 100, *shares)
+        return LayerDiagnostics(name, 0.01, number % 7 / 100, 0.026, *shares)
 
     layers = ["model.embed_tokens", *(f"model.layers.{block}" for block in range(blocks)), "lm_head"]
     return Diagnostics(
