@@ -372,9 +372,9 @@ def test_the_sentence_says_what_was_measured() -> None:
     assert found.sentence == (
         "After trimming, the norm of each expert's change is 1.00% to 1.50% of that of the weights it may change, and "
         "the cosine between two of them -0.01; 2.9% of the energy is parallel to the base's neurons (by chance it "
-        "would be 2.6%), the rest orthogonal. Of the orthogonal energy that experts share, 81% lies in directions where "
-        "their signs conflict; the election leaves out 8% of the orthogonal energy, and the merged change is 1.50 times as "
-        "long as the experts' are on average."
+        "would be 2.6%), the rest orthogonal. Of the orthogonal energy that experts share, 81% lies in directions "
+        "where their signs conflict; the election leaves out 8% of the orthogonal energy, and the merged change is "
+        "1.50 times as long as the experts' are on average."
     )
 
 
