@@ -1,0 +1,240 @@
+"""`push`: a merged folder becomes a repository on the Hub, in one commit."""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelInfo,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from neuromerge_hf.checkpoint import (
+    CHECKPOINT_FILES,
+    COMPANIONS,
+    HEADS,
+    TOKENIZER_FILES,
+    find_weights,
+    open_weights,
+    weight_files,
+)
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.hub_errors import failures_in_a_sentence
+from neuromerge_hf.model_cards import write_card
+from neuromerge_hf.recipe import RECIPE_NAME
+from neuromerge_hf.report import REPORT_NAME
+
+CARD = "README.md"
+
+BESIDE_WEIGHTS = ("config.json", *COMPANIONS, RECIPE_NAME, REPORT_NAME, CARD, "*.png", "LICENSE*", "NOTICE*")
+"""What is uploaded beside weights and heads. A folder can hold more: a trainer's state, logs, private notes."""
+
+STALE = (
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    f"{HEADS}/*",
+)
+"""What is deleted from the repository where the folder lacks it: transformers would load it with the new weights."""
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    template: str | os.PathLike[str] | None = None,
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """Upload a merged model, with its model card, as one commit: nobody ever sees half of it.
+
+    The card is written to the folder, too. What was written into it by hand is kept: the repository's card is the one
+    that is continued, because that is where people edit; the folder's where the repository has none. Of files that
+    the repository already has, nothing is sent. Weights, heads and tokenizer files of an earlier model that the folder
+    does not have are deleted from it.
+
+    Args:
+        folder: what `merge` or the `save_pretrained` of a merged model wrote.
+        repo_id: the repository, ``owner/name``; without an owner, your own. It is made if it is not there.
+        private: make a new repository private. By default, as its owner's settings say.
+        token: your token for the Hub; by default the one you logged in with.
+        revision: the branch. It is made, from the main branch, if it is not there.
+        create_pr: open a pull request instead of committing to the branch.
+        commit_message, commit_description: of the commit.
+        template: a Jinja template of your own for the card.
+        tags: more tags for the card.
+
+    Returns:
+        The commit, with the address of the pull request if one was asked for.
+
+    Raises:
+        MergeError: if the folder is no complete merge, the card's metadata are refused, or the push failed. Then
+            nothing is published, and the message has the command that goes on.
+    """
+    folder = Path(folder).expanduser().absolute()
+    pushed_files(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise MergeError(f"{repo_id!r} is no id of a repository on the Hub, such as 'owner/name': {error}") from error
+    options = {
+        "--revision": revision,
+        "--commit-message": commit_message,
+        "--commit-description": commit_description,
+        "--template": template,
+    }
+    flags = ["--private"] * bool(private) + ["--create-pr"] * create_pr
+    flags += [word for option, value in options.items() if value is not None for word in (option, os.fspath(value))]
+    again = shlex.join(["neuromerge", "push", str(folder), repo_id, *flags])
+    api = HfApi(token=token)
+    failing = partial(failures_in_a_sentence, repo_id, folder, again, token)
+
+    with failing():
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        found, branch_exists = _find(api, repo_id, revision, create_pr)
+        previous = _read_card(api, found) if found else None
+    if found and private and not found.private:
+        raise MergeError(
+            f"{repo_id} is public, and stays so. Make it private in its settings on the Hub first, push to another "
+            "repository, or leave private out (--private)."
+        )
+    card = write_card(folder, repo_id, template=template, previous=previous)
+    if tags:
+        _add_tags(card, tags)
+    with failing():
+        _validate(card)
+        if found is None:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            found = api.model_info(repo_id)
+        if not branch_exists:
+            assert revision is not None
+            api.create_branch(repo_id, branch=revision, revision=found.sha, exist_ok=True)
+    files = pushed_files(folder)
+    stale = [path for path in _paths(found) if path not in files and any(fnmatch(path, name) for name in STALE)]
+    with failing(is_unchanged=lambda: api.model_info(repo_id, revision=revision).sha == found.sha):
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(path, file) for path, file in files.items()),
+                *(CommitOperationDelete(path, is_folder=False) for path in stale),
+            ],
+            commit_message=commit_message or "Upload merged model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=found.sha,
+        )
+
+
+def pushed_files(folder: Path) -> dict[str, Path]:
+    """The files of a merged folder that belong on the Hub, by their path in the repository.
+
+    Links are left out: they can lead anywhere on this machine.
+
+    Raises:
+        MergeError: if the folder is no complete merge.
+    """
+    if not folder.is_dir():
+        raise MergeError(f"{folder} is not a folder. Give the output directory of a merge.")
+    main = find_weights(folder, CHECKPOINT_FILES[:2])
+    needed = {
+        RECIPE_NAME: folder / RECIPE_NAME,
+        REPORT_NAME: folder / REPORT_NAME,
+        "config.json": folder / "config.json",
+        "model.safetensors": main or folder / "model.safetensors",
+    }
+    missing = [name for name, path in needed.items() if not path.is_file()]
+    if missing:
+        raise MergeError(
+            f"{folder} is not a complete merge: it has no {' and no '.join(missing)}. "
+            "Give the output directory of `neuromerge merge`, or merge again."
+        )
+    assert main is not None
+    weights = weight_files(main)
+    linked = [path for path in (*needed.values(), *weights) if path.is_symlink()]
+    if linked:
+        raise MergeError(f"{linked[0]} is a link. Links are not uploaded: push the folder where the files are.")
+    open_weights(main)  # a truncated file is found now
+    beside = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS)]
+    heads = list((folder / HEADS).glob("*/*.json")) + list((folder / HEADS).glob("*/*.safetensors"))
+    paths = {path for path in (*beside, *heads, *weights, main) if path.is_file() and not path.is_symlink()}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    return {path: file for path, file in files.items() if not any(part.startswith(".") for part in path.split("/"))}
+
+
+def _find(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> tuple[ModelInfo | None, bool]:
+    """The repository at the branch, or at the main one if the branch is not there; and whether the branch is."""
+    try:
+        return api.model_info(repo_id, revision=revision), True
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None, revision in (None, "main")
+    except RevisionNotFoundError:
+        if create_pr or (revision and revision.startswith("refs/")):
+            raise
+        return api.model_info(repo_id), False
+
+
+def _read_card(api: HfApi, found: ModelInfo) -> str | None:
+    if CARD not in _paths(found):
+        return None
+    return Path(hf_hub_download(found.id, CARD, revision=found.sha, token=api.token)).read_text(encoding="utf-8")
+
+
+def _paths(found: ModelInfo) -> list[str]:
+    return [sibling.rfilename for sibling in found.siblings or []]
+
+
+def _add_tags(path: Path, tags: Sequence[str]) -> None:
+    card = ModelCard.load(path)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    card.save(path)
+
+
+def _validate(path: Path) -> None:
+    """Let the Hub check the card's metadata.
+
+    Raises:
+        MergeError: if it refuses them.
+    """
+    try:
+        ModelCard.load(path).validate()
+    except (ValueError, yaml.YAMLError) as error:
+        raise MergeError(
+            f"The metadata at the top of {path} are refused: {_refusals(str(error))}. Correct them there and push again. "
+            "Nothing was published."
+        ) from error
+
+
+def _refusals(answer: str) -> str:
+    """What the Hub found wrong, from its answer."""
+    try:
+        return "; ".join(error["message"] for error in json.loads(answer)["errors"])
+    except (ValueError, LookupError, TypeError):  # the client found it wrong already, and says so in words
+        return answer
