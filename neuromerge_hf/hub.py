@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -26,35 +25,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from neuromerge_hf.checkpoint import (
-    CHECKPOINT_FILES,
-    COMPANIONS,
-    HEADS,
-    TOKENIZER_FILES,
-    find_weights,
-    open_weights,
-    weight_files,
-)
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.hub_errors import failures_in_a_sentence
+from neuromerge_hf.merged_files import CARD, files_to_push, is_stale
 from neuromerge_hf.model_cards import write_card
-from neuromerge_hf.recipe import RECIPE_NAME
-from neuromerge_hf.report import REPORT_NAME
-
-CARD = "README.md"
-
-BESIDE_WEIGHTS = ("config.json", *COMPANIONS, RECIPE_NAME, REPORT_NAME, CARD, "*.png", "LICENSE*", "NOTICE*")
-"""What is uploaded beside weights and heads. A folder can hold more: a trainer's state, logs, private notes."""
-
-STALE = (
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
-    *TOKENIZER_FILES,
-    "generation_config.json",
-    f"{HEADS}/*",
-)
-"""What is deleted from the repository where the folder lacks it: transformers would load it with the new weights."""
 
 
 def push(
@@ -96,7 +70,7 @@ def push(
             nothing is published, and the message has the command that goes on.
     """
     folder = Path(folder).expanduser().absolute()
-    pushed_files(folder)
+    files_to_push(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -134,8 +108,8 @@ def push(
         if not branch_exists:
             assert revision is not None
             api.create_branch(repo_id, branch=revision, revision=found.sha, exist_ok=True)
-    files = pushed_files(folder)
-    stale = [path for path in _paths(found) if path not in files and any(fnmatch(path, name) for name in STALE)]
+    files = files_to_push(folder)
+    stale = [path for path in _paths(found) if path not in files and is_stale(path)]
     with failing(is_unchanged=lambda: api.model_info(repo_id, revision=revision).sha == found.sha):
         return api.create_commit(
             repo_id,
@@ -149,42 +123,6 @@ def push(
             create_pr=create_pr,
             parent_commit=found.sha,
         )
-
-
-def pushed_files(folder: Path) -> dict[str, Path]:
-    """The files of a merged folder that belong on the Hub, by their path in the repository.
-
-    Links are left out: they can lead anywhere on this machine.
-
-    Raises:
-        MergeError: if the folder is no complete merge.
-    """
-    if not folder.is_dir():
-        raise MergeError(f"{folder} is not a folder. Give the output directory of a merge.")
-    main = find_weights(folder, CHECKPOINT_FILES[:2])
-    needed = {
-        RECIPE_NAME: folder / RECIPE_NAME,
-        REPORT_NAME: folder / REPORT_NAME,
-        "config.json": folder / "config.json",
-        "model.safetensors": main or folder / "model.safetensors",
-    }
-    missing = [name for name, path in needed.items() if not path.is_file()]
-    if missing:
-        raise MergeError(
-            f"{folder} is not a complete merge: it has no {' and no '.join(missing)}. "
-            "Give the output directory of `neuromerge merge`, or merge again."
-        )
-    assert main is not None
-    weights = weight_files(main)
-    linked = [path for path in (*needed.values(), *weights) if path.is_symlink()]
-    if linked:
-        raise MergeError(f"{linked[0]} is a link. Links are not uploaded: push the folder where the files are.")
-    open_weights(main)  # a truncated file is found now
-    beside = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS)]
-    heads = list((folder / HEADS).glob("*/*.json")) + list((folder / HEADS).glob("*/*.safetensors"))
-    paths = {path for path in (*beside, *heads, *weights, main) if path.is_file() and not path.is_symlink()}
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
-    return {path: file for path, file in files.items() if not any(part.startswith(".") for part in path.split("/"))}
 
 
 def _find(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> tuple[ModelInfo | None, bool]:
@@ -227,8 +165,8 @@ def _validate(path: Path) -> None:
         ModelCard.load(path).validate()
     except (ValueError, yaml.YAMLError) as error:
         raise MergeError(
-            f"The metadata at the top of {path} are refused: {_refusals(str(error))}. Correct them there and push again. "
-            "Nothing was published."
+            f"The metadata at the top of {path} are refused: {_refusals(str(error))}. "
+            "Correct them there and push again. Nothing was published."
         ) from error
 
 

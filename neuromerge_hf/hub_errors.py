@@ -63,7 +63,9 @@ def _reason(error: Exception, repo_id: str) -> str:
     if status == 413 or (status in (402, 403, 507) and QUOTA.search(words)):
         return f"your storage on the Hub is full{said}. Free some or enlarge your plan."
     if status == 401:
-        return f"the Hub does not accept your token, or there is none{said}. Log in with `hf auth login`, or pass token=."
+        return (
+            f"the Hub does not accept your token, or there is none{said}. Log in with `hf auth login`, or pass token=."
+        )
     if status == 403:
         return (
             f"your token may not write to {repo_id}{said}. Take one with the permission to write, push to a repository "
