@@ -204,7 +204,8 @@ def push_command(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="The first line of the commit's message.")] = None,
     commit_description: Annotated[str | None, typer.Option(help="The rest of it.")] = None,
-    template: Annotated[Path | None, typer.Option(help="A Jinja template of your own for the card.")] = None,
+    template: Annotated[Path | None, typer.Option(help="A Jinja template that replaces sections of the card.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="One more tag for the card. Repeatable.")] = None,
     token: Token = None,
 ) -> None:
     """Upload a merged model with its card, as one commit. Files that are there already are not sent again."""
@@ -221,6 +222,7 @@ def push_command(
             commit_message=commit_message,
             commit_description=commit_description,
             template=template,
+            tags=tag or (),
         )
         typer.echo(commit.pr_url or commit.commit_url)
 

@@ -28,7 +28,9 @@ from huggingface_hub.utils import validate_repo_id
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.hub_errors import failures_in_a_sentence
 from neuromerge_hf.merged_files import CARD, files_to_push, is_stale
-from neuromerge_hf.model_cards import write_card
+from neuromerge_hf.model_cards import hand_written, write_card
+
+KEPT_CARD = "README.before-push.md"
 
 
 def push(
@@ -46,10 +48,12 @@ def push(
 ) -> CommitInfo:
     """Upload a merged model, with its model card, as one commit: nobody ever sees half of it.
 
-    The card is written to the folder, too. What was written into it by hand is kept: the repository's card is the one
-    that is continued, because that is where people edit; the folder's where the repository has none. Of files that
-    the repository already has, nothing is sent. Weights, heads and tokenizer files of an earlier model that the folder
-    does not have are deleted from it.
+    The card is written to the folder, too. What people wrote into the repository's card stays, or into the folder's
+    where there is nothing in the repository's. If there is in both, the repository's stays, since that is where most
+    people write, and the folder's card is kept as ``README.before-push.md``.
+
+    Of files that the repository has already, nothing is sent. Weights, heads and tokenizer files of an earlier model
+    that the folder does not have are deleted from it.
 
     Args:
         folder: what `merge` or the `save_pretrained` of a merged model wrote.
@@ -83,6 +87,7 @@ def push(
     }
     flags = ["--private"] * bool(private) + ["--create-pr"] * create_pr
     flags += [word for option, value in options.items() if value is not None for word in (option, os.fspath(value))]
+    flags += [word for tag in tags for word in ("--tag", tag)]
     again = shlex.join(["neuromerge", "push", str(folder), repo_id, *flags])
     api = HfApi(token=token)
     failing = partial(failures_in_a_sentence, repo_id, folder, again, token)
@@ -91,13 +96,13 @@ def push(
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         found, branch_exists = _find(api, repo_id, revision, create_pr)
-        previous = _read_card(api, found) if found else None
+        theirs = _read_card(api, found) if found else None
     if found and private and not found.private:
         raise MergeError(
             f"{repo_id} is public, and stays so. Make it private in its settings on the Hub first, push to another "
             "repository, or leave private out (--private)."
         )
-    card = write_card(folder, repo_id, template=template, previous=previous)
+    card = write_card(folder, repo_id, template=template, previous=_previous(folder / CARD, theirs))
     if tags:
         _add_tags(card, tags)
     with failing():
@@ -143,6 +148,20 @@ def _read_card(api: HfApi, found: ModelInfo) -> str | None:
     if CARD not in _paths(found):
         return None
     return Path(hf_hub_download(found.id, CARD, revision=found.sha, token=api.token)).read_text(encoding="utf-8")
+
+
+def _previous(path: Path, theirs: str | None) -> str | None:
+    """The card to continue: the repository's, with what people wrote into the folder's if there is nothing in it."""
+    if theirs is None or not path.is_file():
+        return theirs
+    card = path.read_text(encoding="utf-8-sig")
+    ours = hand_written(card)
+    if ours in hand_written(theirs):
+        return theirs
+    if not hand_written(theirs):
+        return f"{theirs.rstrip()}\n\n{ours}\n"
+    path.with_name(KEPT_CARD).write_text(card, encoding="utf-8")
+    return theirs
 
 
 def _paths(found: ModelInfo) -> list[str]:

@@ -118,7 +118,7 @@ class Call(BaseHTTPRequestHandler):
         request = f"{self.command} {path}"
         failure = self.failure(unquote(request))
         if failure and failure.cut == "request":
-            self.rfile.read(int(self.headers.get("Content-Length") or 2) // 2)
+            self.begin_reading()
             return self.hang_up()
         # The body is always read: what is left of it would be taken for the next request of a kept-alive connection.
         self.body = b"".join(self.chunks())
@@ -140,6 +140,12 @@ class Call(BaseHTTPRequestHandler):
         self.send(result, cut=bool(failure and failure.cut))
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def begin_reading(self) -> None:
+        if "Content-Length" in self.headers:
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+        elif "Transfer-Encoding" in self.headers:
+            next(self.chunks())
 
     def chunks(self) -> Iterator[bytes]:
         """The body of the request, which the client sends in chunks where it does not know the size beforehand."""
