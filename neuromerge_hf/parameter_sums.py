@@ -1,5 +1,6 @@
 """Whether the parameters of a model are still what they were, without keeping a copy."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -10,25 +11,36 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def parameter_sums(model: torch.nn.Module) -> dict[str, Any]:
-    """The shape, the dtype and the sum of the bits of each parameter and buffer that is saved.
+    """The shape, the dtype, and a hash of the sums of the bits, of each parameter and buffer that is saved.
 
-    The sums are of integers that wrap around at 64 bits, taken on the tensor's own device: one pass over the memory.
-    Of tensors that accelerate keeps on the disk, which cannot be trained, and of quantized ones there is no sum; of
-    sharded ones it is that of this process's part.
+    The bits are summed as integers that wrap around at 64 bits, along the first dimension and along the others, so that
+    scaled or exchanged rows do not cancel out: two passes over the memory, on the tensor's own device. Tensors that
+    accelerate keeps on the disk, which cannot be trained, and quantized ones are not looked at; of sharded ones it
+    is this process's part.
     """
-    sums = {}
-    for name, tensor in model.state_dict().items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        is_plain = type(local) in (Tensor, torch.nn.Parameter) and not local.is_meta
-        total = _as_integers(local.detach()).sum(dtype=torch.int64) if is_plain else 0
-        sums[name] = (tuple(tensor.shape), tensor.dtype, total)
-    # Only now wait for the devices.
-    return {name: (shape, dtype, int(total)) for name, (shape, dtype, total) in sums.items()}
+    return {
+        name: (tuple(tensor.shape), tensor.dtype, _hash_of_sums(tensor)) for name, tensor in model.state_dict().items()
+    }
+
+
+def _hash_of_sums(tensor: Tensor) -> str:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if type(local) not in (Tensor, torch.nn.Parameter) or local.is_meta or local.numel() == 0:
+        return ""
+    words = _as_integers(local.detach())
+    sums = [words.sum(axis, dtype=torch.int64) for axis in (0, 1)] if local.dim() > 1 else [words]
+    digest = hashlib.sha256()
+    for each in sums:
+        digest.update(each.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers; as fewer wide ones where possible, which are summed several times faster."""
-    flat = tensor.contiguous().view(-1)
-    starts_at = flat.storage_offset() * flat.itemsize
-    wide = flat.nbytes % 8 == 0 and starts_at % 8 == 0
-    return flat.view(torch.int64 if wide else INTEGERS[flat.itemsize])
+    """The bits of a tensor as a matrix of integers; of fewer wide ones where they fill a row, which are summed faster.
+
+    Returns:
+        (first dimension, all others).
+    """
+    rows = tensor.contiguous().view(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+    wide = rows.shape[1] * rows.itemsize % 8 == 0 and rows.storage_offset() * rows.itemsize % 8 == 0
+    return rows.view(torch.int64 if wide else INTEGERS[rows.itemsize])
