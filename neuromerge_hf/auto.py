@@ -101,7 +101,7 @@ class AutoMergedModel:
         loaded = auto_class.from_pretrained(folder, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         as_merged_model(model, location, cache / "pushes", head, loaded_config)
-        return loaded  # type: ignore[no-any-return]
+        return loaded
 
 
 def _find_or_merge(

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # re-exported lazily
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.hub_errors import failures_in_a_sentence

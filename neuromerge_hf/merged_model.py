@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo
 from transformers import PretrainedConfig, PreTrainedModel
 
-from neuromerge_hf.checkpoint import HEADS, companion_files, tokenizer_files
+from neuromerge_hf.checkpoint import COMPANIONS, HEADS, companion_files, tokenizer_files
 from neuromerge_hf.hub import push
 from neuromerge_hf.location import Location
 from neuromerge_hf.merged_files import BESIDE_CARD, copy_file, copy_merge, remove_older_weights
@@ -96,7 +96,7 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
             push(folder, push_arguments.pop("repo_id", folder.absolute().name), token=token, **push_arguments)
         return None
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         repo_id: str,
         *,
@@ -170,7 +170,7 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
     def _add_companions(self, folder: Path, changed: bool) -> None:
         """Put beside the weights in `folder` what else belongs to the merge."""
         source = self._origin.location.folder
-        companions = companion_files(source)
+        companions = companion_files(source, (*COMPANIONS, *BESIDE_CARD))
         if tokenizer_files(folder):  # the user's, who may have added tokens
             companions = [path for path in companions if path not in tokenizer_files(source)]
         for path in companions:
@@ -211,13 +211,13 @@ def as_merged_model(
 
 
 @functools.cache
-def _merged_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _merged_class(cls: type) -> type[PreTrainedModel]:
     """A subclass with the name and the module of the architecture's own, by which transformers knows it."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (MergedModelMixin, cls), names)
 
 
-def _make_again(make: Any, cls: type[PreTrainedModel], *arguments: Any) -> Any:
+def _make_again(make: Any, cls: type, *arguments: Any) -> Any:
     return make(_merged_class(cls), *arguments)
 
 

@@ -30,18 +30,17 @@ def _hash_of_sums(tensor: Tensor) -> str:
     words = _as_integers(local.detach())
     digest = hashlib.sha256()
     if local.dim() < 2:
-        digest.update(words.cpu().numpy())
+        digest.update(bytes(words.cpu().numpy()))
     else:
         digest.update(_sum(words, 0))
         digest.update(_sum(words, 1))
     return digest.hexdigest()
 
 
-def _sum(words: Tensor, axis: int) -> Any:
-    """The sums as an array of numpy, which takes them four times faster on a CPU."""
-    if words.device.type == "cpu":
-        return words.numpy().sum(axis, dtype="int64")
-    return words.sum(axis, dtype=torch.int64).cpu().numpy()
+def _sum(words: Tensor, axis: int) -> bytes:
+    if words.device.type == "cpu":  # where numpy is four times faster
+        return bytes(words.numpy().sum(axis, dtype="int64"))
+    return bytes(words.sum(axis, dtype=torch.int64).cpu().numpy())
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
