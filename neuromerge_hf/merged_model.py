@@ -205,7 +205,8 @@ def as_merged_model(
         and getattr(model, "hf_quantizer", None) is None
     )
     origin = Origin(replace(location, token=None), cache, head, is_whole, parameter_sums(model), _settings(model))
-    model.__class__ = _merged_class(type(model))
+    plain: type = type(model)
+    model.__class__ = _merged_class(plain)
     model._origin = origin  # type: ignore[assignment]
     return model
 
