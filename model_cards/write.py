@@ -60,6 +60,12 @@ def write_card(
     return path
 
 
+def hand_written(card: str) -> str:
+    """What people wrote into a card before and after its marked part."""
+    before, _, after = _by_hand(_parts(card)[1])
+    return f"{before}{after}".strip()
+
+
 def _by_hand(text: str) -> tuple[str, list[str], str]:
     """What stands before and after the marked part of a card, and which metadata came with that part."""
     begin = BEGIN_PATTERN.search(text)

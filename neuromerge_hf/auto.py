@@ -16,6 +16,7 @@ from neuromerge_hf.checkpoint import CHECKPOINT_FILES, HEAD_WEIGHTS, HEADS, find
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.location import Location, locate
+from neuromerge_hf.merged_model import as_merged_model
 from neuromerge_hf.merging import directory_in_the_making, merge
 from neuromerge_hf.models import ModelId, find_models
 from neuromerge_hf.planner import plan_found
@@ -65,7 +66,8 @@ class AutoMergedModel:
                 ``quantization_config``, ``token``, ``trust_remote_code``, ...
 
         Returns:
-            A plain transformers model in evaluation mode, placed by accelerate.
+            A plain transformers model in evaluation mode, placed by accelerate. Its `save_pretrained` and
+            `push_to_hub` add tokenizer, recipe, report, heads and model card, see `merged_model.MergedModelMixin`.
 
         Raises:
             MergeError: if the models cannot be merged, or `head` names no expert with a head.
@@ -81,7 +83,6 @@ class AutoMergedModel:
             if head and location.commit:
                 heads = [f"{HEADS}/*/config.json", f"{HEADS}/{head}/*"]
                 location.download(heads, ignore=None)
-            folder = location.folder
         elif revision is not None:
             raise MergeError(f"Each model has its own revision: write it as id@{revision}, and leave revision= out.")
         else:
@@ -91,14 +92,16 @@ class AutoMergedModel:
                 "chat_template": chat_template,
                 "merge_heads": merge_heads,
             }
-            folder = _find_or_merge(models, base_model, settings, cache, device, token, trust_remote_code)
-        if head is not None:
-            folder = _with_head(folder, head, cache)
+            merged = _find_or_merge(models, base_model, settings, cache, device, token, trust_remote_code)
+            location = Location(str(merged), merged)
+        folder = location.folder if head is None else _with_head(location.folder, head, cache)
         loaded_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if auto_class is None:
             auto_class = model_class_of(loaded_config, folder, trust_remote_code)
-        model: PreTrainedModel = auto_class.from_pretrained(folder, **kwargs)
-        return model
+        loaded = auto_class.from_pretrained(folder, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        as_merged_model(model, location, cache / "pushes", head, loaded_config)
+        return loaded
 
 
 def _find_or_merge(

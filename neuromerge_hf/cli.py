@@ -1,4 +1,4 @@
-"""The command line: ``neuromerge merge``, ``plan`` and ``card``."""
+"""The command line: ``neuromerge merge``, ``plan``, ``card`` and ``push``."""
 
 import gc
 from collections.abc import Iterator
@@ -191,6 +191,40 @@ def card_command(
         if results:
             load_report(folder).add_results(load_results(results))
         typer.echo(f"The card is in {write_card(folder, repo_id, template=template)}")
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="The output directory of a merge.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="The repository on the Hub, owner/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch, which is made if it is not there.", show_default="main")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="The first line of the commit's message.")] = None,
+    commit_description: Annotated[str | None, typer.Option(help="The rest of it.")] = None,
+    template: Annotated[Path | None, typer.Option(help="A Jinja template that replaces sections of the card.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="One more tag for the card. Repeatable.")] = None,
+    token: Token = None,
+) -> None:
+    """Upload a merged model with its card, as one commit. Files that are there already are not sent again."""
+    from neuromerge_hf.hub import push
+
+    with _errors_in_a_sentence():
+        commit = push(
+            folder,
+            repo_id,
+            private=private or None,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            template=template,
+            tags=tag or (),
+        )
+        typer.echo(commit.pr_url or commit.commit_url)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def test_the_architectures_own_class_is_returned(llamas, cache):
     model = AutoMergedModel.from_pretrained(
         [llamas / "math", llamas / "code"], base_model=llamas / "base", cache_dir=cache
     )
-    assert type(model) is transformers.LlamaForCausalLM
+    assert isinstance(model, transformers.LlamaForCausalLM)
     assert not model.training
     assert not close(logits(model), logits(load(llamas / "base")))
 
@@ -139,7 +139,7 @@ def test_auto_class_is_an_auto_class_or_a_model_class(berts, cache, auto_class):
     experts = [berts / "topics", berts / "moods"]
     arguments = {"base_model": berts / "base", "cache_dir": cache, "auto_class": auto_class}
     model = AutoMergedModel.from_pretrained(experts, head="moods", **arguments)
-    assert type(model) is BertForSequenceClassification
+    assert isinstance(model, BertForSequenceClassification)
     assert model.config.num_labels == 5
     with_a_new_head = AutoMergedModel.from_pretrained(experts, num_labels=2, **arguments)
     assert logits(with_a_new_head).shape == (2, 2)
@@ -191,7 +191,7 @@ def test_a_full_fine_tunes_head_stands_on_the_merged_backbone(berts, cache, head
     experts = [berts / "topics", berts / "moods", berts / "tags"]
     merged = AutoMergedModel.from_pretrained(experts, base_model=berts / "base", head=head, cache_dir=cache)
     expert = load(berts / head)
-    assert type(merged) is type(expert)
+    assert isinstance(merged, type(expert))
     assert logits(merged).shape[-1] == width
     assert torch.equal(merged.classifier.weight, expert.classifier.weight)
     assert not torch.equal(merged.bert.embeddings.word_embeddings.weight, expert.bert.embeddings.word_embeddings.weight)
@@ -257,7 +257,7 @@ def test_a_merged_folder_is_loaded(berts, cache, tmp_path):
     merge([berts / "topics"], tmp_path / "merged", base_model=berts / "base", config=UNCHANGED)
     before = contents(tmp_path / "merged")
     model = AutoMergedModel.from_pretrained(tmp_path / "merged", cache_dir=cache)
-    assert type(model) is transformers.BertModel
+    assert isinstance(model, transformers.BertModel)
     model = AutoMergedModel.from_pretrained(str(tmp_path / "merged"), head="topics", cache_dir=cache)
     assert close(logits(model), logits(load(berts / "topics")))
     assert contents(tmp_path / "merged") == before

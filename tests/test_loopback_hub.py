@@ -99,6 +99,7 @@ def test_push_to_hub_and_from_pretrained_round_trip(hub):
     assert "model.safetensors.index.json" not in hub.files("org/pushed")
     AutoModel.from_pretrained("org/pushed", revision="next")
 
+    model.pooler.dense.bias.data += 1  # of files that are the same, the client makes no pull request
     pull_request = model.push_to_hub("org/pushed", create_pr=True)
     assert pull_request.pr_num == 1
     AutoModel.from_pretrained("org/pushed", revision="refs/pr/1")
@@ -124,6 +125,81 @@ def test_upload_folder_and_create_commit_change_only_what_they_name(hub, folder)
     assert "sub/notes.txt" not in hub.files("org/upload")
     with pytest.raises(HfHubHTTPError, match="412"):
         edit()  # its parent is no longer the newest commit
+
+
+def test_large_files_go_by_lfs_and_only_once(hub, folder):
+    api.create_repo("org/lfs")
+    (folder / "large.png").write_bytes(b"p" * 20_000)
+    (folder / "small.png").write_bytes(b"p" * 200)
+    api.upload_folder(repo_id="org/lfs", folder_path=folder)
+    large = sum((folder / name).stat().st_size for name in ("model.safetensors", "large.png"))
+    assert hub.bytes_uploaded["org/lfs"] == large
+    assert hub.bytes_uploaded["org/lfs/small.png"] == 200
+    assert sum(request.startswith("PUT /lfs/org/lfs/") for request in hub.requests) == 2
+    assert "POST /lfs/org/lfs/verify" in hub.requests
+    assert {s.rfilename for s in api.model_info("org/lfs", files_metadata=True).siblings if s.lfs} == {
+        "model.safetensors",
+        "large.png",
+    }
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    hub.forget_traffic()
+    api.upload_folder(repo_id="org/lfs", folder_path=folder)
+    assert not hub.bytes_uploaded["org/lfs"], "the content is stored, under another name"
+    stored = hub.files("org/lfs")
+    assert stored["model-00001-of-00001.safetensors"] == stored["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        ("license: mit\nbase_model: [org/a, org/b]\ntags: [merge]\nbase_model_relation: merge", None),
+        ("license: mine", '"license" must be one of'),
+        ("base_model: [org/a, 7]", '"base_model" must be a string'),
+        ("base_model: /home/me/model", '"base_model" with value "/home/me/model" is not valid'),
+        ("base_model_relation: fused", '"base_model_relation" must be one of'),
+        ("tags: [merge", "bad YAML"),
+    ],
+)
+def test_metadata_of_cards_are_checked_before_they_are_committed(hub, metadata, error):
+    api.create_repo("org/cards", exist_ok=True)
+    card = f"---\n{metadata}\n---\n# A card\n".encode()
+    if error is None:
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="org/cards")
+        return
+    with pytest.raises(ValueError, match=rf"Invalid metadata in README\.md\.(.|\n)*{error}"):
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="org/cards")
+
+
+def test_it_fails_on_demand_as_often_as_asked(hub, folder):
+    hub.add_folder("org/failing", folder)
+    hub.fail("GET /api/models/org/failing", 403, "Not today.", times=2)
+    for _ in range(2):
+        with pytest.raises(HfHubHTTPError, match=r"403 Forbidden: Not today\."):
+            api.model_info("org/failing")
+    assert api.model_info("org/failing").id == "org/failing"
+
+
+def test_a_download_that_is_cut_in_the_middle_is_taken_up_again(hub, folder):
+    hub.add_folder("org/cut", folder)
+    hub.fail("GET /org/cut/resolve/.*/model.safetensors", cut="answer", times=1)
+    path = hf_hub_download("org/cut", "model.safetensors")
+    assert Path(path).read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert sum("GET /org/cut/resolve" in request for request in hub.requests) == 2
+
+
+def test_a_request_that_is_cut_has_no_effect_and_a_cut_answer_has(hub):
+    for cut, made in {"request": False, "answer": True}.items():
+        hub.fail("POST /api/repos/create", cut=cut, times=1)
+        with pytest.raises(Exception, match=r"disconnected|closed|reset"):
+            api.create_repo(f"org/cut-{cut}")
+        assert (f"org/cut-{cut}" in hub.repos) == made
+
+
+def test_a_private_repository_is_hidden_from_strangers(hub):
+    api.create_repo("org/private", private=True)
+    assert api.model_info("org/private").private
+    with pytest.raises(RepositoryNotFoundError):
+        api.model_info("org/private", token=False)
 
 
 def test_counters_tell_what_a_download_cost(hub, folder):

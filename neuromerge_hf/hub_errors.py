@@ -1,0 +1,120 @@
+"""What went wrong between here and the Hub, in a sentence, and how to go on."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from neuromerge_hf.errors import MergeError
+
+QUOTA = re.compile(r"storage|quota|billing|upgrade your plan|too large", re.IGNORECASE)
+"""What the Hub's own words name when the account is full, for which it has no status of its own."""
+
+
+@contextmanager
+def failures_in_a_sentence(
+    repo_id: str,
+    folder: Path,
+    command: str,
+    token: str | bool | None,
+    is_unchanged: Callable[[], bool] | None = None,
+) -> Iterator[None]:
+    """Turn what the Hub's client raises in the block into a `MergeError`.
+
+    Args:
+        repo_id: the repository.
+        folder: where the model is on this machine.
+        command: what goes on with the push.
+        token: kept out of the message.
+        is_unchanged: asks the Hub, if the answer to a commit got lost, whether the repository is as it was.
+    """
+    try:
+        yield
+    except MergeError:
+        raise
+    except Exception as error:  # the client's own exceptions, which depend on its version
+        outcome = "Nothing was published."
+        if is_unchanged and _may_be_committed(error) and not _holds(is_unchanged):
+            outcome = (
+                "Whether the commit was taken is not known: look at the repository. "
+                "What it has already is not sent a second time."
+            )
+        message = (
+            f"The push to {repo_id} failed: {_reason(error, repo_id)} {outcome} The model is complete in {folder}. "
+            f"This goes on with it:\n  {command}"
+        )
+        if isinstance(token, str) and token:
+            message = message.replace(token, "...")
+        raise MergeError(message) from error
+
+
+def _reason(error: Exception, repo_id: str) -> str:
+    answer = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+    if answer is None:
+        if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+            return "HF_HUB_OFFLINE is set, so that the Hub is not asked. Unset it."
+        if isinstance(error, OSError | RuntimeError) or _request(error):
+            return f"the connection to the Hub broke off ({_words(_causes(error)[-1])})."
+        return f"{_words(error)}."
+    status, words = answer.response.status_code, _words(answer.server_message or "")
+    said = f" ({words})" if words else ""
+    if status == 413 or (status in (402, 403, 507) and QUOTA.search(words)):
+        return f"your storage on the Hub is full{said}. Free some or enlarge your plan."
+    if status == 401:
+        return (
+            f"the Hub does not accept your token, or there is none{said}. Log in with `hf auth login`, or pass token=."
+        )
+    if status == 403:
+        return (
+            f"your token may not write to {repo_id}{said}. Take one with the permission to write, push to a repository "
+            "of your own, or open a pull request (--create-pr)."
+        )
+    if status == 404:
+        return f"{repo_id} is not there any more, has no such revision, or is not shown to you{said}."
+    if status in (409, 412):
+        return f"somebody else changed {repo_id} meanwhile{said}."
+    if status == 429:
+        wait = answer.response.headers.get("Retry-After")
+        return f"the Hub takes no more requests from you for now{said}. Wait {f'{wait} s' if wait else 'a while'}."
+    if status >= 500:
+        return f"the Hub has a problem of its own: it answers {status}{said}. Wait a while."
+    return f"the Hub answers {status}{said}."
+
+
+def _may_be_committed(error: Exception) -> bool:
+    """Whether the request that failed was the commit, and nothing is known of its effect."""
+    answer = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+    return "/commit/" in _request(error) and (answer is None or answer.response.status_code >= 500)
+
+
+def _holds(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except Exception:  # no answer
+        return False
+
+
+def _request(error: Exception) -> str:
+    """The address of the request that failed, if it was one."""
+    for cause in _causes(error):
+        try:
+            return str(cause.request.url)  # type: ignore[attr-defined]
+        except (AttributeError, RuntimeError):  # not of a request, or of one that was never made
+            continue
+    return ""
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what led to it."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes
+
+
+def _words(message: object) -> str:
+    """The first line of a message, without what ends it."""
+    lines = str(message).strip().splitlines()
+    return lines[0].rstrip(". ")[:300] if lines else type(message).__name__ if isinstance(message, Exception) else ""
