@@ -29,6 +29,8 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.hub_errors import failures_in_a_sentence
 from neuromerge_hf.merged_files import CARD, files_to_push, is_stale
 from neuromerge_hf.model_cards import hand_written, write_card
+from neuromerge_hf.recipe import RECIPE_NAME, published_recipe
+from neuromerge_hf.report import load_report
 
 KEPT_CARD = "README.before-push.md"
 
@@ -47,6 +49,8 @@ def push(
     tags: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload a merged model, with its model card, as one commit: nobody ever sees half of it.
+
+    The recipe is published with the names of local folders instead of their places on this machine.
 
     The card is written to the folder, too. What people wrote into the repository's card stays, or into the folder's
     where there is nothing in the repository's. If there is in both, the repository's stays, since that is where most
@@ -113,7 +117,8 @@ def push(
         if not branch_exists:
             assert revision is not None
             api.create_branch(repo_id, branch=revision, revision=found.sha, exist_ok=True)
-    files = files_to_push(folder)
+    files: dict[str, Path | bytes] = {**files_to_push(folder)}
+    files[RECIPE_NAME] = published_recipe(folder, load_report(folder).model_names).encode()
     stale = [path for path in _paths(found) if path not in files and is_stale(path)]
     with failing(is_unchanged=lambda: api.model_info(repo_id, revision=revision).sha == found.sha):
         return api.create_commit(

@@ -241,7 +241,8 @@ def test_an_unmodified_model_is_pushed_from_the_files_of_the_merge(hub, model, c
     assert commit.commit_message == "Mine"
     assert commit.oid == hub.repos["object/merged"].resolve("main")
     pushed = hub.files("object/merged")
-    assert contents(merged_folder(model)).items() <= pushed.items()
+    ours = contents(merged_folder(model))
+    assert [name for name in ours if pushed[name] != ours[name]] == ["recipe.yaml"]
     assert {"merge", "tiny"} <= set(HfApi().model_info("object/merged").card_data.tags)
     assert not left_behind(cache)
     assert torch.equal(logits(plain.from_pretrained("object/merged")), logits(model))
