@@ -79,10 +79,7 @@ def push(
     """
     folder = Path(folder).expanduser().absolute()
     files_to_push(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise MergeError(f"{repo_id!r} is no id of a repository on the Hub, such as 'owner/name': {error}") from error
+    check_repo_id(repo_id)
     options = {
         "--revision": revision,
         "--commit-message": commit_message,
@@ -104,7 +101,7 @@ def push(
     if found and private and not found.private:
         raise MergeError(
             f"{repo_id} is public, and stays so. Make it private in its settings on the Hub first, push to another "
-            "repository, or leave private out (--private)."
+            f"repository, or leave private out (--private). Nothing was published. The model is complete in {folder}."
         )
     card = write_card(folder, repo_id, template=template, previous=_previous(folder / CARD, theirs))
     if tags:
@@ -133,6 +130,14 @@ def push(
             create_pr=create_pr,
             parent_commit=found.sha,
         )
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `MergeError` if this cannot be the id of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise MergeError(f"{repo_id!r} is no id of a repository on the Hub, such as 'owner/name': {error}") from error
 
 
 def _find(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> tuple[ModelInfo | None, bool]:

@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo
 from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.checkpoint import COMPANIONS, HEADS, companion_files, tokenizer_files
-from neuromerge_hf.hub import push
+from neuromerge_hf.hub import check_repo_id, push
 from neuromerge_hf.location import Location
 from neuromerge_hf.merged_files import BESIDE_CARD, copy_file, copy_merge, remove_older_weights
 from neuromerge_hf.model_cards import write_card
@@ -140,11 +140,16 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
         location = self._origin.location
         if location.commit is None and max_shard_size is None and self._is_in_files() and not self._is_changed():
             return push(location.folder, repo_id, template=template, **arguments)
-        self._origin.cache.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-", dir=self._origin.cache))
+        check_repo_id(repo_id)
         if location.commit and not self._origin.head:  # loading needed neither heads nor pictures
             replace(location, token=token).download([f"{HEADS}/*", *BESIDE_CARD], ignore=None)
-        self.save_pretrained(folder, max_shard_size=max_shard_size)
+        self._origin.cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-", dir=self._origin.cache))
+        try:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+        except BaseException:  # what is there is half a model
+            shutil.rmtree(folder)
+            raise
         commit = push(folder, repo_id, template=template, **arguments)
         shutil.rmtree(folder)
         return commit

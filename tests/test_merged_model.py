@@ -282,6 +282,17 @@ def test_a_changed_model_whose_push_fails_stays_on_disk(hub, model, cache):
     shutil.rmtree(folder)
 
 
+def test_a_changed_model_that_cannot_be_saved_leaves_nothing_behind(hub, model, cache, monkeypatch):
+    disturb(model)
+    with pytest.raises(MergeError, match="is no id of a repository"):
+        model.push_to_hub("not an id")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", lambda *_: shutil.copy("none", "where"))
+    with pytest.raises(OSError, match="none"):
+        model.push_to_hub("object/unsaved")
+    assert not left_behind(cache)
+    assert "object/unsaved" not in hub.repos
+
+
 def test_saving_with_push_to_hub_pushes_the_folder_with_our_card(hub, model, tmp_path):
     model.save_pretrained(tmp_path / "object", push_to_hub=True, repo_id="object/saved", commit_message="Mine")
     assert "neuromerg" in hub.files("object/saved")["README.md"].decode().lower()
