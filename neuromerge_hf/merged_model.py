@@ -4,7 +4,8 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from neuromerge_hf.checkpoint import COMPANIONS, HEADS, companion_files, tokenizer_files
 from neuromerge_hf.hub import check_repo_id, push
 from neuromerge_hf.location import Location
-from neuromerge_hf.merged_files import BESIDE_CARD, copy_file, copy_merge, remove_older_weights
+from neuromerge_hf.merged_files import BESIDE_CARD, CARD, copy_file, copy_merge, remove_older_weights
 from neuromerge_hf.model_cards import write_card
 from neuromerge_hf.parameter_sums import parameter_sums
 from neuromerge_hf.recipe import RECIPE_NAME
@@ -139,7 +140,8 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
             return commit
         location = self._origin.location
         if location.commit is None and max_shard_size is None and self._is_in_files() and not self._is_changed():
-            return push(location.folder, repo_id, template=template, **arguments)
+            with self._without_card_of_another_push():
+                return push(location.folder, repo_id, template=template, **arguments)
         check_repo_id(repo_id)
         if location.commit and not self._origin.head:  # loading needed neither heads nor pictures
             replace(location, token=token).download([f"{HEADS}/*", *BESIDE_CARD], ignore=None)
@@ -171,6 +173,20 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
     def _is_in_files(self) -> bool:
         """Whether the merge's files are this model, unless its parameters were changed."""
         return self._origin.is_whole and _settings(self) == self._origin.settings
+
+    @contextmanager
+    def _without_card_of_another_push(self) -> Iterator[None]:
+        """Leave a card in the cache as it is: what people wrote into one repository's is not for another."""
+        folder = self._origin.location.folder
+        card = folder / CARD
+        if folder.parent != self._origin.cache.parent or not card.is_file():  # in a folder of the user's
+            yield
+            return
+        before = card.read_bytes()
+        try:
+            yield
+        finally:
+            card.write_bytes(before)
 
     def _add_companions(self, folder: Path, changed: bool) -> None:
         """Put beside the weights in `folder` what else belongs to the merge."""

@@ -248,6 +248,16 @@ def test_an_unmodified_model_is_pushed_from_the_files_of_the_merge(hub, model, c
     assert torch.equal(logits(plain.from_pretrained("object/merged")), logits(model))
 
 
+def test_what_was_written_into_one_repositorys_card_does_not_get_into_another(hub, model):
+    model.push_to_hub("object/one")
+    card = hub.files("object/one")["README.md"] + b"\nOnly here.\n"
+    HfApi().upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="object/one")
+    model.push_to_hub("object/one")
+    model.push_to_hub("object/other")
+    assert b"Only here." in hub.files("object/one")["README.md"]
+    assert b"Only here." not in hub.files("object/other")["README.md"]
+
+
 def test_the_usual_arguments_work(hub, model):
     model.push_to_hub("object/usual", private=True, revision="next", max_shard_size="20KB", token="hf_mine")
     assert hub.repos["object/usual"].private
