@@ -1,5 +1,6 @@
 """A merged model's card: what its folder says, brought together and rendered."""
 
+import functools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,15 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import (
-    ChoiceLoader,
-    DictLoader,
-    Environment,
-    PackageLoader,
-    StrictUndefined,
-    TemplateError,
-    TemplateSyntaxError,
-)
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.licences import remarks
 from neuromerge_hf.model_cards.limits import limits
@@ -163,25 +156,12 @@ class MergeCard:
         Raises:
             MergeError: if the template cannot be read or rendered.
         """
-        loader = PackageLoader("neuromerge_hf.model_cards", ".")
+        environment = _environment()
         try:
-            own = {} if template is None else {"template": Path(template).read_text(encoding="utf-8")}
-            environment = Environment(
-                loader=ChoiceLoader([DictLoader(own), loader]),
-                undefined=StrictUndefined,
-                trim_blocks=True,
-                lstrip_blocks=True,
-                keep_trailing_newline=True,
-                autoescape=False,  # Markdown: what strangers wrote goes through the filters
-            )
-            environment.filters |= {
-                "text": markdown.escaped,
-                "code": markdown.code,
-                "block": markdown.block,
-                "size": readable_size,
-                "sentence_list": markdown.sentence_list,
-            }
-            chosen = environment.get_template("template" if own else TEMPLATE)
+            if template is None:
+                chosen = environment.get_template(TEMPLATE)
+            else:
+                chosen = environment.from_string(Path(template).read_text(encoding="utf-8"))
             return chosen.render(
                 card=self, report=self.report, recipe=self.recipe, tables=tables, picture=PICTURE, version=__version__
             )
@@ -190,6 +170,26 @@ class MergeCard:
                 raise
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise MergeError(f"The template {os.fspath(template)}{line} cannot be used: {error}") from error
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("neuromerge_hf.model_cards", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown: what strangers wrote goes through the filters
+    )
+    environment.filters |= {
+        "text": markdown.escaped,
+        "code": markdown.code,
+        "block": markdown.block,
+        "size": readable_size,
+        "sentence_list": markdown.sentence_list,
+    }
+    return environment
 
 
 def _link(model: Ingredient, name: str) -> str:

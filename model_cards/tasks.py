@@ -1,5 +1,6 @@
 """What a model class is for, and the Auto class that loads it."""
 
+import functools
 from dataclasses import dataclass
 
 import transformers
@@ -39,13 +40,20 @@ class Task:
 
 def task_of(model_class: str | None) -> Task | None:
     """The task of a model class of transformers; None for a class of which its Auto classes do not know."""
+    if model_class is None:
+        return None
     for auto_class, pipeline_tag in TASKS.items():
         if model_class in _class_names(auto_class):
             return Task(auto_class, pipeline_tag)
-    others = sorted(name for name in dir(transformers) if name.startswith("AutoModelFor") and name not in TASKS)
-    return next((Task(name, None) for name in others if model_class in _class_names(name)), None)
+    return next((Task(name, None) for name in _other_auto_classes() if model_class in _class_names(name)), None)
 
 
+@functools.cache
+def _other_auto_classes() -> list[str]:
+    return sorted(name for name in dir(transformers) if name.startswith("AutoModelFor") and name not in TASKS)
+
+
+@functools.cache
 def _class_names(auto_class: str) -> set[str]:
     mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
     found: set[str] = set()
