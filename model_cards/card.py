@@ -11,16 +11,16 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+
+from neuromerge_hf import __version__
+from neuromerge_hf.checkpoint import companion_files, tokenizer_files
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.licences import remarks
 from neuromerge_hf.model_cards.limits import limits
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
 from neuromerge_hf.model_cards.tasks import Task, task_of
-
-from neuromerge_hf import __version__
-from neuromerge_hf.checkpoint import companion_files, tokenizer_files
-from neuromerge_hf.errors import MergeError
 from neuromerge_hf.plan import readable_size
 from neuromerge_hf.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
 from neuromerge_hf.report import ExpertReport, MergeReport, load_report

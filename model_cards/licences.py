@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 from neuromerge_hf.model_cards.markdown import escaped, sentence_list
-
 from neuromerge_hf.parents import Parent
 
 MEANINGS = {

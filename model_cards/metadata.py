@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from neuromerge_hf.model_cards.markdown import plain
 
+from neuromerge_hf.model_cards.markdown import plain
 from neuromerge_hf.parents import common_license, union
 from neuromerge_hf.results import MERGED
 

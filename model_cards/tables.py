@@ -3,9 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from neuromerge_hf.model_cards.markdown import code, escaped, table
-
 from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.model_cards.markdown import code, escaped, table
 from neuromerge_hf.recipe import Recipe
 from neuromerge_hf.results import BASE, MERGED, Result
 

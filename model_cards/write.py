@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard
+
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.metadata import combined, metadata
 from neuromerge_hf.model_cards.picture import NAME as PICTURE

@@ -8,9 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from neuromerge_hf.model_cards.picture import NAME
-
 from neuromerge_hf import NeuroMergingConfig
+from neuromerge_hf.model_cards.picture import NAME
 from neuromerge_hf.results import load_results
 
 ROOT = Path(__file__).parent.parent

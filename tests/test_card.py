@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from markdown_it import MarkdownIt
-from neuromerge_hf.model_cards import MergeCard, write_card
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge
 from neuromerge_hf.cli import app
 from neuromerge_hf.location import locate
+from neuromerge_hf.model_cards import MergeCard, write_card
 from neuromerge_hf.parents import Parent, is_gated
 from neuromerge_hf.recipe import file_hash
 from neuromerge_hf.report import load_report

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from neuromerge_hf.model_cards.picture import draw
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from families import Relatives
 from neuromerge_hf import MergeReport, NeuroMergingConfig, engine, low_rank, merge
 from neuromerge_hf.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
 from neuromerge_hf.layers import find_layers
+from neuromerge_hf.model_cards.picture import draw
 from neuromerge_hf.report import load_report
 from reference import Neurons
 from tiny_models import save_adapter, save_fine_tune, save_llama
