@@ -3,6 +3,7 @@
 * `AutoMergedModel.from_pretrained([...])` merges and loads.
 * `merge([...], output_dir)` merges into a directory; `merge_recipe` makes a directory again from its recipe.
 * `plan_merge([...])` checks everything and says what a merge needs, without downloading a weight.
+* `NeuroMergeCallback` merges where a transformers Trainer ends; that of Lightning is in `neuromerge_hf.callbacks.lightning`.
 * `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
 """
 
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuromerge_hf.auto import AutoMergedModel
+    from neuromerge_hf.callbacks.transformers import NeuroMergeCallback
     from neuromerge_hf.config import NeuroMergingConfig
     from neuromerge_hf.errors import MergeError
     from neuromerge_hf.merging import merge, merge_recipe
@@ -25,6 +27,7 @@ __all__ = [
     "MergeError",
     "MergePlan",
     "MergeReport",
+    "NeuroMergeCallback",
     "NeuroMergingConfig",
     "merge",
     "merge_recipe",
@@ -37,6 +40,7 @@ _MODULES = {
     "MergeError": "errors",
     "MergePlan": "plan",
     "MergeReport": "report",
+    "NeuroMergeCallback": "callbacks.transformers",
     "NeuroMergingConfig": "config",
     "merge": "merging",
     "merge_recipe": "merging",

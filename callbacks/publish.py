@@ -1,0 +1,73 @@
+"""The card of a merged model, with what was measured, and its way to the Hub."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from neuromerge_hf.errors import MergeError
+
+try:
+    from neuromerge_hf.report import Result, load_report
+except ImportError:
+    from types import SimpleNamespace as Result
+
+TASK = "evaluation set of the training"
+"""What was measured, in the words of the card."""
+
+NOT_QUALITY = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
+"""How metrics end that say nothing about the model."""
+
+
+def check_access(repo_id: str, token: str | bool | None) -> None:
+    """Raise a `MergeError` if nothing can be pushed there, as far as that is known beforehand."""
+    try:
+        validate_repo_id(repo_id)
+        HfApi(token=token).whoami()
+    except HFValidationError as error:
+        raise MergeError(f"hub_model_id={repo_id!r} is no id of a repository on the Hub: {error}") from error
+    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+        raise MergeError(
+            f"The merged model cannot be pushed to {repo_id}: {str(error).splitlines()[0]} Log in with `hf auth login`, "
+            "or pass push_to_hub=False and push it later with `neuromerge push`."
+        ) from error
+
+
+def publish(
+    folder: Path, metrics: Mapping[str, Mapping[str, float]], repo_id: str | None, push_options: dict[str, Any]
+) -> None:
+    """Put metrics, by the name of the model, into the report and the card of a merge, and push it.
+
+    Raises:
+        MergeError: if it could not be pushed.
+    """
+    results = [
+        Result(
+            model=model,
+            task=TASK,
+            metric=name,
+            value=value,
+            greater_is_better="loss" not in name and "perplexity" not in name,
+        )
+        for model, measured in metrics.items()
+        for name, value in quality(measured).items()
+    ]
+    if results and "load_report" in globals():
+        load_report(folder).add_results(results)
+    if repo_id:
+        from neuromerge_hf.hub import push
+
+        push(folder, repo_id, **push_options)
+
+
+def quality(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that say something about the model, without the "eval_" that transformers puts before them."""
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value) and not name.endswith(NOT_QUALITY)
+    }
