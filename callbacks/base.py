@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from neuromerge_hf.models import ModelId
 from neuromerge_hf.plan import MergePlan
 from neuromerge_hf.skeleton import Skeleton
 from neuromerge_hf.writer import FORMAT_NAMES
+
+SAVED_BY_RUN = re.compile(r"checkpoint-\d+|trained")
+"""The folders of models that a training saves."""
 
 COMPARED = 1 << 20
 """How many entries of one weight are compared with the base's."""
@@ -34,7 +38,7 @@ def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) 
 
     Args:
         given: the user's; if None, what transformers and PEFT noted when they loaded the model.
-        run_folder: where the training writes its checkpoints, none of which is a base.
+        run_folder: where the training saves models, none of which is its base.
 
     Raises:
         MergeError: if it is not known.

@@ -11,16 +11,17 @@ from huggingface_hub.utils import validate_repo_id
 
 from neuromerge_hf.errors import MergeError
 
-try:
-    from neuromerge_hf.report import Result, load_report
-except ImportError:
-    from types import SimpleNamespace as Result
+from neuromerge_hf.report import load_report
+from neuromerge_hf.results import Result
 
 TASK = "evaluation set of the training"
 """What was measured, in the words of the card."""
 
 NOT_QUALITY = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 """How metrics end that say nothing about the model."""
+
+
+LESS_IS_BETTER = ("loss", "perplexity")
 
 
 def check_access(repo_id: str, token: str | bool | None) -> None:
@@ -32,8 +33,8 @@ def check_access(repo_id: str, token: str | bool | None) -> None:
         raise MergeError(f"hub_model_id={repo_id!r} is no id of a repository on the Hub: {error}") from error
     except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
         raise MergeError(
-            f"The merged model cannot be pushed to {repo_id}: {str(error).splitlines()[0]} Log in with `hf auth login`, "
-            "or pass push_to_hub=False and push it later with `neuromerge push`."
+            f"The merged model cannot be pushed to {repo_id}: {str(error).splitlines()[0]} Log in with "
+            "`hf auth login`, or pass push_to_hub=False and push it later with `neuromerge push`."
         ) from error
 
 
@@ -56,7 +57,7 @@ def publish(
         for model, measured in metrics.items()
         for name, value in quality(measured).items()
     ]
-    if results and "load_report" in globals():
+    if results:
         load_report(folder).add_results(results)
     if repo_id:
         from neuromerge_hf.hub import push

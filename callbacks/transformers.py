@@ -18,11 +18,8 @@ from neuromerge_hf.errors import MergeError
 
 class NeuroMergeCallback(MergingCallback, TrainerCallback):
     __doc__ = MergingCallback.__doc__
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self._steps: list[int] = []
-        self._has_ended = False
+    _steps: Sequence[int] = ()
+    _has_ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = _calling_trainer()
@@ -31,11 +28,11 @@ class NeuroMergeCallback(MergingCallback, TrainerCallback):
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         self._has_ended = False
         training = _TrainerTraining(trainer, self._steps)
-        self._steps[:] = training.steps_on_disk() if state.global_step else []  # of a run that goes on, or of another
+        self._steps = training.steps_on_disk() if state.global_step else []  # else they are of an earlier run
         self._run.plan(training)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._steps.append(state.global_step)
+        self._steps = [*self._steps, state.global_step]
         if self._run.when == "save":
             training = _TrainerTraining(_calling_trainer(), self._steps)
             saved = training.save() if training.sharded else training.checkpoint(state.global_step)

@@ -3,7 +3,7 @@
 * `AutoMergedModel.from_pretrained([...])` merges and loads.
 * `merge([...], output_dir)` merges into a directory; `merge_recipe` makes a directory again from its recipe.
 * `plan_merge([...])` checks everything and says what a merge needs, without downloading a weight.
-* `NeuroMergeCallback` merges where a transformers Trainer ends; that of Lightning is in `neuromerge_hf.callbacks.lightning`.
+* `NeuroMergeCallback` merges when a Trainer ends; `neuromerge_hf.callbacks.lightning` has one for Lightning.
 * `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
 """
 
