@@ -10,7 +10,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from neuromerge_hf.errors import MergeError
-
 from neuromerge_hf.report import load_report
 from neuromerge_hf.results import Result
 

@@ -3,20 +3,20 @@
 import inspect
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any, Literal
 
 from neuromerge_hf.callbacks.base import adapter_config, check_related, expert_folder, find_base, save_outline
 from neuromerge_hf.callbacks.processes import on_first_process
 from neuromerge_hf.callbacks.publish import check_access, publish
-from neuromerge_hf.callbacks.weights import HuggingFaceModel, merged_weights, untouched_randomness
+from neuromerge_hf.callbacks.training import TRAINED, Training
+from neuromerge_hf.callbacks.weights import merged_weights, network_of, untouched_randomness
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.merging import merge
@@ -26,42 +26,8 @@ from neuromerge_hf.recipe import RECIPE_NAME
 
 logger = logging.getLogger(__name__)
 
-TRAINED = "trained"
-"""The folder of the trained model, by which the report and the card name it."""
-
 OWN_OPTIONS = ("models", "output_dir", "base_model", "config", "overwrite")
 """The arguments of `merge` that are not passed through."""
-
-
-class Training(Protocol):
-    """A training that goes on, as the adapter of its framework shows it. All of it is for every process."""
-
-    model: HuggingFaceModel
-    """The model in training, out of its wrappers."""
-    tokenizer: PreTrainedTokenizerBase | None
-    name: str
-    """After which the merged model's repository is named, if the user does not name it."""
-    folder: Path
-    """Where checkpoints are written."""
-    trial: str | None
-    """Which of several trainings of a search this is."""
-    step: int
-    sharded: bool
-    """Whether each process has but a part of the weights."""
-    push_options: dict[str, Any]
-    """What the framework's own arguments say of the Hub."""
-
-    def checkpoints(self) -> Sequence[Path]:
-        """The run's checkpoints but for the trained model itself, oldest first."""
-
-    def evaluate(self) -> dict[str, float]:
-        """The metrics of the model as it is now, by the framework's evaluation; the trainer's state stays as it is."""
-
-    def evaluate_trained(self) -> dict[str, float]:
-        """The metrics of the trained model; none if there is nothing to evaluate it on."""
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Give metrics to every logger."""
 
 
 @dataclass
@@ -111,11 +77,12 @@ class MergeRun:
         """
         self.failures.clear()
         self.base = find_base(training.model, self.base_model, training.folder)
-        if self.evaluate and training.sharded:
-            logger.warning(
-                "The merged model will not be evaluated, because each process holds a part of the model in training "
-                "alone. Evaluate it afterwards, or pass evaluate=False."
+        if self.checkpoints and not training.keeps_checkpoints:
+            raise MergeError(
+                "This training saves no checkpoints that can be merged. Let it, or leave checkpoints out."
             )
+        if self.evaluate and (reason := _why_not_evaluated(training)):
+            logger.warning("The merged model will not be evaluated. %s Pass evaluate=False if you know.", reason)
         on_first_process(partial(self._plan, training))
 
     def _plan(self, training: Training) -> None:
@@ -175,20 +142,17 @@ class MergeRun:
             on_first_process(partial(publish, target, metrics, repo_id, self._push_options(training)))
 
     def _merge(self, expert: Path, training: Training, target: Path) -> None:
-        experts = [expert, *self._last(training.checkpoints()), *self.models]
+        experts = [expert, *self._checkpoints(training), *self.models]
         overwrite = _is_merge(target)
         command = self._command(experts, target, overwrite)
         with _explained(f"The trained model is saved in {expert}, but it could not be merged", command):
             if len(experts) == 1:
-                raise MergeError(
-                    "there is no other expert, and no checkpoint of this training but the trained model itself. Save "
-                    "more often (save_steps)."
-                )
+                raise MergeError("There is no other expert, and no checkpoint but the trained model itself.")
             merge(experts, target, base_model=self.base, config=self.config, overwrite=overwrite, **self.options)
 
     def _evaluate(self, training: Training, expert: str, target: Path) -> dict[str, dict[str, float]]:
         """Metrics by the name of the model."""
-        if not self.evaluate or training.sharded:
+        if not self.evaluate or _why_not_evaluated(training):
             return {}
         with _explained(f"The merged model is saved in {target}, but it could not be evaluated"):
             trained = training.evaluate_trained()
@@ -199,10 +163,9 @@ class MergeRun:
             training.log({f"merged_{name}": value for name, value in merged.items()})
         return {"merged": merged, expert: trained}
 
-    def _last(self, checkpoints: Sequence[Path]) -> Sequence[Path]:
-        if self.checkpoints is None:
-            return []
-        return checkpoints if self.checkpoints == "all" else checkpoints[-self.checkpoints :]
+    def _checkpoints(self, training: Training) -> list[Path]:
+        count = {None: 0, "all": None}.get(self.checkpoints, self.checkpoints)
+        return list(islice(training.checkpoints(), count))[::-1]
 
     def _target(self, training: Training) -> Path:
         target = Path(self.output_dir or training.folder / "merged").expanduser().absolute()
@@ -235,58 +198,12 @@ class MergeRun:
         return shlex.join(words)
 
 
-class MergingCallback:
-    """Merges the model that was trained with other experts of its base, when the training ends.
-
-    Before the training everything is checked that can be, so that a wrong expert stops a run in its first second. At
-    its end the trained model is saved in ``<args.output_dir>/trained``, then merged, evaluated, and pushed if asked.
-    The trainer and its model stay as they are.
-
-    Args:
-        models: the other experts, as in `neuromerge_hf.merge`. May be empty with `checkpoints`.
-        base_model: what all were fine-tuned from. Default: what the trained model was loaded from.
-        config: the hyper-parameters of the merge.
-        when: "train_end"; or "save", for each checkpoint, or "epoch", for the model after each epoch, which go to
-            ``step-N`` in `output_dir`. A failure before the end does not stop the training, but is raised after it.
-        output_dir: where the merged model goes; ``<args.output_dir>/merged``. An earlier merge there is replaced.
-        evaluate: measure the merged model, with the trained model's own head, on the trainer's `eval_dataset`: its
-            ``merged_eval_*`` stand beside ``eval_*`` in the log history, in every logger and in the card. The trained
-            model is evaluated as well if it was not when training ended.
-        push_to_hub: push the merged model with its card.
-        hub_model_id: where to; ``<args.hub_model_id>-merged``, or named after `args.output_dir`.
-        checkpoints: merge checkpoints of the training itself as well: "all", or how many of the last ones.
-        **options: what else `neuromerge_hf.merge` takes: ``dtype``, ``tokenizer``, ``device``, ``token``, ...
-
-    Raises:
-        MergeError: before the training if something is wrong with the models or the settings; after it if the merge
-            failed. Then it says where the trained model is, and gives the command that tries again.
-    """
-
-    def __init__(
-        self,
-        models: Sequence[ModelId] = (),
-        base_model: ModelId | None = None,
-        config: NeuroMergingConfig | None = None,
-        when: Literal["train_end", "save", "epoch"] = "train_end",
-        output_dir: str | Path | None = None,
-        evaluate: bool = True,
-        push_to_hub: bool = False,
-        hub_model_id: str | None = None,
-        checkpoints: Literal["all"] | int | None = None,
-        **options: Any,
-    ):
-        self._run = MergeRun(
-            models,
-            base_model,
-            config or NeuroMergingConfig(),
-            when,
-            output_dir,
-            evaluate,
-            push_to_hub,
-            hub_model_id,
-            checkpoints,
-            options,
-        )
+def _why_not_evaluated(training: Training) -> str | None:
+    if training.sharded:
+        return "Each process holds a part of the model in training, whose place it would take."
+    if getattr(network_of(training.model), "hf_quantizer", None):
+        return "The model in training, whose place it would take, is quantised."
+    return training.not_evaluated
 
 
 def _is_merge(target: Path) -> bool:

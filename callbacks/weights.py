@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from neuromerge_hf.auto import AutoMergedModel
-from neuromerge_hf.callbacks.processes import is_distributed, is_first_process
+from neuromerge_hf.callbacks.processes import is_distributed, on_first_process
 from neuromerge_hf.checkpoint import HEADS
 from neuromerge_hf.errors import MergeError
 
@@ -51,14 +52,7 @@ def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterat
     """
     live = own_weights(model)
     merged: dict[str, Tensor] = {}
-    if is_first_process():
-        head = expert if (folder / HEADS / expert).is_dir() else None
-        loaded: Any = AutoMergedModel.from_pretrained(
-            folder, head=head, auto_class=type(network_of(model)), output_loading_info=True
-        )
-        missing = set(loaded[1]["missing_keys"])
-        merged = {name: tensor for name, tensor in loaded[0].state_dict().items() if name not in missing}
-        _check_fit(live, merged)
+    on_first_process(lambda: merged.update(_load(folder, expert, type(network_of(model)), live)))
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with replaced(live, merged), _without_adapters(model):
         yield
@@ -92,12 +86,27 @@ def replaced(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterat
 def untouched_randomness() -> Iterator[None]:
     """Random numbers go on after the block as if it had not been."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _load(
+    folder: Path, expert: str, model_class: type[PreTrainedModel], live: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The merged parameters, as far as a model of this class has them all."""
+    head = expert if (folder / HEADS / expert).is_dir() else None
+    with TemporaryDirectory() as cache:
+        loaded: Any = AutoMergedModel.from_pretrained(
+            folder, head=head, auto_class=model_class, cache_dir=cache, output_loading_info=True
+        )
+    missing = set(loaded[1]["missing_keys"])
+    merged = {name: tensor for name, tensor in loaded[0].state_dict().items() if name not in missing}
+    _check_fit(live, merged)
+    return merged
 
 
 def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:

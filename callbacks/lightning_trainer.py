@@ -1,0 +1,157 @@
+"""What the callback does with a trainer of Lightning."""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from neuromerge_hf.callbacks.base import clear, expert_folder
+from neuromerge_hf.callbacks.processes import on_first_process
+from neuromerge_hf.callbacks.training import TRAINED
+from neuromerge_hf.callbacks.weights import replaced
+from neuromerge_hf.errors import MergeError
+
+# The two packages have classes of their own, but their trainers only ask for the methods.
+try:
+    from lightning.pytorch import Callback as Callback
+    from lightning.pytorch.loggers.logger import DummyLogger
+except ImportError:
+    try:
+        from pytorch_lightning import Callback as Callback
+        from pytorch_lightning.loggers.logger import DummyLogger
+    except ImportError as error:
+        raise ImportError(
+            "neuromerge_hf.callbacks.lightning needs Lightning: pip install lightning (or pytorch-lightning)"
+        ) from error
+
+
+class LightningTraining:
+    """What a Lightning trainer trains; see `neuromerge_hf.callbacks.training.Training`."""
+
+    trial = None
+    push_options: dict[str, Any] = {}  # noqa: RUF012, it is never changed
+    not_evaluated = None
+
+    def __init__(self, trainer: Any, attribute: str | None, best: str | None = None):
+        attribute = attribute or _find_model(trainer.lightning_module)
+        self.trainer = trainer
+        self.prefix = f"{attribute}."
+        self.best = best
+        self.model = trainer.lightning_module.get_submodule(attribute)
+        self.folder = Path(trainer.default_root_dir).absolute()
+        self.name = self.folder.name
+        self.step = trainer.global_step
+        attributes = vars(trainer.lightning_module).values()
+        self.tokenizer = next((value for value in attributes if isinstance(value, PreTrainedTokenizerBase)), None)
+        self.sharded = _is_sharded(trainer.strategy)
+        self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
+
+    def save(self) -> Path:
+        """Save the model, on every process."""
+        folder = self.folder / TRAINED
+        weights = {} if self.best else self.trainer.strategy.lightning_module_state_dict()
+        on_first_process(lambda: self._save(folder, self._read(self.best)["state_dict"] if self.best else weights))
+        return folder
+
+    def checkpoints(self) -> Iterator[Path]:
+        """The files that ModelCheckpoint keeps, as folders that transformers and PEFT would have saved."""
+        paths = {path for callback in self.trainer.checkpoint_callbacks for path in callback.best_k_models}
+        for path in sorted(filter(os.path.isfile, paths - {self.best}), key=os.path.getmtime, reverse=True):
+            checkpoint = self._read(path)
+            if checkpoint["global_step"] != self.step or self.best:
+                folder = self.folder / f"checkpoint-{checkpoint['global_step']}"
+                self._save(folder, checkpoint["state_dict"])
+                yield expert_folder(self.model, folder)
+
+    def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        clear(folder)
+        own = {name.removeprefix(self.prefix): value for name, value in weights.items() if name.startswith(self.prefix)}
+        self.model.save_pretrained(folder, state_dict=own)
+        if self.tokenizer:
+            self.tokenizer.save_pretrained(folder)
+
+    def _read(self, path: str) -> dict[str, Any]:
+        return self.trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=False)  # by this run
+
+    def evaluate(self) -> dict[str, float]:
+        """Run the validation loop of the training, as in its middle: `trainer.validate` would end it."""
+        with _muted(self.trainer) as connector:
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            return {name: float(value) for name, value in connector.callback_metrics.items()}
+
+    def evaluate_trained(self) -> dict[str, float]:
+        if not self.best:
+            return self.evaluate()
+        weights = self._read(self.best)["state_dict"]
+        with replaced(self.trainer.lightning_module.state_dict(), weights):
+            return self.evaluate()
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(metrics), step=self.step)
+            logger.save()
+
+
+@contextmanager
+def _muted(trainer: Any) -> Iterator[Any]:
+    """A validation leaves no trace: no callback or logger hears of it, and what it counts is not the trainer's.
+
+    Yields:
+        what collects the metrics.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    kept = trainer.callbacks, trainer.loggers, trainer._logger_connector, trainer.state.stage, loop.val_loop
+    modes = {module: module.training for module in trainer.lightning_module.modules()}
+    trainer.callbacks, trainer.loggers = [], [DummyLogger()]  # for modules that ask for the trainer's
+    trainer._logger_connector = type(trainer._logger_connector)(trainer)
+    loop.val_loop = copy.copy(loop.val_loop)
+    for name in ("batch_progress", "_seen_batches_per_dataloader"):
+        setattr(loop.val_loop, name, copy.deepcopy(getattr(loop.val_loop, name)))
+    loop.val_loop._results = type(loop.val_loop._results)(training=False)
+    loop.val_loop._module_mode = type(loop.val_loop._module_mode)()
+    trainer.validating = True
+    try:
+        yield trainer._logger_connector
+    finally:
+        trainer.callbacks, trainer.loggers, trainer._logger_connector, trainer.state.stage, loop.val_loop = kept
+        for module, training in modes.items():
+            module.training = training
+
+
+def _find_model(module: nn.Module) -> str:
+    """The name of the one model of transformers or PEFT in a LightningModule."""
+    found: list[str] = []
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(child, PreTrainedModel | PeftModel) and not inside:
+            found.append(name)
+    if len(found) == 1:
+        return found[0]
+    raise MergeError(
+        f"The LightningModule has the models {', '.join(found)}. Say which one is to be merged: attribute={found[0]!r}."
+        if found
+        else f"The {type(module).__name__} has no model of transformers or PEFT among its attributes."
+    )
+
+
+def _is_sharded(strategy: Any) -> bool:
+    """Whether a strategy gives each process a part of the weights. Both packages have these classes.
+
+    Raises:
+        MergeError: if it cannot give the whole of them.
+    """
+    names = {kind.__name__ for kind in type(strategy).__mro__}
+    refusal = f"{type(strategy).__name__} keeps the weights in parts, and this callback needs the whole of them. "
+    if "DeepSpeedStrategy" in names and strategy.zero_stage_3:
+        raise MergeError(refusal + "Train with stage 1 or 2, or merge later with `neuromerge merge`.")
+    if "FSDPStrategy" in names and strategy._state_dict_type != "full":
+        raise MergeError(refusal + 'Pass FSDPStrategy(state_dict_type="full").')
+    if "ModelParallelStrategy" in names and strategy._save_distributed_checkpoint:
+        raise MergeError(refusal + "Pass ModelParallelStrategy(save_distributed_checkpoint=False).")
+    return bool(names & {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"})

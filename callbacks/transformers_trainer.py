@@ -1,0 +1,143 @@
+"""What the callback does with a Trainer of transformers."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+
+from neuromerge_hf.callbacks.base import adapter_config, clear, expert_folder
+from neuromerge_hf.callbacks.processes import is_distributed
+from neuromerge_hf.callbacks.training import TRAINED
+from neuromerge_hf.errors import MergeError
+
+
+class TrainerTraining:
+    """What a Trainer trains; see `neuromerge_hf.callbacks.training.Training`."""
+
+    def __init__(self, trainer: Trainer, steps: Sequence[int], step: int | None = None):
+        self.trainer = trainer
+        self.steps = steps
+        self.step = trainer.state.global_step if step is None else step
+        self.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        _check(trainer, self.model)
+        self.folder = Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+        self.trial = self.folder.name if trainer.state.is_hyper_param_search else None
+        self.name = trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
+        self.tokenizer = trainer.processing_class
+        self.push_options = {"token": trainer.args.hub_token, "private": trainer.args.hub_private_repo}
+        self.sharded = (
+            trainer.is_fsdp_enabled
+            or trainer.is_deepspeed_enabled
+            or getattr(trainer, "is_distributed_loading_by_transformers", False)
+        )
+        whole = not trainer.is_fsdp_enabled or "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+        self.keeps_checkpoints = trainer.args.save_strategy != SaveStrategy.NO and whole
+        self.not_evaluated = _about_reference(trainer) if adapter_config(self.model) else None
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def steps_on_disk(self) -> list[int]:
+        steps = [int(path.rpartition("-")[2]) for path in sort_checkpoints(str(self.folder))]
+        return [step for step in steps if step <= self.step]
+
+    def checkpoints(self) -> Iterator[Path]:
+        for step in sorted(self.steps, reverse=True):
+            if step != self.step and self.checkpoint(step).is_dir():
+                yield expert_folder(self.model, self.checkpoint(step))
+
+    def save(self) -> Path:
+        """Save the model, on every process."""
+        folder = self.folder / TRAINED
+        trainer = self.trainer
+        if trainer.args.should_save:
+            clear(folder)
+        if trainer.is_fsdp_enabled:  # save_model leaves out what is sharded on the disk as well
+            trainer._save(str(folder), state_dict=trainer.accelerator.get_state_dict(trainer.model))
+        else:
+            trainer.save_model(str(folder), _internal_call=True)
+        return folder
+
+    def evaluate(self) -> dict[str, float]:
+        trainer = self.trainer
+        if trainer.eval_dataset is None:
+            return {}
+        with _untouched(trainer):
+            trainer.state.log_history = []
+            trainer.evaluate()
+            return _evaluated(trainer.state.log_history)
+
+    def evaluate_trained(self) -> dict[str, float]:
+        history = self.trainer.state.log_history
+        known = _evaluated(entry for entry in history if entry.get("step") == self.step)
+        if known:
+            return known
+        metrics = self.evaluate()
+        if metrics:
+            self.log(metrics)
+        return metrics
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        control = self.trainer.control
+        flags = dict(vars(control))
+        Trainer.log(self.trainer, dict(metrics))  # TRL's own would add the metrics of the training
+        self.trainer.control = control
+        vars(control).update(flags)
+
+
+def _check(trainer: Trainer, model: Any) -> None:
+    """Raise a `MergeError` if the model, or the way in which it is trained, is none that can be merged."""
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        raise MergeError(f"The model in training, a {type(model).__name__}, is none of transformers or PEFT.")
+    if trainer.args.world_size > 1 and not is_distributed():
+        raise MergeError(f"Training on {trainer.args.parallel_mode} without torch.distributed cannot end in a merge.")
+    if trainer.is_deepspeed_enabled:
+        check_zero(trainer.accelerator.deepspeed_config)
+
+
+def check_zero(deepspeed_config: Mapping[str, Any]) -> None:
+    """Raise a `MergeError` if DeepSpeed would not give the whole weights."""
+    zero = deepspeed_config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise MergeError(
+            "DeepSpeed ZeRO-3 keeps the weights in parts, and this callback needs the whole of them. Set "
+            '"stage3_gather_16bit_weights_on_model_save": true in "zero_optimization" of the DeepSpeed configuration.'
+        )
+
+
+def _about_reference(trainer: Trainer) -> str | None:
+    """Why an adapter's merge cannot be evaluated by trainers that compare a model with what it started from."""
+    has_own = getattr(trainer, "ref_model", trainer) is not None  # not every trainer has a reference
+    if has_own or getattr(trainer.args, "precompute_ref_log_probs", False):
+        return None
+    return (
+        f"{type(trainer).__name__} compares the model with a reference, which is the model without its adapter, and so "
+        "is the merged one: pass a ref_model, or precompute_ref_log_probs=True."
+    )
+
+
+def _evaluated(entries: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an evaluation in the log history, one entry for each data set."""
+    return {name: value for entry in entries for name, value in entry.items() if name.startswith("eval_")}
+
+
+@contextmanager
+def _untouched(trainer: Trainer) -> Iterator[None]:
+    """Whatever evaluating does to the trainer but for its model is undone after the block."""
+    handler = trainer.callback_handler
+    kept = (trainer.state, trainer.control, trainer.optimizer, handler.callbacks)
+    modes = {module: module.training for module in trainer.model.modules()}
+    trainer.state, trainer.control = copy.deepcopy(trainer.state), copy.copy(trainer.control)
+    handler.callbacks = []
+    trainer.optimizer = None  # a schedule-free one changes weights before an evaluation
+    try:
+        yield
+    finally:
+        trainer.state, trainer.control, trainer.optimizer, handler.callbacks = kept
+        for module, training in modes.items():
+            module.training = training
