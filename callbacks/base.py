@@ -34,7 +34,7 @@ REMEDY = (
 
 
 def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) -> str:
-    """The base of the model in training: a folder, or an id with the commit that was loaded.
+    """The base of the model in training: a folder or an id, with the revision if it is known.
 
     Args:
         given: the user's; if None, what transformers and PEFT noted when they loaded the model.
@@ -43,28 +43,27 @@ def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) 
     Raises:
         MergeError: if it is not known.
     """
-    name, commit = (str(given), None) if given is not None else _noted_base(model)
+    name = str(given) if given is not None else _noted_base(model)
     if not name:
         raise MergeError(
             f"What the model in training, a {type(network_of(model)).__name__}, started from is not known. {REMEDY}"
         )
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return f"{name}@{commit}" if commit else name
-    if given is None and run_folder.resolve() in folder.resolve().parents:
-        raise MergeError(
-            f"The model in training was loaded from {folder}, a checkpoint of this same training. {REMEDY}"
-        )
+        return name
+    is_in_run = folder.resolve().parent == run_folder.resolve()
+    if given is None and is_in_run and SAVED_BY_RUN.fullmatch(folder.name):
+        raise MergeError(f"The model in training was loaded from {folder}, which this training saved itself. {REMEDY}")
     return str(folder.absolute())
 
 
-def _noted_base(model: HuggingFaceModel) -> tuple[str | None, str | None]:
+def _noted_base(model: HuggingFaceModel) -> str | None:
     config = network_of(model).config
     adapter = adapter_config(model)
-    commit = getattr(config, "_commit_hash", None)
-    if adapter and adapter.base_model_name_or_path:
-        return adapter.base_model_name_or_path, adapter.revision or commit
-    return config._name_or_path, commit
+    name = adapter and adapter.base_model_name_or_path
+    if name and adapter.revision and not Path(name).expanduser().is_dir():
+        return f"{name}@{adapter.revision}"
+    return name or config._name_or_path  # transformers notes no revision
 
 
 def adapter_config(model: HuggingFaceModel) -> PeftConfig | None:

@@ -78,25 +78,26 @@ class MergeRun:
         self.failures.clear()
         self.base = find_base(training.model, self.base_model, training.folder)
         if self.checkpoints and not training.keeps_checkpoints:
-            raise MergeError(
-                "This training saves no checkpoints that can be merged. Let it, or leave checkpoints out."
-            )
+            raise MergeError("This training saves no checkpoints that can be merged. Let it, or leave checkpoints out.")
         if self.evaluate and (reason := _why_not_evaluated(training)):
             logger.warning("The merged model will not be evaluated. %s Pass evaluate=False if you know.", reason)
-        on_first_process(partial(self._plan, training))
+        self.base = on_first_process(partial(self._plan, training))
 
-    def _plan(self, training: Training) -> None:
+    def _plan(self, training: Training) -> str:
+        """Returns the base at its present commit, since the training may outlast that."""
+        if self.push_to_hub:
+            check_access(self._repo_id(training), self._push_options(training).get("token"))
         understood = inspect.signature(plan_merge).parameters
         target = self._target(training)
+        experts: list[ModelId] = list(self.models)
         with TemporaryDirectory() as temporary:
             outline = Path(temporary, TRAINED)
             outline.mkdir()
-            experts: list[ModelId] = list(self.models)
-            if not (training.sharded and adapter_config(training.model)):  # no process could save such an adapter
+            if not (training.sharded and adapter_config(training.model)):  # which no process could save alone
                 save_outline(training.model, training.tokenizer, outline)
                 experts.insert(0, expert_folder(training.model, outline))
             if not experts:
-                return
+                return self.base
             try:
                 plan = plan_merge(
                     experts,
@@ -111,8 +112,8 @@ class MergeRun:
             except MergeError as error:
                 named = [problem.replace(str(outline), "the model in training") for problem in error.problems]
                 raise MergeError(named) from error
-        if self.push_to_hub:
-            check_access(self._repo_id(training), self._push_options(training).get("token"))
+        base = plan.base.location
+        return f"{base.id}@{base.commit}" if base.commit else self.base
 
     def run_meanwhile(self, training: Training, trained: Path) -> None:
         """As `run`, in the middle of a training, which a failure does not stop."""

@@ -30,7 +30,7 @@ class NeuroMergeCallback(MergingCallback, TrainerCallback):
         self._steps = [*self._steps, state.global_step]
         if self._run.when == "save":
             training = TrainerTraining(_calling_trainer(), self._steps)
-            saved = training.save() if training.sharded else training.checkpoint(state.global_step)
+            saved = training.checkpoint(state.global_step) if training.saves_itself else training.save()
             self._run.run_meanwhile(training, saved)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

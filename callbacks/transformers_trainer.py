@@ -25,18 +25,20 @@ class TrainerTraining:
         self.step = trainer.state.global_step if step is None else step
         self.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         _check(trainer, self.model)
-        self.folder = Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+        self.folder = Path(trainer._get_output_dir(getattr(trainer, "_trial", None))).absolute()
         self.trial = self.folder.name if trainer.state.is_hyper_param_search else None
         self.name = trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
-        self.tokenizer = trainer.processing_class
+        self.tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
         self.push_options = {"token": trainer.args.hub_token, "private": trainer.args.hub_private_repo}
         self.sharded = (
             trainer.is_fsdp_enabled
             or trainer.is_deepspeed_enabled
             or getattr(trainer, "is_distributed_loading_by_transformers", False)
         )
-        whole = not trainer.is_fsdp_enabled or "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-        self.keeps_checkpoints = trainer.args.save_strategy != SaveStrategy.NO and whole
+        # The trainer's own checkpoints of the others are sharded, or have the names of the compiled model's weights.
+        fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+        self.saves_itself = "FULL" in str(fsdp.state_dict_type) if fsdp else self.model is trainer.model
+        self.keeps_checkpoints = self.saves_itself and trainer.args.save_strategy != SaveStrategy.NO
         self.not_evaluated = _about_reference(trainer) if adapter_config(self.model) else None
 
     def checkpoint(self, step: int) -> Path:
@@ -57,10 +59,11 @@ class TrainerTraining:
         trainer = self.trainer
         if trainer.args.should_save:
             clear(folder)
-        if trainer.is_fsdp_enabled:  # save_model leaves out what is sharded on the disk as well
-            trainer._save(str(folder), state_dict=trainer.accelerator.get_state_dict(trainer.model))
-        else:
+        if self.saves_itself:
             trainer.save_model(str(folder), _internal_call=True)
+        else:
+            parts = trainer.model if trainer.is_fsdp_enabled else self.model
+            trainer._save(str(folder), state_dict=trainer.accelerator.get_state_dict(parts))
         return folder
 
     def evaluate(self) -> dict[str, float]:
