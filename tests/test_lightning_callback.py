@@ -1,0 +1,231 @@
+"""NeuroMergeCallback in the Trainer of Lightning."""
+
+import csv
+import inspect
+import shutil
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergeCallback, merge
+from neuromerge_hf.callbacks.lightning import NeuroMergeCallback as LightningCallback
+from neuromerge_hf.callbacks.lightning_trainer import _is_sharded
+from neuromerge_hf.report import load_report
+from tiny_lightning import Classifier, loader, module_class
+from tiny_models import contents, load_adapted, save_bert, save_fine_tune
+from tiny_training import CLASSIFIER, classifier, measure
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and another expert of it."""
+    folder = tmp_path_factory.mktemp("models")
+    base = save_bert(folder / "base")
+    return base, save_fine_tune(base, folder / "other", seed=1)
+
+
+def fit(module, folder, *callbacks, package=pl, **options):
+    """Train a module; `options` go to the trainer."""
+    settings = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "default_root_dir": folder,
+        "logger": package.loggers.CSVLogger(folder, name="logs", version=""),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "log_every_n_steps": 1,
+    }
+    trainer = package.Trainer(**(settings | options), callbacks=list(callbacks))
+    trainer.fit(module, loader(), loader())
+    return trainer
+
+
+def rows(folder, column):
+    """The logged values of a column, by the step."""
+    table = csv.DictReader((folder / "logs" / "metrics.csv").read_text().splitlines())
+    return {int(row["step"]): float(row[column]) for row in table if row.get(column)}
+
+
+@pytest.mark.parametrize("package", [pl, pytorch_lightning], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_was_trained_is_merged_and_measured(models, tmp_path, package, adapter):
+    base, other = models
+    module = module_class(package)(classifier(base, adapter=adapter))
+    run = tmp_path / "run"
+    trainer = fit(module, run, LightningCallback([other]), package=package)
+    merge([run / "trained", other], tmp_path / "expected", base_model=base)
+    found, expected = contents(run / "merged"), contents(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert found["model.safetensors"] == expected["model.safetensors"]
+
+    saved = load_adapted(base, run / "trained", CLASSIFIER) if adapter else classifier(run / "trained")
+    trained = measure(saved)
+    assert measure(module.network) == pytest.approx(trained, abs=1e-6), "the model has its own weights again"
+    measured = measure(AutoMergedModel.from_pretrained(run / "merged", head="trained"))
+    assert rows(run, "merged_val_loss") == {4: pytest.approx(measured["loss"], abs=1e-5)}
+    assert rows(run, "merged_val_accuracy") == {4: measured["accuracy"]}
+    results = {(result.model, result.metric): result.value for result in load_report(run / "merged").results}
+    assert results["trained", "val_loss"] == pytest.approx(trained["loss"], abs=1e-5)
+    assert results["merged", "val_accuracy"] == measured["accuracy"]
+    assert set(trainer.callback_metrics) == {"train_loss", "val_loss", "val_accuracy"}
+
+
+def test_the_arguments_are_those_of_the_callback_for_transformers():
+    ours, theirs = (
+        inspect.signature(callback).parameters.values() for callback in (LightningCallback, NeuroMergeCallback)
+    )
+    positional = [parameter for parameter in ours if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == [parameter for parameter in theirs if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+
+@pytest.mark.parametrize(("when", "interval"), [("epoch", 1.0), ("save", 0.5)])
+def test_merging_in_the_middle_changes_nothing_of_the_training(models, tmp_path, when, interval):
+    base, other = models
+
+    def run(folder, *callbacks):
+        module = Classifier(classifier(base))
+        for child in module.modules():
+            if isinstance(child, torch.nn.Dropout):
+                child.p = 0.1
+        pl.seed_everything(7, verbose=False)
+        checkpoint = ModelCheckpoint(folder / "checkpoints", monitor="val_loss", save_top_k=-1)
+        stopping = EarlyStopping("val_loss", patience=9)
+        trainer = fit(
+            module,
+            folder,
+            *callbacks,
+            stopping,
+            checkpoint,
+            max_epochs=2,
+            limit_train_batches=2,
+            val_check_interval=interval,
+        )
+        return trainer, module, checkpoint, stopping
+
+    plain, expected, *watching = run(tmp_path / "plain")
+    trainer, found, *watched = run(tmp_path / "run", LightningCallback([other], when=when))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    assert trainer.callback_metrics == plain.callback_metrics
+    assert rows(tmp_path / "run", "val_loss") == rows(tmp_path / "plain", "val_loss")
+    assert rows(tmp_path / "run", "train_loss") == rows(tmp_path / "plain", "train_loss")
+    assert [module.training for module in found.modules()] == [module.training for module in expected.modules()]
+    assert watched[0].best_model_score == watching[0].best_model_score
+    assert watched[1].best_score == watching[1].best_score
+    assert trainer.fit_loop.state_dict() == plain.fit_loop.state_dict()
+    steps = {"epoch": [2, 4], "save": [1, 2, 3, 4]}[when]
+    assert sorted(rows(tmp_path / "run", "merged_val_loss")) == steps
+    assert {path.name for path in (tmp_path / "run" / "merged").iterdir()} == {f"step-{step}" for step in steps}
+
+
+def test_the_best_weights_are_merged_if_asked_for(models, tmp_path):
+    base, other = models
+    module = Classifier(classifier(base))
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", mode="max", save_top_k=1)
+    fit(module, tmp_path, LightningCallback([other], best_weights=True), checkpoint, max_epochs=3)
+    best = torch.load(checkpoint.best_model_path)["state_dict"]
+    trained = classifier(tmp_path / "trained").state_dict()
+    assert all(torch.equal(trained[name.removeprefix("network.")], best[name]) for name in best)
+    assert not torch.equal(best["network.classifier.weight"], module.state_dict()["network.classifier.weight"])
+    results = {(result.model, result.metric): result.value for result in load_report(tmp_path / "merged").results}
+    assert results["trained", "val_loss"] == pytest.approx(checkpoint.best_model_score.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("checkpoints", "expected"), [("all", [4, 8]), (1, [8])])
+def test_checkpoints_of_the_run_are_merged_too(models, tmp_path, checkpoints, expected):
+    base, other = models
+    callback = LightningCallback([other], checkpoints=checkpoints, evaluate=False)
+    keeping = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, every_n_epochs=1, monitor="val_loss")
+    fit(Classifier(classifier(base, adapter=True)), tmp_path, callback, keeping, max_epochs=3)
+    names = [expert.name for expert in load_report(tmp_path / "merged").experts]
+    assert names == ["trained", *(f"checkpoint-{step}" for step in expected), "other"]
+
+
+def test_one_of_several_models_is_named(models, tmp_path):
+    base, other = models
+    module = Classifier(classifier(base))
+    module.teacher = torch.nn.ModuleDict({"old": classifier(base).train()})
+    with pytest.raises(MergeError, match=r"models network, teacher\.old. Say which one.*attribute='network'"):
+        fit(module, tmp_path, LightningCallback([other]))
+    fit(module, tmp_path, LightningCallback([other], attribute="network"))
+    assert rows(tmp_path, "merged_val_loss")
+    with pytest.raises(MergeError, match="has no model of transformers"):
+        fit(pl.demos.boring_classes.BoringModel(), tmp_path, LightningCallback([other]))
+
+
+def test_a_compiled_model_is_merged(models, tmp_path):
+    base, other = models
+    module = Classifier(torch.compile(classifier(base)))
+    with torch.compiler.set_stance("force_eager"):  # what matters here are its names, and compiling takes time
+        fit(module, tmp_path, LightningCallback([other]))
+        assert measure(classifier(tmp_path / "trained")) == pytest.approx(measure(module.network), abs=1e-6)
+    assert rows(tmp_path, "merged_val_loss")
+
+
+def test_a_module_without_validation_is_merged_unmeasured(models, tmp_path):
+    base, other = models
+    module = Classifier(classifier(base))
+    fit(module, tmp_path, LightningCallback([other]), limit_val_batches=0)
+    assert not rows(tmp_path, "merged_val_loss")
+    assert not load_report(tmp_path / "merged").results
+
+
+def test_what_is_wrong_is_said_before_training(models, tmp_path):
+    base, other = models
+    module = Classifier(classifier(base))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(MergeError, match="absent"):
+        fit(module, tmp_path, LightningCallback([other, tmp_path / "absent"]))
+    with pytest.raises(MergeError, match="ModelCheckpoint"):
+        fit(module, tmp_path, LightningCallback([other], best_weights=True))
+    with pytest.raises(MergeError, match="saves no checkpoints"):
+        fit(module, tmp_path, LightningCallback([other], checkpoints="all"))
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_merge_that_fails_names_the_trained_model_and_the_command(models, tmp_path):
+    base, other = models
+    mine = tmp_path / "mine"
+    shutil.copytree(other, mine)
+
+    class Removing(Classifier):
+        def on_train_epoch_end(self):
+            shutil.rmtree(mine)
+
+    trained = tmp_path / "trained"
+    with pytest.raises(MergeError, match=rf"(?s)saved in {trained}.*neuromerge merge {trained}"):
+        fit(Removing(classifier(base)), tmp_path, LightningCallback([mine]))
+    assert (trained / "model.safetensors").is_file()
+
+
+def test_strategies_that_cannot_give_whole_weights_are_refused():
+    with pytest.raises(MergeError, match='state_dict_type="full"'):
+        _is_sharded(pl.strategies.FSDPStrategy(state_dict_type="sharded"))
+    assert _is_sharded(pl.strategies.FSDPStrategy(state_dict_type="full"))
+    with pytest.raises(MergeError, match="save_distributed_checkpoint=False"):
+        _is_sharded(pl.strategies.ModelParallelStrategy())
+    assert not _is_sharded(pl.strategies.DDPStrategy())
+
+
+def test_without_lightning_an_import_says_what_to_install_and_either_package_will_do():
+    code = """if True:
+        import sys
+        sys.modules.update(lightning=None, pytorch_lightning=None)
+        try:
+            import neuromerge_hf.callbacks.lightning
+        except ImportError as error:
+            print(error)
+        del sys.modules["pytorch_lightning"]
+        from neuromerge_hf.callbacks.lightning import NeuroMergeCallback
+        print(NeuroMergeCallback.__mro__)
+    """
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    first, second = run.stdout.splitlines()
+    assert "pip install lightning" in first
+    assert "pytorch_lightning.callbacks.callback.Callback" in second
