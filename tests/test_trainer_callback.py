@@ -41,6 +41,15 @@ def models(tmp_path_factory):
     return base, save_fine_tune(base, folder / "other", seed=1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads cost tiny models more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Recorder(TrainerCallback):
     """Notes the steps that were done, and what was logged."""
 
@@ -570,6 +579,7 @@ def test_ways_of_training(models, tmp_path, changes):
     assert merged["merged_eval_loss"] == pytest.approx(expected["loss"], abs=2e-2 if "bf16" in changes else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's compiler uses it itself
 def test_a_model_that_the_user_compiled(models, tmp_path):
     base, other = models
     model = torch.compile(classifier(base))
