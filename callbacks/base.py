@@ -96,6 +96,15 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def save_task_config(model: HuggingFaceModel, folder: Path) -> None:
+    """Save the configuration beside an adapter, as PEFT does not: it names the labels of the head."""
+    network = network_of(model)
+    if adapter_config(model) and not getattr(network, "hf_quantizer", None):
+        config = copy.deepcopy(network.config)
+        config.architectures = [type(network).__name__]
+        config.save_pretrained(folder)
+
+
 def save_outline(model: HuggingFaceModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save what a plan looks at: an adapter as it is, of a full model all but the weights.
 

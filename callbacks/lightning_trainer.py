@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neuromerge_hf.callbacks.base import clear, expert_folder
+from neuromerge_hf.callbacks.base import clear, expert_folder, save_task_config
 from neuromerge_hf.callbacks.processes import on_first_process
 from neuromerge_hf.callbacks.training import TRAINED
 from neuromerge_hf.callbacks.weights import replaced
@@ -73,6 +73,7 @@ class LightningTraining:
         clear(folder)
         own = {name.removeprefix(self.prefix): value for name, value in weights.items() if name.startswith(self.prefix)}
         self.model.save_pretrained(folder, state_dict=own)
+        save_task_config(self.model, expert_folder(self.model, folder))
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
 

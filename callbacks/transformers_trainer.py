@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
-from neuromerge_hf.callbacks.base import adapter_config, clear, expert_folder
+from neuromerge_hf.callbacks.base import adapter_config, clear, expert_folder, save_task_config
 from neuromerge_hf.callbacks.processes import is_distributed
 from neuromerge_hf.callbacks.training import TRAINED
 from neuromerge_hf.errors import MergeError
@@ -64,6 +64,8 @@ class TrainerTraining:
         else:
             parts = trainer.model if trainer.is_fsdp_enabled else self.model
             trainer._save(str(folder), state_dict=trainer.accelerator.get_state_dict(parts))
+        if trainer.args.should_save:
+            save_task_config(self.model, expert_folder(self.model, folder))
         return folder
 
     def evaluate(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from transformers import AutoConfig
 
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergeCallback, merge
 from neuromerge_hf.callbacks.lightning import NeuroMergeCallback as LightningCallback
@@ -73,6 +74,7 @@ def test_what_was_trained_is_merged_and_measured(models, tmp_path, package, adap
     assert found.keys() == expected.keys()
     assert found["model.safetensors"] == expected["model.safetensors"]
 
+    assert AutoConfig.from_pretrained(run / "merged" / "heads" / "trained").architectures == [CLASSIFIER]
     saved = load_adapted(base, run / "trained", CLASSIFIER) if adapter else classifier(run / "trained")
     trained = measure(saved)
     assert measure(module.network) == pytest.approx(trained, abs=1e-6), "the model has its own weights again"
@@ -165,7 +167,7 @@ def test_one_of_several_models_is_named(models, tmp_path):
     fit(module, tmp_path, LightningCallback([other], attribute="network"))
     assert rows(tmp_path, "merged_val_loss")
     with pytest.raises(MergeError, match="has no model of transformers"):
-        fit(Classifier(torch.nn.Linear(2, 2)), tmp_path, LightningCallback([other]))
+        fit(Classifier(torch.nn.Linear(2, 2)), tmp_path / "none", LightningCallback([other]))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's compiler uses it itself

@@ -20,6 +20,9 @@ from neuromerge_hf.report import load_report
 from tiny_models import load, save_fine_tune, save_llama, seeded
 from tiny_training import logged
 
+# TRL calls transformers by old names.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+
 PREFERENCES = Dataset.from_dict(
     {"prompt": ["the quick"] * 4, "chosen": [" brown fox"] * 4, "rejected": [" lazy dog"] * 4}
 )
@@ -58,7 +61,7 @@ def test_sft_trainer(models, tmp_path, adapter):
         SFTConfig(str(tmp_path), bf16=False, max_length=16, **SETTINGS),
         train_dataset=SENTENCES,
         eval_dataset=SENTENCES,
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(base, eos_token="[SEP]"),
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]) if adapter else None,
         callbacks=[NeuroMergeCallback([other])],
     )
@@ -72,7 +75,7 @@ def test_sft_trainer(models, tmp_path, adapter):
         SFTConfig(str(tmp_path / "alone"), bf16=False, max_length=16, **SETTINGS),
         train_dataset=SENTENCES,
         eval_dataset=SENTENCES,
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(base, eos_token="[SEP]"),
     )
     assert merged["merged_eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], abs=1e-5)
 
@@ -83,7 +86,7 @@ def dpo_trainer(base, folder, callback, adapter):
         args=DPOConfig(str(folder), bf16=False, max_length=16, **SETTINGS),
         train_dataset=PREFERENCES,
         eval_dataset=PREFERENCES,
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(base, eos_token="[SEP]"),
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]) if adapter else None,
         callbacks=[callback],
     )
@@ -118,20 +121,26 @@ def test_seq2seq_trainer(models, tmp_path):
     ids = torch.arange(5, 11)
     data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * 4
 
-    def same_length(prediction):
-        return {"length": prediction.predictions.shape[1]}
+    generated = []
+
+    def first_token(prediction):
+        generated.append(prediction.predictions)
+        return {"first_token": float(prediction.predictions[0, 1])}
 
     trainer = Seq2SeqTrainer(
         load(tmp_path / "base"),
         Seq2SeqTrainingArguments(
-            str(tmp_path / "run"), predict_with_generate=True, generation_max_length=5, **SETTINGS
+            str(tmp_path / "run"), predict_with_generate=True, generation_max_length=6, **SETTINGS
         ),
         train_dataset=data,
         eval_dataset=data,
-        compute_metrics=same_length,
+        compute_metrics=first_token,
         callbacks=[NeuroMergeCallback([other])],
     )
     trainer.train()
     (merged,) = logged(trainer, "merged_eval_loss")
-    assert merged["merged_eval_length"] == 5
-    assert {result.metric for result in load_report(tmp_path / "run" / "merged").results} == {"loss", "length"}
+    model = AutoMergedModel.from_pretrained(tmp_path / "run" / "merged")
+    expected = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=5)
+    assert generated[-1][0, : expected.shape[1]].tolist() == expected[0].tolist(), "the last one is the merged model's"
+    assert merged["merged_eval_first_token"] == expected[0, 1]
+    assert {result.metric for result in load_report(tmp_path / "run" / "merged").results} == {"loss", "first_token"}

@@ -1,0 +1,66 @@
+"""Fine-tunes an encoder with transformers' Trainer, and merges it with two other experts when training ends.
+
+    python examples/trainer_callback.py
+
+The others are LoRA adapters of this repository (examples/experts): full fine-tunes and adapters may be mixed.
+"""
+
+import argparse
+from pathlib import Path
+
+from questions import BASE, LABELS, Sentences
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
+
+from neuromerge_hf import AutoMergedModel, NeuroMergeCallback, NeuroMergingConfig
+
+EXPERTS = Path(__file__).resolve().parent / "experts"
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="questions")
+    parser.add_argument("--steps", type=int, default=24)
+    options = parser.parse_args()
+
+    set_seed(0)
+    trainer = Trainer(
+        AutoModelForSequenceClassification.from_pretrained(BASE, id2label=dict(enumerate(LABELS))),
+        TrainingArguments(
+            options.output,
+            max_steps=options.steps,
+            per_device_train_batch_size=8,
+            learning_rate=1e-4,
+            eval_strategy="epoch",
+            save_strategy="no",
+            logging_steps=8,
+            report_to="none",
+        ),
+        train_dataset=Sentences(held_out=False),
+        eval_dataset=Sentences(held_out=True),
+        compute_metrics=accuracy,
+        callbacks=[
+            NeuroMergeCallback(
+                [EXPERTS / "reviews", EXPERTS / "languages"],  # wrong ones would stop the run in its first second
+                config=NeuroMergingConfig(density=0.2),
+            )
+        ],
+    )
+    trainer.train()
+
+    # What was measured is in the log history, in every logger, and in the card of the merged model.
+    measured = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    print(f"trained: {measured['eval_accuracy']:.3f} of the held-out sentences right")
+    print(f"merged:  {measured['merged_eval_accuracy']:.3f}")
+
+    # The merged encoder with the head that was trained here, or with that of another expert.
+    for head in ("trained", "reviews"):
+        model = AutoMergedModel.from_pretrained(f"{options.output}/merged", head=head)
+        print(f"{head}: {type(model).__name__} with the labels {', '.join(model.config.id2label.values())}")
+
+
+if __name__ == "__main__":
+    main()
