@@ -5,10 +5,10 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from neuromerge_hf.callbacks.weights import HuggingFaceModel, network_of, own_weights
 from neuromerge_hf.checkpoint import ADAPTER_FILES, CHECKPOINT_FILES
@@ -60,10 +60,10 @@ def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) 
 def _noted_base(model: HuggingFaceModel) -> str | None:
     config = network_of(model).config
     adapter = adapter_config(model)
-    name = adapter and adapter.base_model_name_or_path
-    if name and adapter.revision and not Path(name).expanduser().is_dir():
-        return f"{name}@{adapter.revision}"
-    return name or config._name_or_path  # transformers notes no revision
+    if adapter is None or not adapter.base_model_name_or_path:
+        return config._name_or_path  # transformers notes no revision
+    name = adapter.base_model_name_or_path
+    return f"{name}@{adapter.revision}" if adapter.revision and not Path(name).expanduser().is_dir() else name
 
 
 def adapter_config(model: HuggingFaceModel) -> PeftConfig | None:
@@ -80,7 +80,7 @@ def adapter_config(model: HuggingFaceModel) -> PeftConfig | None:
         return None
     if len(active) != 1:
         raise MergeError(f"The model in training has the active adapters {active}. Only one of them can be an expert.")
-    config: PeftConfig = model.peft_config[active[0]]
+    config: Any = model.peft_config[active[0]]
     return config
 
 
@@ -105,7 +105,7 @@ def save_task_config(model: HuggingFaceModel, folder: Path) -> None:
         config.save_pretrained(folder)
 
 
-def save_outline(model: HuggingFaceModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def save_outline(model: HuggingFaceModel, tokenizer: Any, folder: Path) -> None:
     """Save what a plan looks at: an adapter as it is, of a full model all but the weights.
 
     The file of the weights has its header, and holes where the weights would be.
@@ -113,7 +113,7 @@ def save_outline(model: HuggingFaceModel, tokenizer: PreTrainedTokenizerBase | N
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if adapter_config(model):
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         return
     network = network_of(model)
     config = copy.deepcopy(network.config)

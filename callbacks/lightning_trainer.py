@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from neuromerge_hf.callbacks.base import clear, expert_folder, save_task_config
 from neuromerge_hf.callbacks.processes import on_first_process
 from neuromerge_hf.callbacks.training import TRAINED
-from neuromerge_hf.callbacks.weights import replaced
+from neuromerge_hf.callbacks.weights import HuggingFaceModel, replaced
 from neuromerge_hf.errors import MergeError
 
 # The two packages have classes of their own, but their trainers only ask for the methods.
@@ -23,8 +23,8 @@ try:
     from lightning.pytorch.loggers.logger import DummyLogger
 except ImportError:
     try:
-        from pytorch_lightning import Callback as Callback
-        from pytorch_lightning.loggers.logger import DummyLogger
+        from pytorch_lightning import Callback as Callback  # type: ignore[assignment]
+        from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
     except ImportError as error:
         raise ImportError(
             "neuromerge_hf.callbacks.lightning needs Lightning: pip install lightning (or pytorch-lightning)"
@@ -34,16 +34,16 @@ except ImportError:
 class LightningTraining:
     """What a Lightning trainer trains; see `neuromerge_hf.callbacks.training.Training`."""
 
-    trial = None
+    trial: str | None = None
     push_options: dict[str, Any] = {}  # noqa: RUF012, it is never changed
-    not_evaluated = None
+    not_evaluated: str | None = None
 
     def __init__(self, trainer: Any, attribute: str | None, best: str | None = None):
         attribute = attribute or _find_model(trainer.lightning_module)
         self.trainer = trainer
         self.prefix = f"{attribute}."
         self.best = best
-        self.model = trainer.lightning_module.get_submodule(attribute)
+        self.model: HuggingFaceModel = trainer.lightning_module.get_submodule(attribute)
         self.folder = Path(trainer.default_root_dir).absolute()
         self.name = self.folder.name
         self.step = trainer.global_step
@@ -72,7 +72,7 @@ class LightningTraining:
     def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         clear(folder)
         own = {name.removeprefix(self.prefix): value for name, value in weights.items() if name.startswith(self.prefix)}
-        self.model.save_pretrained(folder, state_dict=own)
+        self.model.save_pretrained(str(folder), state_dict=own)
         save_task_config(self.model, expert_folder(self.model, folder))
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)

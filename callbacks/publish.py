@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.hub import push
 from neuromerge_hf.report import load_report
 from neuromerge_hf.results import Result
 
@@ -30,7 +31,7 @@ def check_access(repo_id: str, token: str | bool | None) -> None:
         HfApi(token=token).whoami()
     except HFValidationError as error:
         raise MergeError(f"hub_model_id={repo_id!r} is no id of a repository on the Hub: {error}") from error
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: token=False
         raise MergeError(
             f"The merged model cannot be pushed to {repo_id}: {str(error).splitlines()[0]} Log in with "
             "`hf auth login`, or pass push_to_hub=False and push it later with `neuromerge push`."
@@ -59,8 +60,6 @@ def publish(
     if results:
         load_report(folder).add_results(results)
     if repo_id:
-        from neuromerge_hf.hub import push
-
         push(folder, repo_id, **push_options)
 
 

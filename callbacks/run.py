@@ -165,7 +165,7 @@ class MergeRun:
         return {"merged": merged, expert: trained}
 
     def _checkpoints(self, training: Training) -> list[Path]:
-        count = {None: 0, "all": None}.get(self.checkpoints, self.checkpoints)
+        count = None if self.checkpoints == "all" else self.checkpoints or 0
         return list(islice(training.checkpoints(), count))[::-1]
 
     def _target(self, training: Training) -> Path:

@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
 from neuromerge_hf.callbacks.weights import HuggingFaceModel
 
 TRAINED = "trained"
@@ -17,7 +15,8 @@ class Training(Protocol):
 
     model: HuggingFaceModel
     """The model in training, out of its wrappers."""
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Any
+    """Or another processor with `save_pretrained`; None if there is none."""
     name: str
     """After which the merged model's repository is named, if the user does not name it."""
     folder: Path

@@ -25,9 +25,9 @@ class TrainerTraining:
         self.step = trainer.state.global_step if step is None else step
         self.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         _check(trainer, self.model)
-        self.folder = Path(trainer._get_output_dir(getattr(trainer, "_trial", None))).absolute()
+        self.folder = Path(str(trainer._get_output_dir(getattr(trainer, "_trial", None)))).absolute()
         self.trial = self.folder.name if trainer.state.is_hyper_param_search else None
-        self.name = trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
+        self.name = trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name
         self.tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
         self.push_options = {"token": trainer.args.hub_token, "private": trainer.args.hub_private_repo}
         self.sharded = (
@@ -135,8 +135,9 @@ def _evaluated(entries: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def _untouched(trainer: Trainer) -> Iterator[None]:
     """Whatever evaluating does to the trainer but for its model is undone after the block."""
     handler = trainer.callback_handler
+    model: Any = trainer.model
     kept = (trainer.state, trainer.control, trainer.optimizer, handler.callbacks)
-    modes = {module: module.training for module in trainer.model.modules()}
+    modes = {module: module.training for module in model.modules()}
     trainer.state, trainer.control = copy.deepcopy(trainer.state), copy.copy(trainer.control)
     handler.callbacks = []
     trainer.optimizer = None  # a schedule-free one changes weights before an evaluation

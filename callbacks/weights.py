@@ -28,7 +28,8 @@ HuggingFaceModel = PreTrainedModel | PeftModel
 
 def network_of(model: HuggingFaceModel) -> PreTrainedModel:
     """The transformers model, inside of which PEFT has put its layers if it is adapted."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return network
 
 
 def own_weights(model: HuggingFaceModel) -> dict[str, Tensor]:
