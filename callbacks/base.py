@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 
-from neuromerge_hf.callbacks.weights import HuggingFaceModel, network_of, own_weights
+from neuromerge_hf.callbacks.weights import HuggingFaceModel, class_of, network_of, own_weights
 from neuromerge_hf.checkpoint import ADAPTER_FILES, CHECKPOINT_FILES
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.models import ModelId
@@ -101,7 +101,7 @@ def save_task_config(model: HuggingFaceModel, folder: Path) -> None:
     network = network_of(model)
     if adapter_config(model) and not getattr(network, "hf_quantizer", None):
         config = copy.deepcopy(network.config)
-        config.architectures = [type(network).__name__]
+        config.architectures = [class_of(network).__name__]
         config.save_pretrained(folder)
 
 
@@ -117,9 +117,9 @@ def save_outline(model: HuggingFaceModel, tokenizer: Any, folder: Path) -> None:
         return
     network = network_of(model)
     config = copy.deepcopy(network.config)
-    config.architectures = [type(network).__name__]
+    config.architectures = [class_of(network).__name__]
     config.save_pretrained(folder)
-    skeleton = Skeleton(type(network), config)  # unlike the model, it is whole on every process
+    skeleton = Skeleton(class_of(network), config)  # unlike the model, it is whole on every process
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     size = 0
     for name, tensor in skeleton.model.state_dict().items():

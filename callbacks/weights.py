@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from neuromerge_hf.auto import AutoMergedModel
@@ -30,6 +31,11 @@ def network_of(model: HuggingFaceModel) -> PreTrainedModel:
     """The transformers model, inside of which PEFT has put its layers if it is adapted."""
     network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return network
+
+
+def class_of(network: PreTrainedModel) -> type[PreTrainedModel]:
+    """Its class of transformers, of which FSDP makes one of its own."""
+    return next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def own_weights(model: HuggingFaceModel) -> dict[str, Tensor]:
@@ -53,7 +59,7 @@ def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterat
     """
     live = own_weights(model)
     merged: dict[str, Tensor] = {}
-    on_first_process(lambda: merged.update(_load(folder, expert, type(network_of(model)), live)))
+    on_first_process(lambda: merged.update(_load(folder, expert, class_of(network_of(model)), live)))
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with replaced(live, merged), _without_adapters(model):
         yield
