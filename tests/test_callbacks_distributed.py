@@ -16,34 +16,54 @@ from tiny_training import classifier, measure
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("framework", ["transformers", "lightning"])
-def test_one_process_merges_and_the_others_wait_longer_than_their_time_out(tmp_path, framework):
-    base = save_bert(tmp_path / "base")
-    other = save_fine_tune(base, tmp_path / "other", seed=1)
-    folder = tmp_path / "run"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    """The folder of three trainings, by two processes that are started once, because that takes longest."""
+    folder = tmp_path_factory.mktemp("trainings")
+    base = save_bert(folder / "base")
+    other = save_fine_tune(base, folder / "other", seed=1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(TESTS / "train_in_two_processes.py"), framework, str(base), str(other), str(folder)]
+    script = [str(TESTS / "train_in_two_processes.py"), str(base), str(other), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     run = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
+    return folder
 
+
+def check(folder, merges):
+    """One process has merged what was trained; returns what it saw."""
     first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    assert (first["merged_by"], second["merged_by"]) == ([0], [])
+    assert (first["merges"], second["merges"]) == (merges, 0)
     assert first["weights"] == second["weights"], "both have the trained weights again"
     assert first["training"] == second["training"]
-    merge([folder / "trained", other], tmp_path / "expected", base_model=base)
+    merge([folder / "trained", folder.parent / "other"], folder / "expected", base_model=folder.parent / "base")
     for name in ("model.safetensors", "heads/trained/head.safetensors"):
-        assert (folder / "merged" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+        assert (folder / "merged" / name).read_bytes() == (folder / "expected" / name).read_bytes()
+    return first
 
+
+def test_one_process_merges_and_the_others_wait_longer_than_their_time_out(trainings):
+    folder = trainings / "ddp"
+    *_, trained, merged = check(folder, merges=1)["metrics"]
+    assert trained["step"] == merged["step"] == 4
     expected = measure(AutoMergedModel.from_pretrained(folder / "merged", head="trained"))
-    if framework == "transformers":
-        *_, trained, merged = first["metrics"]
-        assert trained["step"] == merged["step"] == 4
-        # The Trainer multiplies the loss of an evaluation by the number of processes.
-        factor = trained["eval_loss"] / measure(classifier(folder / "trained"))["loss"]
-        merged = merged["merged_eval_loss"] / factor
-    else:
-        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-        merged = float(next(row["merged_val_loss"] for row in rows if row["merged_val_loss"]))
+    # The Trainer multiplies the loss of an evaluation by the number of processes.
+    factor = trained["eval_loss"] / measure(classifier(folder / "trained"))["loss"]
+    assert merged["merged_eval_loss"] == pytest.approx(expected["loss"] * factor, abs=1e-5)
+
+
+def test_lightning_on_two_processes(trainings):
+    folder = trainings / "lightning"
+    check(folder, merges=2)
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    merged = float(next(row["merged_val_loss"] for row in rows if row["merged_val_loss"]))
+    expected = measure(AutoMergedModel.from_pretrained(folder / "merged", head="trained"))
     assert merged == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_the_parts_that_fsdp_makes_of_a_model_are_gathered(trainings):
+    folder = trainings / "fsdp"
+    seen = check(folder, merges=3)
+    trained = classifier(folder / "trained").state_dict()
+    assert sum(tensor.double().sum().item() for tensor in trained.values()) == pytest.approx(seen["weights"])
+    assert not seen["metrics"], "the merged model has no place in a model that is spread over processes"

@@ -225,9 +225,12 @@ def test_strategies_that_cannot_give_whole_weights_are_refused():
     assert not _is_sharded(pl.strategies.DDPStrategy())
 
 
-def test_without_lightning_an_import_says_what_to_install_and_either_package_will_do():
+def test_importing_the_package_loads_no_lightning_and_either_of_its_packages_will_do():
     code = """if True:
-        import sys
+        import sys, neuromerge_hf
+        assert not {"torch", "transformers"} & set(sys.modules)
+        neuromerge_hf.NeuroMergeCallback
+        assert not {"lightning", "pytorch_lightning", "trl"} & set(sys.modules)
         sys.modules.update(lightning=None, pytorch_lightning=None)
         try:
             import neuromerge_hf.callbacks.lightning
@@ -238,6 +241,7 @@ def test_without_lightning_an_import_says_what_to_install_and_either_package_wil
         print(NeuroMergeCallback.__mro__)
     """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     first, second = run.stdout.splitlines()
     assert "pip install lightning" in first
     assert "pytorch_lightning.callbacks.callback.Callback" in second

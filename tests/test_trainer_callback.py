@@ -5,8 +5,6 @@ import pickle
 import random
 import shlex
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import optuna
@@ -570,7 +568,8 @@ def test_pruned_trials_of_a_search_merge_nothing(models, tmp_path):
 )
 def test_ways_of_training(models, tmp_path, changes):
     base, other = models
-    trainer = train(classifier(base), tmp_path, NeuroMergeCallback([other]), **changes)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes time, and is not ours to test
+        trainer = train(classifier(base), tmp_path, NeuroMergeCallback([other]), **changes)
     merge([tmp_path / "trained", other], tmp_path / "expected", base_model=base)
     for name in ("model.safetensors", "heads/trained/head.safetensors"):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
@@ -589,15 +588,6 @@ def test_a_model_that_the_user_compiled(models, tmp_path):
         assert measure(classifier(tmp_path / "trained")) == pytest.approx(measure(model), abs=1e-6)
     assert trainer.model is model
     assert logged(trainer, "merged_eval_loss")
-
-
-def test_importing_the_package_loads_no_framework():
-    code = (
-        "import sys, neuromerge_hf; assert 'transformers' not in sys.modules;"
-        "neuromerge_hf.NeuroMergeCallback;"
-        "assert not {'lightning', 'pytorch_lightning', 'trl'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ push

@@ -1,8 +1,8 @@
-"""A training in several processes, run by torch.distributed.run: what each of them saw goes to a file of its own.
+"""Trainings in several processes, run by torch.distributed.run: what each of them saw goes to a file of its own.
 
-    train_in_two_processes.py FRAMEWORK BASE OTHER FOLDER
+    train_in_two_processes.py BASE OTHER FOLDER
 
-The processes of a training give up when one is waited for longer than `TIMEOUT`, and the merge takes longer.
+The processes give up when one is waited for longer than `TIMEOUT`, and the first merge takes longer.
 """
 
 import json
@@ -14,28 +14,34 @@ from pathlib import Path
 import torch
 
 from neuromerge_hf.callbacks import run
-from tiny_training import classifier, logged, train
+from tiny_training import classifier, logged, make_trainer, train
 
-TIMEOUT = 8  # seconds
+TIMEOUT = 7  # seconds
 
 
-def main(framework: str, base: str, other: str, folder: Path) -> None:
+def main(base: str, other: str, folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     merge = run.merge
     merged_by = []
 
     def merge_slowly(*arguments, **options):
+        if not merged_by:
+            time.sleep(TIMEOUT + 1)
         merged_by.append(rank)
-        time.sleep(TIMEOUT + 2)
         return merge(*arguments, **options)
 
     run.merge = merge_slowly
-    model = classifier(base)
-    metrics = (with_transformers if framework == "transformers" else with_lightning)(model, other, folder)
-    weights = sum(tensor.double().sum().item() for tensor in model.state_dict().values())
-    seen = {"merged_by": merged_by, "metrics": metrics, "weights": weights, "training": model.training}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(seen))
+    for name, train_with in {"ddp": with_transformers, "lightning": with_lightning, "fsdp": with_fsdp}.items():
+        model = classifier(base)
+        metrics = train_with(model, other, folder / name)
+        weights = sum(whole(tensor).double().sum().item() for tensor in model.state_dict().values())
+        seen = {"merges": len(merged_by), "metrics": metrics, "weights": weights, "training": model.training}
+        (folder / name / f"rank-{rank}.json").write_text(json.dumps(seen))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def with_transformers(model, other, folder):
@@ -45,9 +51,33 @@ def with_transformers(model, other, folder):
     return logged(trainer, "eval_loss") + logged(trainer, "merged_eval_loss")
 
 
-def with_lightning(model, other, folder):
-    from datetime import timedelta
+def with_fsdp(model, other, folder):
+    """accelerate shards models on accelerators alone; told to, it does so on the CPU as well."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.tensor import DTensor
+    from transformers import TrainerCallback
 
+    from neuromerge_hf import NeuroMergeCallback
+
+    class Insist(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.accelerator.state.distributed_type = DistributedType.FSDP
+
+    trainer = make_trainer(model, folder, NeuroMergeCallback([other]), Insist(), max_grad_norm=0)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BertLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    trainer.train()
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    return logged(trainer, "merged_")
+
+
+def with_lightning(model, other, folder):
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.strategies import DDPStrategy
@@ -59,7 +89,7 @@ def with_lightning(model, other, folder):
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIMEOUT)),
+        strategy=DDPStrategy(process_group_backend="gloo"),
         max_epochs=1,
         default_root_dir=folder,
         logger=logger,
@@ -72,4 +102,4 @@ def with_lightning(model, other, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
