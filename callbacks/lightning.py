@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neuromerge_hf.callbacks.callback import MergingCallback
-from neuromerge_hf.callbacks.lightning_trainer import Callback, LightningTraining
+from neuromerge_hf.callbacks.lightning_package import Callback
+from neuromerge_hf.callbacks.lightning_trainer import LightningTraining
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.models import ModelId

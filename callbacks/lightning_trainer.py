@@ -12,23 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuromerge_hf.callbacks.base import clear, expert_folder, save_task_config
+from neuromerge_hf.callbacks.lightning_package import DummyLogger
 from neuromerge_hf.callbacks.processes import on_first_process
 from neuromerge_hf.callbacks.training import TRAINED
 from neuromerge_hf.callbacks.weights import HuggingFaceModel, replaced
 from neuromerge_hf.errors import MergeError
-
-# The two packages have classes of their own, but their trainers only ask for the methods.
-try:
-    from lightning.pytorch import Callback as Callback
-    from lightning.pytorch.loggers.logger import DummyLogger
-except ImportError:
-    try:
-        from pytorch_lightning import Callback as Callback  # type: ignore[assignment]
-        from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
-    except ImportError as error:
-        raise ImportError(
-            "neuromerge_hf.callbacks.lightning needs Lightning: pip install lightning (or pytorch-lightning)"
-        ) from error
 
 
 class LightningTraining:
@@ -77,7 +65,7 @@ class LightningTraining:
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
 
-    def _read(self, path: str) -> dict[str, Any]:
+    def _read(self, path: str | None) -> dict[str, Any]:
         return self.trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=False)  # by this run
 
     def evaluate(self) -> dict[str, float]:
@@ -89,7 +77,8 @@ class LightningTraining:
     def evaluate_trained(self) -> dict[str, float]:
         if not self.best:
             return self.evaluate()
-        weights = self._read(self.best)["state_dict"]
+        weights: dict[str, Tensor] = {}
+        on_first_process(lambda: weights.update(self._read(self.best)["state_dict"]))
         with replaced(self.trainer.lightning_module.state_dict(), weights):
             return self.evaluate()
 

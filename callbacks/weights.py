@@ -35,7 +35,8 @@ def network_of(model: HuggingFaceModel) -> PreTrainedModel:
 
 def class_of(network: PreTrainedModel) -> type[PreTrainedModel]:
     """Its class of transformers, of which FSDP makes one of its own."""
-    return next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+    kinds: Any = type(network).__mro__
+    return next(kind for kind in kinds if not issubclass(kind, FSDPModule))
 
 
 def own_weights(model: HuggingFaceModel) -> dict[str, Tensor]:

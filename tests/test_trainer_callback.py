@@ -557,6 +557,7 @@ def test_pruned_trials_of_a_search_merge_nothing(models, tmp_path):
 # --------------------------------------------------------------------------------------------------- kinds of training
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's compiler uses it itself
 @pytest.mark.parametrize(
     "changes",
     [
