@@ -4,6 +4,7 @@
 * `merge([...], output_dir)` merges into a directory; `merge_recipe` makes a directory again from its recipe.
 * `plan_merge([...])` checks everything and says what a merge needs, without downloading a weight.
 * `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
+* `AverageConfig`, `TaskArithmeticConfig`, `TIESConfig`, `DARETIESConfig`, `PCBConfig` choose another method of merging.
 """
 
 from importlib import import_module
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuromerge_hf.auto import AutoMergedModel
-    from neuromerge_hf.config import NeuroMergingConfig
+    from neuromerge_hf.config import (
+        AverageConfig,
+        DARETIESConfig,
+        NeuroMergingConfig,
+        PCBConfig,
+        TaskArithmeticConfig,
+        TIESConfig,
+    )
     from neuromerge_hf.errors import MergeError
     from neuromerge_hf.merging import merge, merge_recipe
     from neuromerge_hf.plan import MergePlan
@@ -22,10 +30,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoMergedModel",
+    "AverageConfig",
+    "DARETIESConfig",
     "MergeError",
     "MergePlan",
     "MergeReport",
     "NeuroMergingConfig",
+    "PCBConfig",
+    "TIESConfig",
+    "TaskArithmeticConfig",
     "merge",
     "merge_recipe",
     "plan_merge",
@@ -34,10 +47,15 @@ __all__ = [
 # Importing torch and transformers takes seconds; `import neuromerge_hf` and `neuromerge --help` need neither.
 _MODULES = {
     "AutoMergedModel": "auto",
+    "AverageConfig": "config",
+    "DARETIESConfig": "config",
     "MergeError": "errors",
     "MergePlan": "plan",
     "MergeReport": "report",
     "NeuroMergingConfig": "config",
+    "PCBConfig": "config",
+    "TIESConfig": "config",
+    "TaskArithmeticConfig": "config",
     "merge": "merging",
     "merge_recipe": "merging",
     "plan_merge": "planner",

@@ -1,5 +1,6 @@
 """The command line: ``neuromerge merge``, ``plan``, ``card`` and ``push``."""
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from neuromerge_hf.config import NeuroMergingConfig
+    from neuromerge_hf.config import MergeConfig
 
 IN_RECIPE = (
     "base_model",
+    "method",
     "density",
     "lambda_parallel",
     "lambda_orthogonal",
+    "scale",
+    "drop_rate",
+    "seed",
     "exclude",
     "dtype",
     "tokenizer",
@@ -47,9 +52,27 @@ Models = Annotated[
 BaseModel = Annotated[
     str | None, typer.Option(help="The model they were fine-tuned from.", show_default="the adapters' own")
 ]
-Density = Annotated[float, typer.Option(help="The fraction of each task vector that is kept.")]
-LambdaParallel = Annotated[float, typer.Option(help="The weight of the parallel part, lambda_1.")]
-LambdaOrthogonal = Annotated[str, typer.Option(help="The weight of the orthogonal part, lambda_2.")]
+Method = Annotated[str, typer.Option(help="neuromerging, average, task_arithmetic, ties, dare_ties or pcb.")]
+Density = Annotated[
+    float | None,
+    typer.Option(help="The fraction of each task vector that is kept.", show_default="0.2; of pcb, 0.1"),
+]
+LambdaParallel = Annotated[
+    float | None, typer.Option(help="neuromerging: the weight of the parallel part, lambda_1.", show_default="0")
+]
+LambdaOrthogonal = Annotated[
+    str | None, typer.Option(help="neuromerging: the weight of the orthogonal part, lambda_2.", show_default="auto")
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        help="Other methods: the weight of the merged task vector.", show_default="1; of task_arithmetic, 0.4"
+    ),
+]
+DropRate = Annotated[
+    float | None, typer.Option(help="dare_ties: the share of entries dropped at random.", show_default="0.2")
+]
+Seed = Annotated[int | None, typer.Option(help="dare_ties: of the random numbers.", show_default="0")]
 Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")]
 Tokenizer = Annotated[str, typer.Option(help="base, an expert's name or id, or union.")]
@@ -69,9 +92,13 @@ def merge_command(
     models: Models,
     output: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
     base_model: BaseModel = None,
-    density: Density = 0.2,
-    lambda_parallel: LambdaParallel = 0.0,
-    lambda_orthogonal: LambdaOrthogonal = "auto",
+    method: Method = "neuromerging",
+    density: Density = None,
+    lambda_parallel: LambdaParallel = None,
+    lambda_orthogonal: LambdaOrthogonal = None,
+    scale: Scale = None,
+    drop_rate: DropRate = None,
+    seed: Seed = None,
     exclude: Exclude = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = "base",
@@ -105,7 +132,16 @@ def merge_command(
                 models,
                 output,
                 base_model=base_model,
-                config=_config(density, lambda_parallel, lambda_orthogonal, exclude),
+                config=_config(
+                    method,
+                    density=density,
+                    lambda_parallel=lambda_parallel,
+                    lambda_orthogonal=_number_or_auto(lambda_orthogonal),
+                    scale=scale,
+                    drop_rate=drop_rate,
+                    seed=seed,
+                    exclude=exclude,
+                ),
                 dtype=dtype,
                 tokenizer=tokenizer,
                 chat_template=chat_template,
@@ -128,9 +164,13 @@ def plan_command(
     output: Annotated[
         Path | None, typer.Option(help="The directory that the merge shall write, to be checked as well.")
     ] = None,
-    density: Density = 0.2,
-    lambda_parallel: LambdaParallel = 0.0,
-    lambda_orthogonal: LambdaOrthogonal = "auto",
+    method: Method = "neuromerging",
+    density: Density = None,
+    lambda_parallel: LambdaParallel = None,
+    lambda_orthogonal: LambdaOrthogonal = None,
+    scale: Scale = None,
+    drop_rate: DropRate = None,
+    seed: Seed = None,
     exclude: Exclude = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = "base",
@@ -149,7 +189,16 @@ def plan_command(
         settings: dict[str, Any] = {
             "models": models,
             "base_model": base_model,
-            "config": _config(density, lambda_parallel, lambda_orthogonal, exclude),
+            "config": _config(
+                method,
+                density=density,
+                lambda_parallel=lambda_parallel,
+                lambda_orthogonal=_number_or_auto(lambda_orthogonal),
+                scale=scale,
+                drop_rate=drop_rate,
+                seed=seed,
+                exclude=exclude,
+            ),
             "dtype": dtype,
             "tokenizer": tokenizer,
             "chat_template": chat_template,
@@ -252,21 +301,22 @@ def _is_recipe(context: typer.Context, models: list[str]) -> bool:
     return True
 
 
-def _config(
-    density: float, lambda_parallel: float, lambda_orthogonal: str, exclude: list[str] | None
-) -> "NeuroMergingConfig":
-    from neuromerge_hf.config import NeuroMergingConfig
+def _config(method: str, **settings: Any) -> "MergeConfig":
+    """The configuration of a method from the options that were given."""
+    from neuromerge_hf.config import config_class
+    from neuromerge_hf.errors import MergeError
 
-    return NeuroMergingConfig(
-        density=density,
-        lambda_parallel=lambda_parallel,
-        lambda_orthogonal=_number_or_auto(lambda_orthogonal),
-        exclude=tuple(exclude or ()),
-    )
+    config = config_class(method)
+    given = {name: value for name, value in settings.items() if value is not None}
+    strange = given.keys() - {field.name for field in dataclasses.fields(config)}
+    if strange:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(strange))
+        raise MergeError(f"--method {method} has no {options}: leave it out, or choose another method.")
+    return config(**given)
 
 
-def _number_or_auto(value: str) -> Any:
+def _number_or_auto(value: str | None) -> Any:
     try:
-        return float(value)
+        return None if value is None else float(value)
     except ValueError:
         return value  # the config says what is wrong, unless it is "auto"

@@ -24,7 +24,7 @@ def memory_needed(plan: MergePlan) -> int:
     expert, the counters and the sample that predicts the threshold, which is copied twice while it is sorted. The
     largest head is held while it is written. What preparing an adapter takes is not counted.
     """
-    experts = len(plan.experts) if plan.config.density < 1 else 0
+    experts = len(plan.experts) if plan.config.passes > 1 else 0
     trimming = experts * (8 * BINS + 4 * SAMPLE_ENTRIES) + (8 * SAMPLE_ENTRIES if experts else 0)
     blocks = plan.threads * max(map(_block_memory, plan.units))
     heads = max((expert.head.nbytes for expert in plan.experts if expert.head), default=0)
@@ -37,7 +37,7 @@ def seconds_needed(plan: MergePlan) -> float:
     Each pass works on every entry of the base and of the T experts that change it: the pass that merges, and before
     it, if values are trimmed, the pass that finds the thresholds.
     """
-    passes = 1 if plan.config.density == 1 else 2
+    passes = plan.config.passes
     merged = sum(unit.entries * (1 + len(unit.changing)) for unit in plan.units if unit.task_vectors)
     copied = sum(unit.entries for unit in plan.units if not unit.task_vectors)
     return START_SECONDS + (passes * merged + copied) / (VALUES_PER_SECOND * plan.threads)

@@ -20,7 +20,7 @@ from neuromerge_hf.checkpoint import (
     find_weights,
     weight_files,
 )
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig, config_class
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.location import Location
 
@@ -73,7 +73,7 @@ class Recipe:
 
     base_model: Ingredient
     models: tuple[Ingredient, ...]
-    config: NeuroMergingConfig
+    config: MergeConfig
     dtype: str = "auto"
     tokenizer: str = "base"
     chat_template: str | None = None
@@ -85,6 +85,7 @@ class Recipe:
         content = {
             "base_model": self.base_model.to_dict(),
             "models": [model.to_dict() for model in self.models],
+            "method": self.config.method,
             "config": self.config.to_dict(),
             "dtype": self.dtype,
             "tokenizer": self.tokenizer,
@@ -125,7 +126,7 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe(
             base_model=Ingredient(**content["base_model"]),
             models=tuple(Ingredient(**model) for model in content["models"]),
-            config=NeuroMergingConfig(**content["config"]),
+            config=config_class(content.get("method", NeuroMergingConfig.method))(**content["config"]),
             dtype=content["dtype"],
             tokenizer=content["tokenizer"],
             chat_template=content["chat_template"],
