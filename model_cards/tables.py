@@ -62,9 +62,9 @@ def _setting(value: Any) -> str:
 def parameters(card: "MergeCard") -> str:
     """What became of every class of parameters."""
     report = card.report
-    neuronal = report.method == "neuromerging"
+    how = "merged neuron by neuron" if report.method == "neuromerging" else "merged entry by entry"
     classes = [
-        ("weights with neurons", "merged neuron by neuron" if neuronal else "merged entry by entry", report.by_neuron, False),
+        ("weights with neurons", how, report.by_neuron, False),
         ("vectors (biases, norms) and scalars", "merged entry by entry", report.by_entry, False),
         ("all others", "the base's", report.from_base, True),
     ]
