@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from neuromerge_hf.plan import MergePlan
     from neuromerge_hf.planner import plan_merge
     from neuromerge_hf.report import MergeReport
+    from neuromerge_hf.tuning import TuningGrid, tune_lambdas
 
 __version__ = "0.1.0"
 
@@ -39,9 +40,11 @@ __all__ = [
     "PCBConfig",
     "TIESConfig",
     "TaskArithmeticConfig",
+    "TuningGrid",
     "merge",
     "merge_recipe",
     "plan_merge",
+    "tune_lambdas",
 ]
 
 # Importing torch and transformers takes seconds; `import neuromerge_hf` and `neuromerge --help` need neither.
@@ -56,9 +59,11 @@ _MODULES = {
     "PCBConfig": "config",
     "TIESConfig": "config",
     "TaskArithmeticConfig": "config",
+    "TuningGrid": "tuning",
     "merge": "merging",
     "merge_recipe": "merging",
     "plan_merge": "planner",
+    "tune_lambdas": "tuning",
 }
 
 

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from neuromerge_hf.config import MergeConfig
+    from neuromerge_hf.report import MergeReport
 
 IN_RECIPE = (
     "base_model",
@@ -21,6 +22,8 @@ IN_RECIPE = (
     "scale",
     "drop_rate",
     "seed",
+    "tune",
+    "tune_density",
     "exclude",
     "dtype",
     "tokenizer",
@@ -74,6 +77,13 @@ DropRate = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="dare_ties: of the random numbers.", show_default="0")]
 Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")]
+Tune = Annotated[
+    str | None,
+    typer.Option(help="module:function that scores a model: choose the lambdas by it.", show_default=False),
+]
+TuneDensity = Annotated[
+    list[float] | None, typer.Option(help="A density to try as well. Repeatable.", show_default="--density alone")
+]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")]
 Tokenizer = Annotated[str, typer.Option(help="base, an expert's name or id, or union.")]
 ChatTemplate = Annotated[
@@ -100,6 +110,8 @@ def merge_command(
     drop_rate: DropRate = None,
     seed: Seed = None,
     exclude: Exclude = None,
+    tune: Tune = None,
+    tune_density: TuneDensity = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = "base",
     chat_template: ChatTemplate = None,
@@ -114,9 +126,12 @@ def merge_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge fine-tunes and adapters into their base, or make a model again from its recipe."""
+    from neuromerge_hf.errors import MergeError
     from neuromerge_hf.merging import merge, merge_recipe
 
     with _errors_in_a_sentence():
+        if tune_density and not tune:
+            raise MergeError("--tune-density says what to try: give --tune module:function to score it.")
         if _is_recipe(context, models):
             report = merge_recipe(
                 models[0],
@@ -128,11 +143,9 @@ def merge_command(
                 trust_remote_code=trust_remote_code,
             )
         else:
-            report = merge(
-                models,
-                output,
-                base_model=base_model,
-                config=_config(
+            settings: dict[str, Any] = {
+                "base_model": base_model,
+                "config": _config(
                     method,
                     density=density,
                     lambda_parallel=lambda_parallel,
@@ -142,17 +155,18 @@ def merge_command(
                     seed=seed,
                     exclude=exclude,
                 ),
-                dtype=dtype,
-                tokenizer=tokenizer,
-                chat_template=chat_template,
-                merge_heads=merge_heads,
-                max_shard_size=max_shard_size,
-                device=device,
-                threads=threads,
-                overwrite=overwrite,
-                token=token,
-                trust_remote_code=trust_remote_code,
-            )
+                "dtype": dtype,
+                "tokenizer": tokenizer,
+                "chat_template": chat_template,
+                "merge_heads": merge_heads,
+                "max_shard_size": max_shard_size,
+                "device": device,
+                "threads": threads,
+                "overwrite": overwrite,
+                "token": token,
+                "trust_remote_code": trust_remote_code,
+            }
+            report = _tuned(models, output, tune, tune_density, settings) if tune else merge(models, output, **settings)
         typer.echo(report)
 
 
@@ -274,6 +288,20 @@ def push_command(
             tags=tag or (),
         )
         typer.echo(commit.pr_url or commit.commit_url)
+
+
+def _tuned(
+    models: list[str], output: Path, tune: str, densities: list[float] | None, settings: dict[str, Any]
+) -> "MergeReport":
+    from neuromerge_hf.evaluation import load_function
+    from neuromerge_hf.tuning import tune_lambdas
+    from neuromerge_hf.tuning_table import to_markdown
+
+    evaluate = load_function(tune)
+    found = tune_lambdas(models, evaluate, densities=densities, tuned_on=tune, output_dir=output, **settings)
+    typer.echo(to_markdown(found.trials, found.best))
+    assert found.report is not None, "there is an output directory"
+    return found.report
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def merge(
     chat_template: str | None = None,
     merge_heads: bool = False,
     max_shard_size: str | int = "5GB",
+    tuned_on: str | None = None,
     device: str | torch.device | None = None,
     threads: int | None = None,
     overwrite: bool = False,
@@ -72,6 +73,7 @@ def merge(
             parameter is the mean over the experts, because there is no base to take differences from. By default each
             expert's head is kept as it is, apart.
         max_shard_size: the largest size of one weight file ("5GB").
+        tuned_on: what the hyper-parameters were chosen on, if on data, to be said in recipe, report and card.
         device: where to compute; the accelerator that accelerate sees, or the CPU.
         threads: how many threads to compute with; all processors that this process may use.
         overwrite: replace an output directory that is not empty.
@@ -133,8 +135,9 @@ def merge(
                 chat_template=chat_template,
                 merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
+                tuned_on=tuned_on,
             ).save(folder)
-            report = make_report(plan, method, diagnostics, target, seconds, compute_device)
+            report = make_report(plan, method, diagnostics, target, seconds, compute_device, tuned_on)
             report.save(folder)
             write_card(folder, name=target.name)
     return report
@@ -167,6 +170,7 @@ def merge_recipe(
         chat_template=recipe.chat_template,
         merge_heads=recipe.merge_heads,
         max_shard_size=recipe.max_shard_size,
+        tuned_on=recipe.tuned_on,
         device=device,
         threads=threads,
         overwrite=overwrite,

@@ -79,6 +79,7 @@ class Recipe:
     chat_template: str | None = None
     merge_heads: bool = False
     max_shard_size: str | int = "5GB"
+    tuned_on: str | None = None
 
     def save(self, folder: Path) -> None:
         """Write ``recipe.yaml``."""
@@ -92,6 +93,7 @@ class Recipe:
             "chat_template": self.chat_template,
             "merge_heads": self.merge_heads,
             "max_shard_size": self.max_shard_size,
+            **({"tuned_on": self.tuned_on} if self.tuned_on else {}),
             "versions": {package: version(package) for package in PACKAGES},
         }
         (folder / RECIPE_NAME).write_text(_text(content), encoding="utf-8")
@@ -132,6 +134,7 @@ def load_recipe(path: Path) -> Recipe:
             chat_template=content["chat_template"],
             merge_heads=content["merge_heads"],
             max_shard_size=content["max_shard_size"],
+            tuned_on=content.get("tuned_on"),
         )
     except OSError as error:
         raise MergeError(f"The recipe {path} cannot be read: {error}") from error

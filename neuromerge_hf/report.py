@@ -86,6 +86,7 @@ class MergeReport:
         vocabulary: how tokens were aligned; None where all models have the same.
         method: the name of the method.
         settings: its hyper-parameters, with what "auto" came to.
+        tuned_on: what they were chosen on, if on data.
         seconds: wall time of the merge, downloads not counted.
         bytes_read: how much of the inputs was read.
         bytes_written: the size of the merged weights, and of the heads beside them.
@@ -119,6 +120,7 @@ class MergeReport:
     diagnostics: Diagnostics | None = None
     method: str = "neuromerging"
     settings: dict[str, Any] = field(default_factory=dict)
+    tuned_on: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parents: list[Parent] = field(default_factory=list)
@@ -176,7 +178,7 @@ class MergeReport:
             sigma = f", sigma {expert.sigma:.3f}" if self.sigma is not None else ""
             lines.append(f"  {expert.name} ({expert.kind}): {expert.entries:,} entries{sigma}{head}")
         lines += [
-            f"  {self._hyper_parameters}",
+            f"  {self._hyper_parameters}{f', tuned on {self.tuned_on}' if self.tuned_on else ''}",
             f"  {len(self.merged)} parameters merged, {len(self.copied)} copied from the base",
             *([f"  heads merged by their mean: {', '.join(self.head)}"] if self.head else []),
             *([f"  {self.vocabulary}"] if self.vocabulary else []),
@@ -232,6 +234,7 @@ def make_report(
     output_dir: Path,
     seconds: float,
     device: torch.device,
+    tuned_on: str | None = None,
 ) -> MergeReport:
     """The report of a finished merge."""
     neuronal = method if isinstance(method, NeuroMerging) else None
@@ -275,6 +278,7 @@ def make_report(
         diagnostics=diagnostics,
         method=method.config.method,
         settings=settings,
+        tuned_on=tuned_on,
         environment=_environment(device, plan.threads),
         notes=[note for expert in plan.experts for note in expert.notes],
         parents=[Parent.of(location) for location in (plan.base.location, *(each.location for each in plan.experts))],
