@@ -4,6 +4,7 @@
 * `merge([...], output_dir)` merges into a directory; `merge_recipe` makes a directory again from its recipe.
 * `plan_merge([...])` checks everything and says what a merge needs, without downloading a weight.
 * `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
+* `tune_lambdas([...], evaluate)` chooses the lambdas on validation data; `compare_methods` compares methods on it.
 * `AverageConfig`, `TaskArithmeticConfig`, `TIESConfig`, `DARETIESConfig`, `PCBConfig` choose another method of merging.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuromerge_hf.auto import AutoMergedModel
+    from neuromerge_hf.comparison import Comparison, compare_methods
     from neuromerge_hf.config import (
         AverageConfig,
         DARETIESConfig,
@@ -25,13 +27,14 @@ if TYPE_CHECKING:
     from neuromerge_hf.plan import MergePlan
     from neuromerge_hf.planner import plan_merge
     from neuromerge_hf.report import MergeReport
-    from neuromerge_hf.tuning import TuningGrid, tune_lambdas
+    from neuromerge_hf.tuning import Tuning, TuningGrid, tune_lambdas
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoMergedModel",
     "AverageConfig",
+    "Comparison",
     "DARETIESConfig",
     "MergeError",
     "MergePlan",
@@ -40,7 +43,9 @@ __all__ = [
     "PCBConfig",
     "TIESConfig",
     "TaskArithmeticConfig",
+    "Tuning",
     "TuningGrid",
+    "compare_methods",
     "merge",
     "merge_recipe",
     "plan_merge",
@@ -51,6 +56,7 @@ __all__ = [
 _MODULES = {
     "AutoMergedModel": "auto",
     "AverageConfig": "config",
+    "Comparison": "comparison",
     "DARETIESConfig": "config",
     "MergeError": "errors",
     "MergePlan": "plan",
@@ -59,7 +65,9 @@ _MODULES = {
     "PCBConfig": "config",
     "TIESConfig": "config",
     "TaskArithmeticConfig": "config",
+    "Tuning": "tuning",
     "TuningGrid": "tuning",
+    "compare_methods": "comparison",
     "merge": "merging",
     "merge_recipe": "merging",
     "plan_merge": "planner",
