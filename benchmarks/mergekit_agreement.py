@@ -4,8 +4,8 @@
 
 mergekit trims each tensor on its own where the paper trims the whole model, so TIES is compared at density 1, then with
 ours run on one tensor at a time, and last as each is meant. Two differences are of mergekit's choosing: where the
-changes sum to exactly 0, which bfloat16 files make common, it elects the positive sign and ours keeps the base, like the
-paper's algorithm (counted apart); and of the entries that equal a threshold it keeps some, ours all.
+changes sum to exactly 0, which bfloat16 files make common, it elects the positive sign and ours keeps the base, like
+the paper's algorithm (counted apart); and of the entries that equal a threshold it keeps some, ours all.
 Both compute and write float32. Two entries agree if they differ by at most two roundings.
 """
 
