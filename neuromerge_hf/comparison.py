@@ -1,6 +1,7 @@
 """Comparing methods of merging on the user's own tasks."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from transformers import AutoConfig
 
 from neuromerge_hf.bootstrap import Interval, differences
+from neuromerge_hf.checkpoint import HEADS
 from neuromerge_hf.comparison_table import draw_bars, to_markdown, write_json
 from neuromerge_hf.config import CONFIGS, MergeConfig, TaskArithmeticConfig
 from neuromerge_hf.errors import MergeError
@@ -57,15 +59,11 @@ class Comparison:
         return sum(scores.tasks[task] / best[task] for task in best) / len(best)
 
     def save(self, folder: Path) -> None:
-        """Write the table as JSON and Markdown, and draw it if matplotlib is installed."""
+        """Write the table as JSON and Markdown, and draw it."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(self, folder / f"{TABLE}.json")
         (folder / f"{TABLE}.md").write_text(str(self))
-        try:
-            draw_bars(self, folder / f"{TABLE}.png")
-        except ModuleNotFoundError as error:  # matplotlib is an extra
-            if error.name != "matplotlib":
-                raise
+        draw_bars(self, folder / f"{TABLE}.png")
 
     def __str__(self) -> str:
         return f"{to_markdown(self)}\n{self.verdict}\n"
@@ -100,7 +98,8 @@ def compare_methods(
         models, base_model, dtype, tokenizer, chat_template, merge_heads, device, threads, token, trust_remote_code: see
             `neuromerge_hf.merge`.
         evaluate: called with each model, in evaluation mode; returns its score, or a dictionary of scores by task, or
-            one of lists of scores by example, always in the same order. Greater is better.
+            one of lists of scores by example, always in the same order. Greater is better. Or a dictionary of functions
+            by the names of experts that have heads of their own, each called with every model under that head.
         methods: configurations; by default each method at its customary settings.
         output_dir: where ``comparison.json``, ``.md`` and ``.png`` are written, if wanted.
         auto_class: an Auto class or a model class of transformers to load the models as.
@@ -132,11 +131,14 @@ def compare_methods(
             loaded = AutoConfig.from_pretrained(report.output_dir, trust_remote_code=trust_remote_code)
             model_class = auto_class or model_class_of(loaded, report.output_dir, trust_remote_code)
             model = model_class.from_pretrained(report.output_dir, **kwargs).eval()
+            if (report.output_dir / HEADS).is_dir() and not heads.is_dir():  # of all experts, the first time
+                shutil.copytree(report.output_dir / HEADS, heads)
             with torch.no_grad():
-                scores = run_evaluation(evaluate, model)
+                scores = run_evaluation(evaluate, model, heads)
             progress.update()
             return scores, [expert.name for expert in report.experts]
 
+        heads = Path(folder) / HEADS
         base, names = evaluated(models, TaskArithmeticConfig(scale=0.0))
         alone = TaskArithmeticConfig(scale=1.0)
         experts = {name: evaluated([model], alone)[0] for name, model in zip(names, models, strict=True)}

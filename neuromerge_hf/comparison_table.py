@@ -51,11 +51,7 @@ def write_json(comparison: "Comparison", path: Path) -> None:
 
 
 def draw_bars(comparison: "Comparison", path: Path) -> None:
-    """Draw a bar for the average of each method, with its tasks as dots, and lines for the base and the experts.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is not installed.
-    """
+    """Draw a bar for the average of each method, with its tasks as dots, and lines for the base and the experts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

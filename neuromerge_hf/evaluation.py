@@ -7,12 +7,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
+
+from neuromerge_hf.checkpoint import HEAD_WEIGHTS
 from neuromerge_hf.errors import MergeError
 
-Evaluate = Callable[[Any], Any]
+Function = Callable[[Any], Any]
 """Takes a model and returns its score, or a dictionary of scores by task, or one of lists of scores by example."""
+
+Evaluate = Function | Mapping[str, Function]
+"""Or a function for each expert, by name, which gets the model under that expert's head, and returns its score."""
 
 ONLY = "score"
 """The name of the task where there is only one score."""
@@ -36,13 +46,19 @@ class Scores:
         return math.fsum(self.tasks.values()) / len(self.tasks)
 
 
-def run_evaluation(evaluate: Evaluate, model: Any) -> Scores:
+def run_evaluation(evaluate: Evaluate, model: Any, heads: Path) -> Scores:
     """Evaluate a model.
 
+    Args:
+        heads: the folder of the experts' heads.
+
     Raises:
-        MergeError: if what is returned are no finite scores.
+        MergeError: if what is returned are no finite scores, or an expert has no head.
     """
-    returned = evaluate(model)
+    if isinstance(evaluate, Mapping):
+        returned: Any = {name: function(with_head(model, heads, name)) for name, function in evaluate.items()}
+    else:
+        returned = evaluate(model)
     by_task = returned if isinstance(returned, Mapping) else {ONLY: returned}
     tasks, examples = {}, {}
     for task, value in by_task.items():
@@ -59,8 +75,29 @@ def run_evaluation(evaluate: Evaluate, model: Any) -> Scores:
     return Scores(tasks, examples)
 
 
+def with_head(model: PreTrainedModel, heads: Path, name: str) -> PreTrainedModel:
+    """An expert's task model around the weights of a merged one, which the two share.
+
+    Raises:
+        MergeError: if there is no head of this name.
+    """
+    folder = heads / name
+    if not folder.is_dir():
+        found = sorted(path.name for path in heads.iterdir()) if heads.is_dir() else []
+        raise MergeError(f"No expert {name!r} has a head of its own to be evaluated with; there are: {found}.")
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        task_model = getattr(transformers, config.architectures[0])(config)
+    setattr(task_model, task_model.base_model_prefix, model.base_model)
+    head = load_file(folder / HEAD_WEIGHTS)
+    own = {key: tensor.to(model.device, model.dtype) for key, tensor in head.items()}
+    task_model.load_state_dict(own, strict=False, assign=True)
+    evaluated: PreTrainedModel = task_model.eval()
+    return evaluated
+
+
 def load_function(place: str) -> Evaluate:
-    """The function that ``module:function`` names; modules are looked for in the current folder as well.
+    """What ``module:function`` names: a function, or a dictionary of them. The current folder is searched as well.
 
     Raises:
         MergeError: if it cannot be imported.
@@ -74,13 +111,15 @@ def load_function(place: str) -> Evaluate:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise MergeError(f"{place} cannot be imported: {error}. It is looked for in {os.getcwd()} as well.") from error
-    if not callable(function):
+    if not callable(function) and not isinstance(function, Mapping):
         raise MergeError(f"{place} is not a function, but {function!r:.100}.")
     return function  # type: ignore[no-any-return]
 
 
 def name_of(evaluate: Evaluate) -> str:
     """``module:function``, for messages and for what is written down."""
+    if isinstance(evaluate, Mapping):
+        return ", ".join(dict.fromkeys(map(name_of, evaluate.values())))
     name = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
     return f"{getattr(evaluate, '__module__', None) or type(evaluate).__module__}:{name}"
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError, Problems
-from neuromerge_hf.evaluation import Evaluate, name_of, run_evaluation
+from neuromerge_hf.evaluation import Evaluate, Scores, name_of, run_evaluation
 from neuromerge_hf.merging import find_device, merge
 from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.models import ModelId, find_models
@@ -111,8 +111,9 @@ def tune_lambdas(
         models, base_model, dtype, tokenizer, chat_template, merge_heads, max_shard_size, device, threads, overwrite,
             token, trust_remote_code: see `neuromerge_hf.merge`.
         evaluate: called with the merged model, in evaluation mode; returns its score, or a dictionary of scores by
-            task, or one of lists of scores by example. It must leave the weights as they are. Use validation data: a
-            score that was tuned on says little about new data.
+            task, or one of lists of scores by example. Or a dictionary of functions by the names of experts that have
+            heads of their own, each called with the merged model under that head. They must leave the weights as they
+            are. Use validation data: a score that was tuned on says little about new data.
         config: the density, what is excluded, and the lambdas to start from.
         grid: which lambdas are tried.
         densities: which are tried; only that of `config` by default. Each costs about as much as a merge.
@@ -169,9 +170,13 @@ def tune_lambdas(
             if expert.preparation:
                 (folder / "prepared").mkdir(exist_ok=True)
                 expert.preparation.run(folder / "prepared")
+            if expert.head:
+                expert.head.save(folder / "heads" / expert.name)
         (folder / "parts").mkdir()
         parts = Parts(plan, folder / "parts", load, compute_device, trust_remote_code)
-        search = _Search(parts, evaluate, metric, greater_is_better, kwargs)
+        search = _Search(
+            parts, partial(run_evaluation, evaluate, heads=folder / "heads"), metric, greater_is_better, kwargs
+        )
 
         def compute(density: float) -> NeuroMerging:
             at_density = dataclasses.replace(config, density=density)
@@ -216,7 +221,12 @@ class _Search:
     """Tries candidates on one live model, and keeps what they scored."""
 
     def __init__(
-        self, parts: Parts, evaluate: Evaluate, metric: str | None, greater_is_better: bool, kwargs: dict[str, Any]
+        self,
+        parts: Parts,
+        evaluate: Callable[[PreTrainedModel], Scores],
+        metric: str | None,
+        greater_is_better: bool,
+        kwargs: dict[str, Any],
     ):
         self.trials: list[Trial] = []
         self.seconds = 0.0
@@ -262,7 +272,7 @@ class _Search:
         self._parts.put(self.model, parallel, orthogonal)
         started = time.perf_counter()
         with torch.no_grad():
-            scores = run_evaluation(self._evaluate, self.model)
+            scores = self._evaluate(self.model)
         self.seconds += time.perf_counter() - started
         self.model.eval()
         if self._metric is not None and self._metric not in scores.tasks:

@@ -33,16 +33,12 @@ class Trial:
 
 
 def save_table(trials: Sequence[Trial], best: Trial, folder: Path, greater_is_better: bool = True) -> None:
-    """Write all candidates, best first, as JSON and Markdown, and draw the surface if matplotlib is installed."""
+    """Write all candidates, best first, as JSON and Markdown, and draw the surface."""
     ordered = sorted(trials, key=lambda trial: trial.score, reverse=greater_is_better)
     content = {"best": dataclasses.asdict(best), "trials": [dataclasses.asdict(trial) for trial in ordered]}
     (folder / f"{TABLE}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / f"{TABLE}.md").write_text(to_markdown(ordered, best))
-    try:
-        draw_surface(trials, best, folder / f"{TABLE}.png")
-    except ModuleNotFoundError as error:  # matplotlib is an extra
-        if error.name != "matplotlib":
-            raise
+    draw_surface(trials, best, folder / f"{TABLE}.png")
 
 
 def to_markdown(trials: Sequence[Trial], best: Trial) -> str:
@@ -59,11 +55,7 @@ def to_markdown(trials: Sequence[Trial], best: Trial) -> str:
 
 
 def draw_surface(trials: Sequence[Trial], best: Trial, path: Path) -> None:
-    """Draw the score over lambda_2, one line for each lambda_1, one panel for each density.
-
-    Raises:
-        ModuleNotFoundError: if matplotlib is not installed.
-    """
+    """Draw the score over lambda_2, one line for each lambda_1, one panel for each density."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -10,19 +10,22 @@ import torch
 from typer.testing import CliRunner
 
 from neuromerge_hf import (
+    AutoMergedModel,
     AverageConfig,
     MergeError,
     NeuroMergingConfig,
     TIESConfig,
+    TuningGrid,
     compare_methods,
     merge,
+    tune_lambdas,
 )
 from neuromerge_hf.bootstrap import differences
 from neuromerge_hf.cli import app
 from neuromerge_hf.comparison import judge, label_of
 from neuromerge_hf.config import CONFIGS
 from neuromerge_hf.evaluation import Scores
-from tiny_models import load, load_adapted, logits, save_adapter, save_fine_tune, save_llama
+from tiny_models import load, load_adapted, logits, save_adapter, save_bert, save_fine_tune, save_llama
 
 CPU = {"device": "cpu", "threads": 1}
 
@@ -139,7 +142,6 @@ def test_without_scores_by_example_no_winner_is_declared(models: list[Path]) -> 
 
 
 def test_the_table_is_written(models: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     base, *experts = models
 
     def evaluate(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -173,6 +175,32 @@ def test_the_command_compares_by_a_function_of_the_user(models: list[Path], tmp_
     assert (tmp_path / "table" / "comparison.md").read_text().strip() == done.stdout.strip()
     done = CliRunner().invoke(app, [*command, "--method", "slerp"])
     assert (done.exit_code, "method must be one of neuromerging" in done.stderr) == (1, True)
+
+
+# Heads
+
+
+def test_each_task_is_evaluated_under_its_experts_own_head(tmp_path: Path) -> None:
+    base = save_bert(tmp_path / "base")
+    task = {"model_class": "BertForSequenceClassification", "num_labels": 3}
+    topics = save_fine_tune(base, tmp_path / "topics", seed=3, **task)
+    spam = save_adapter(base, tmp_path / "spam", seed=4, task_type="SEQ_CLS", **task)
+    evaluate = {"topics": output_score, "spam": output_score}
+    configs = [TIESConfig()]
+    found = compare_methods([topics, spam], evaluate, base_model=base, methods=configs, **CPU)
+    assert found.experts["topics"].tasks["topics"] == pytest.approx(output_score(load(topics)), rel=1e-5)
+    spam_itself = load_adapted(base, spam, "BertForSequenceClassification", num_labels=3)
+    assert found.experts["spam"].tasks["spam"] == pytest.approx(output_score(spam_itself), rel=1e-5)
+    merge([topics, spam], tmp_path / "merged", base_model=base, config=TIESConfig(), **CPU)
+    for name in evaluate:
+        model = AutoMergedModel.from_pretrained(tmp_path / "merged", head=name, cache_dir=tmp_path / "cache")
+        assert found.methods["ties"].tasks[name] == pytest.approx(output_score(model), rel=1e-6)
+    tuned = tune_lambdas([topics, spam], evaluate, base_model=base, grid=TuningGrid((0.0,), (1.0,), 0), **CPU)
+    merge([topics, spam], tmp_path / "best", base_model=base, config=tuned.config, **CPU)
+    model = AutoMergedModel.from_pretrained(tmp_path / "best", head="spam", cache_dir=tmp_path / "cache")
+    assert tuned.best.tasks["spam"] == pytest.approx(output_score(model), rel=1e-5)
+    with pytest.raises(MergeError, match=r"No expert 'news' has a head of its own.*\['spam', 'topics'\]"):
+        compare_methods([topics, spam], {"news": output_score}, base_model=base, methods=configs, **CPU)
 
 
 def test_other_tasks_for_another_model_are_refused(models: list[Path]) -> None:

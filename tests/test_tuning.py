@@ -238,7 +238,6 @@ def test_the_best_merge_is_written_with_a_table_and_a_picture(models: list[Path]
 
 
 def test_the_surface_is_drawn(models: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     base, *experts = models
     tune_lambdas(
         experts, Recorder(), base_model=base, grid=SMALL, densities=[0.2, 1], output_dir=tmp_path / "merged", **CPU
