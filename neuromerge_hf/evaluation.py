@@ -113,7 +113,7 @@ def load_function(place: str) -> Evaluate:
         raise MergeError(f"{place} cannot be imported: {error}. It is looked for in {os.getcwd()} as well.") from error
     if not callable(function) and not isinstance(function, Mapping):
         raise MergeError(f"{place} is not a function, but {function!r:.100}.")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def name_of(evaluate: Evaluate) -> str:
