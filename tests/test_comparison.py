@@ -54,8 +54,8 @@ def test_the_base_the_experts_and_each_method_are_evaluated(models: list[Path], 
     assert found.base.average == pytest.approx(output_score(load(base)), rel=1e-5)
     assert found.experts["math"].average == pytest.approx(output_score(load(math)), rel=1e-5)
     assert found.experts["code"].average == pytest.approx(output_score(load_adapted(base, code)), rel=1e-5)
-    for name, config in CONFIGS.items():
-        merge([math, code], tmp_path / name, base_model=base, config=config(), **CPU)
+    for name in ("neuromerging", "pcb"):
+        merge([math, code], tmp_path / name, base_model=base, config=CONFIGS[name](), **CPU)
         assert found.methods[name].average == output_score(load(tmp_path / name))
 
 

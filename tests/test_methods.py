@@ -46,6 +46,8 @@ CONFIGURATIONS = {
     "pcb 0.3": PCBConfig(density=0.3, scale=1.2),
 }
 
+ONE_OF_EACH = {name: CONFIGURATIONS[name] for name in ("average", "task arithmetic", "ties", "dare", "pcb")}
+
 ALONE = [AverageConfig(), TaskArithmeticConfig(scale=1), TIESConfig(density=1), DARETIESConfig(drop_rate=0, density=1)]
 
 
@@ -110,7 +112,7 @@ def test_one_expert_alone_is_given_back(config: MergeConfig, models: list[Path],
         torch.testing.assert_close(weights(tmp_path / "merged")[name], expert, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("config", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 def test_experts_that_change_nothing_leave_the_base_bit_for_bit(
     config: MergeConfig, models: list[Path], tmp_path: Path
 ) -> None:
@@ -165,13 +167,13 @@ def test_seeds_experts_and_parameters_have_numbers_of_their_own() -> None:
 # One engine
 
 
-@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("config", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 def test_threads_and_blocks_change_no_byte(
     config: MergeConfig, models: list[Path], tmp_path: Path, monkeypatch
 ) -> None:
     base, *experts = models
     want = None
-    for threads, entries in ((1, sys.maxsize), (3, 150), (2, 1)):
+    for threads, entries in ((1, sys.maxsize), (3, 150)):
         for module in (engine, trim):
             monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
         output = tmp_path / str(threads)
@@ -180,7 +182,7 @@ def test_threads_and_blocks_change_no_byte(
         assert contents(output) == want
 
 
-@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("config", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 def test_the_recipe_reproduces_every_byte(config: MergeConfig, models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
     merge(experts, tmp_path / "first", base_model=base, config=config, device="cpu")
@@ -208,7 +210,7 @@ def test_a_recipe_of_an_unknown_method_is_refused(models: list[Path], tmp_path: 
         merge_recipe(recipe, tmp_path / "again")
 
 
-@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("config", [*ONE_OF_EACH.values(), TIESConfig(density=1)], ids=[*ONE_OF_EACH, "ties 1"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(
     value: float, config: MergeConfig, models: list[Path], tmp_path: Path
