@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from neuromerge_hf.plan import MergePlan
     from neuromerge_hf.planner import plan_merge
     from neuromerge_hf.report import MergeReport
-    from neuromerge_hf.tuning import Tuning, TuningGrid, tune_lambdas
+    from neuromerge_hf.tuning import Tuning, tune_lambdas
+    from neuromerge_hf.tuning_search import TuningGrid
 
 __version__ = "0.1.0"
 
@@ -66,7 +67,7 @@ _MODULES = {
     "TIESConfig": "config",
     "TaskArithmeticConfig": "config",
     "Tuning": "tuning",
-    "TuningGrid": "tuning",
+    "TuningGrid": "tuning_search",
     "compare_methods": "comparison",
     "merge": "merging",
     "merge_recipe": "merging",

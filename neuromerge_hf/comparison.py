@@ -109,6 +109,12 @@ def compare_methods(
     Raises:
         MergeError: if the models cannot be merged, or what `evaluate` returns cannot be compared.
     """
+    target = None if output_dir is None else Path(output_dir).expanduser()
+    if target:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MergeError(f"The folder {target} cannot be made: {error.strerror}. Choose another one.") from error
     configs = {label_of(config): config for config in methods or [config() for config in CONFIGS.values()]}
     settings: dict[str, Any] = {
         "base_model": base_model,
@@ -146,8 +152,8 @@ def compare_methods(
     for name, scores in {**experts, **merges}.items():
         _check_same_tasks(evaluate, base, name, scores)
     comparison = Comparison(base, experts, merges, *judge(merges))
-    if output_dir is not None:
-        comparison.save(Path(output_dir).expanduser())
+    if target:
+        comparison.save(target)
     return comparison
 
 

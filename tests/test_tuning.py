@@ -26,7 +26,7 @@ from neuromerge_hf import (
     tuning,
 )
 from neuromerge_hf.cli import app
-from neuromerge_hf.tuning import around
+from neuromerge_hf.tuning_search import around
 from tiny_models import contents, load, logits, save_adapter, save_fine_tune, save_llama
 
 CPU = {"device": "cpu", "threads": 1}
