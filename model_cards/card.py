@@ -18,6 +18,7 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.licences import remarks
 from neuromerge_hf.model_cards.limits import limits
+from neuromerge_hf.model_cards.methods import METHODS, MethodText
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
 from neuromerge_hf.model_cards.tasks import Task, task_of
@@ -53,6 +54,11 @@ class MergeCard:
     weights: dict[str, str]
     has_tokenizer: bool
     has_chat: bool
+
+    @property
+    def method(self) -> MethodText:
+        """The method in words."""
+        return METHODS[self.recipe.config.method]
 
     @classmethod
     def of(cls, folder: Path, repo_id: str | None = None, name: str | None = None) -> "MergeCard":

@@ -12,8 +12,8 @@ from neuromerge_hf.results import MERGED
 if TYPE_CHECKING:
     from neuromerge_hf.model_cards.card import MergeCard
 
-TAGS = ("merge", "neuromerging")
-"""By which people find merges."""
+TAGS = ("merge",)
+"""By which people find merges, beside the name of the method."""
 
 MEASURED = ("model-index", "model_name")
 """Results of earlier weights are not those of the new ones."""
@@ -31,7 +31,7 @@ def metadata(card: "MergeCard") -> ModelCardData:
         base_model_relation="merge" if on_hub else None,
         library_name="transformers",
         pipeline_tag=card.task.pipeline_tag if card.task else None,
-        tags=list(TAGS),
+        tags=[*TAGS, card.report.method],
         language=union(parent.languages for parent in parents) or None,
         datasets=union(parent.datasets for parent in parents) or None,
         eval_results=results or None,

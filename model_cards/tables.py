@@ -3,7 +3,6 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.model_cards.markdown import code, escaped, table
 from neuromerge_hf.recipe import Recipe
 from neuromerge_hf.results import BASE, MERGED, Result
@@ -40,7 +39,7 @@ def _terms(parent: Any) -> str:
 def settings(card: "MergeCard") -> str:
     """Every hyper-parameter, and whether it is the default."""
     recipe = card.recipe
-    default = Recipe(recipe.base_model, recipe.models, NeuroMergingConfig())
+    default = Recipe(recipe.base_model, recipe.models, type(recipe.config)())
     names = ("dtype", "tokenizer", "chat_template", "merge_heads")
     values = {**recipe.config.to_dict(), **{name: getattr(recipe, name) for name in names}}
     defaults = {**default.config.to_dict(), **{name: getattr(default, name) for name in names}}
@@ -63,8 +62,9 @@ def _setting(value: Any) -> str:
 def parameters(card: "MergeCard") -> str:
     """What became of every class of parameters."""
     report = card.report
+    how = "merged neuron by neuron" if report.method == "neuromerging" else "merged entry by entry"
     classes = [
-        ("weights with neurons", "merged neuron by neuron", report.by_neuron, False),
+        ("weights with neurons", how, report.by_neuron, False),
         ("vectors (biases, norms) and scalars", "merged entry by entry", report.by_entry, False),
         ("all others", "the base's", report.from_base, True),
     ]

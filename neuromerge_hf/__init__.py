@@ -5,6 +5,8 @@
 * `plan_merge([...])` checks everything and says what a merge needs, without downloading a weight.
 * `NeuroMergeCallback` merges when a Trainer ends; `neuromerge_hf.callbacks.lightning` has one for Lightning.
 * `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
+* `tune_lambdas([...], evaluate)` chooses the lambdas on validation data; `compare_methods` compares methods on it.
+* `AverageConfig`, `TaskArithmeticConfig`, `TIESConfig`, `DARETIESConfig`, `PCBConfig` choose another method of merging.
 """
 
 from importlib import import_module
@@ -13,38 +15,68 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuromerge_hf.auto import AutoMergedModel
     from neuromerge_hf.callbacks.transformers import NeuroMergeCallback
-    from neuromerge_hf.config import NeuroMergingConfig
+    from neuromerge_hf.comparison import Comparison, compare_methods
+    from neuromerge_hf.config import (
+        AverageConfig,
+        DARETIESConfig,
+        NeuroMergingConfig,
+        PCBConfig,
+        TaskArithmeticConfig,
+        TIESConfig,
+    )
     from neuromerge_hf.errors import MergeError
     from neuromerge_hf.merging import merge, merge_recipe
     from neuromerge_hf.plan import MergePlan
     from neuromerge_hf.planner import plan_merge
     from neuromerge_hf.report import MergeReport
+    from neuromerge_hf.tuning import Tuning, tune_lambdas
+    from neuromerge_hf.tuning_search import TuningGrid
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoMergedModel",
+    "AverageConfig",
+    "Comparison",
+    "DARETIESConfig",
     "MergeError",
     "MergePlan",
     "MergeReport",
     "NeuroMergeCallback",
     "NeuroMergingConfig",
+    "PCBConfig",
+    "TIESConfig",
+    "TaskArithmeticConfig",
+    "Tuning",
+    "TuningGrid",
+    "compare_methods",
     "merge",
     "merge_recipe",
     "plan_merge",
+    "tune_lambdas",
 ]
 
 # Importing torch and transformers takes seconds; `import neuromerge_hf` and `neuromerge --help` need neither.
 _MODULES = {
     "AutoMergedModel": "auto",
+    "AverageConfig": "config",
+    "Comparison": "comparison",
+    "DARETIESConfig": "config",
     "MergeError": "errors",
     "MergePlan": "plan",
     "MergeReport": "report",
     "NeuroMergeCallback": "callbacks.transformers",
     "NeuroMergingConfig": "config",
+    "PCBConfig": "config",
+    "TIESConfig": "config",
+    "TaskArithmeticConfig": "config",
+    "Tuning": "tuning",
+    "TuningGrid": "tuning_search",
+    "compare_methods": "comparison",
     "merge": "merging",
     "merge_recipe": "merging",
     "plan_merge": "planner",
+    "tune_lambdas": "tuning",
 }
 
 

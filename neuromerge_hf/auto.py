@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES, HEAD_WEIGHTS, HEADS, find_weights, weight_files
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.location import Location, locate
 from neuromerge_hf.merged_model import as_merged_model
@@ -39,7 +39,7 @@ class AutoMergedModel:
         models: Sequence[ModelId] | ModelId,
         *,
         base_model: ModelId | None = None,
-        config: NeuroMergingConfig | None = None,
+        config: MergeConfig | None = None,
         tokenizer: str = "base",
         chat_template: str | None = None,
         merge_heads: bool = False,
@@ -54,7 +54,7 @@ class AutoMergedModel:
         Args:
             models: the experts, as in `neuromerge_hf.merge`; or one folder or id of a model that is already merged.
             base_model: the model that they were fine-tuned from; found from the adapters where they agree.
-            config: the hyper-parameters.
+            config: the method and its hyper-parameters, as in `neuromerge_hf.merge`.
             tokenizer, chat_template, merge_heads: see `neuromerge_hf.merge`.
             auto_class: an Auto class or a model class of transformers to load the merged model as. Default: the
                 experts' own, or the base's where they differ or have heads of their own.

@@ -1,5 +1,6 @@
-"""The command line: ``neuromerge merge``, ``plan``, ``card`` and ``push``."""
+"""The command line: ``neuromerge merge``, ``plan``, ``card``, ``push`` and ``compare``."""
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from neuromerge_hf.config import NeuroMergingConfig
+    from neuromerge_hf.config import MergeConfig
+    from neuromerge_hf.report import MergeReport
 
 IN_RECIPE = (
     "base_model",
+    "method",
     "density",
     "lambda_parallel",
     "lambda_orthogonal",
+    "scale",
+    "drop_rate",
+    "seed",
+    "tune",
+    "tune_density",
     "exclude",
     "dtype",
     "tokenizer",
@@ -47,10 +55,35 @@ Models = Annotated[
 BaseModel = Annotated[
     str | None, typer.Option(help="The model they were fine-tuned from.", show_default="the adapters' own")
 ]
-Density = Annotated[float, typer.Option(help="The fraction of each task vector that is kept.")]
-LambdaParallel = Annotated[float, typer.Option(help="The weight of the parallel part, lambda_1.")]
-LambdaOrthogonal = Annotated[str, typer.Option(help="The weight of the orthogonal part, lambda_2.")]
+Method = Annotated[str, typer.Option(help="neuromerging, average, task_arithmetic, ties, dare_ties or pcb.")]
+Density = Annotated[
+    float | None,
+    typer.Option(help="The fraction of each task vector that is kept.", show_default="0.2; of pcb, 0.1"),
+]
+LambdaParallel = Annotated[
+    float | None, typer.Option(help="neuromerging: the weight of the parallel part, lambda_1.", show_default="0")
+]
+LambdaOrthogonal = Annotated[
+    str | None, typer.Option(help="neuromerging: the weight of the orthogonal part, lambda_2.", show_default="auto")
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        help="Other methods: the weight of the merged task vector.", show_default="1; of task_arithmetic, 0.4"
+    ),
+]
+DropRate = Annotated[
+    float | None, typer.Option(help="dare_ties: the share of entries dropped at random.", show_default="0.2")
+]
+Seed = Annotated[int | None, typer.Option(help="dare_ties: of the random numbers.", show_default="0")]
 Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")]
+Tune = Annotated[
+    str | None,
+    typer.Option(help="module:function that scores a model: choose the lambdas by it.", show_default=False),
+]
+TuneDensity = Annotated[
+    list[float] | None, typer.Option(help="A density to try as well. Repeatable.", show_default="--density alone")
+]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")]
 Tokenizer = Annotated[str, typer.Option(help="base, an expert's name or id, or union.")]
 ChatTemplate = Annotated[
@@ -69,10 +102,16 @@ def merge_command(
     models: Models,
     output: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
     base_model: BaseModel = None,
-    density: Density = 0.2,
-    lambda_parallel: LambdaParallel = 0.0,
-    lambda_orthogonal: LambdaOrthogonal = "auto",
+    method: Method = "neuromerging",
+    density: Density = None,
+    lambda_parallel: LambdaParallel = None,
+    lambda_orthogonal: LambdaOrthogonal = None,
+    scale: Scale = None,
+    drop_rate: DropRate = None,
+    seed: Seed = None,
     exclude: Exclude = None,
+    tune: Tune = None,
+    tune_density: TuneDensity = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = "base",
     chat_template: ChatTemplate = None,
@@ -87,9 +126,12 @@ def merge_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge fine-tunes and adapters into their base, or make a model again from its recipe."""
+    from neuromerge_hf.errors import MergeError
     from neuromerge_hf.merging import merge, merge_recipe
 
     with _errors_in_a_sentence():
+        if tune_density and not tune:
+            raise MergeError("--tune-density says what to try: give --tune module:function to score it.")
         if _is_recipe(context, models):
             report = merge_recipe(
                 models[0],
@@ -101,22 +143,30 @@ def merge_command(
                 trust_remote_code=trust_remote_code,
             )
         else:
-            report = merge(
-                models,
-                output,
-                base_model=base_model,
-                config=_config(density, lambda_parallel, lambda_orthogonal, exclude),
-                dtype=dtype,
-                tokenizer=tokenizer,
-                chat_template=chat_template,
-                merge_heads=merge_heads,
-                max_shard_size=max_shard_size,
-                device=device,
-                threads=threads,
-                overwrite=overwrite,
-                token=token,
-                trust_remote_code=trust_remote_code,
-            )
+            settings: dict[str, Any] = {
+                "base_model": base_model,
+                "config": _config(
+                    method,
+                    density=density,
+                    lambda_parallel=lambda_parallel,
+                    lambda_orthogonal=_number_or_auto(lambda_orthogonal),
+                    scale=scale,
+                    drop_rate=drop_rate,
+                    seed=seed,
+                    exclude=exclude,
+                ),
+                "dtype": dtype,
+                "tokenizer": tokenizer,
+                "chat_template": chat_template,
+                "merge_heads": merge_heads,
+                "max_shard_size": max_shard_size,
+                "device": device,
+                "threads": threads,
+                "overwrite": overwrite,
+                "token": token,
+                "trust_remote_code": trust_remote_code,
+            }
+            report = _tuned(models, output, tune, tune_density, settings) if tune else merge(models, output, **settings)
         typer.echo(report)
 
 
@@ -128,9 +178,13 @@ def plan_command(
     output: Annotated[
         Path | None, typer.Option(help="The directory that the merge shall write, to be checked as well.")
     ] = None,
-    density: Density = 0.2,
-    lambda_parallel: LambdaParallel = 0.0,
-    lambda_orthogonal: LambdaOrthogonal = "auto",
+    method: Method = "neuromerging",
+    density: Density = None,
+    lambda_parallel: LambdaParallel = None,
+    lambda_orthogonal: LambdaOrthogonal = None,
+    scale: Scale = None,
+    drop_rate: DropRate = None,
+    seed: Seed = None,
     exclude: Exclude = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = "base",
@@ -149,7 +203,16 @@ def plan_command(
         settings: dict[str, Any] = {
             "models": models,
             "base_model": base_model,
-            "config": _config(density, lambda_parallel, lambda_orthogonal, exclude),
+            "config": _config(
+                method,
+                density=density,
+                lambda_parallel=lambda_parallel,
+                lambda_orthogonal=_number_or_auto(lambda_orthogonal),
+                scale=scale,
+                drop_rate=drop_rate,
+                seed=seed,
+                exclude=exclude,
+            ),
             "dtype": dtype,
             "tokenizer": tokenizer,
             "chat_template": chat_template,
@@ -227,6 +290,66 @@ def push_command(
         typer.echo(commit.pr_url or commit.commit_url)
 
 
+@app.command("compare")
+def compare_command(
+    models: Models,
+    evaluate: Annotated[
+        str, typer.Option("--eval", help="module:function that scores a model; greater is better.", show_default=False)
+    ],
+    base_model: BaseModel = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder for the table (JSON, Markdown) and the picture.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method to compare. Repeatable.", show_default="all, at their defaults")
+    ] = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = "base",
+    chat_template: ChatTemplate = None,
+    merge_heads: MergeHeads = False,
+    device: Annotated[str | None, typer.Option(help="Where to merge.", show_default="the accelerator, or cpu")] = None,
+    threads: Threads = None,
+    token: Token = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Merge with each method, evaluate each merge, the base and every expert, and print one table."""
+    from neuromerge_hf.comparison import compare_methods
+    from neuromerge_hf.config import config_class
+    from neuromerge_hf.evaluation import load_function
+
+    with _errors_in_a_sentence():
+        comparison = compare_methods(
+            models,
+            load_function(evaluate),
+            base_model=base_model,
+            methods=[config_class(name)() for name in method or ()],
+            output_dir=output,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            merge_heads=merge_heads,
+            device=device,
+            threads=threads,
+            token=token,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(comparison)
+
+
+def _tuned(
+    models: list[str], output: Path, tune: str, densities: list[float] | None, settings: dict[str, Any]
+) -> "MergeReport":
+    from neuromerge_hf.evaluation import load_function
+    from neuromerge_hf.tuning import tune_lambdas
+    from neuromerge_hf.tuning_table import to_markdown
+
+    evaluate = load_function(tune)
+    found = tune_lambdas(models, evaluate, densities=densities, tuned_on=tune, output_dir=output, **settings)
+    typer.echo(to_markdown(found.trials, found.best))
+    assert found.report is not None, "there is an output directory"
+    return found.report
+
+
 @contextmanager
 def _errors_in_a_sentence() -> Iterator[None]:
     from neuromerge_hf.errors import MergeError
@@ -252,21 +375,22 @@ def _is_recipe(context: typer.Context, models: list[str]) -> bool:
     return True
 
 
-def _config(
-    density: float, lambda_parallel: float, lambda_orthogonal: str, exclude: list[str] | None
-) -> "NeuroMergingConfig":
-    from neuromerge_hf.config import NeuroMergingConfig
+def _config(method: str, **settings: Any) -> "MergeConfig":
+    """The configuration of a method from the options that were given."""
+    from neuromerge_hf.config import config_class
+    from neuromerge_hf.errors import MergeError
 
-    return NeuroMergingConfig(
-        density=density,
-        lambda_parallel=lambda_parallel,
-        lambda_orthogonal=_number_or_auto(lambda_orthogonal),
-        exclude=tuple(exclude or ()),
-    )
+    config = config_class(method)
+    given = {name: value for name, value in settings.items() if value is not None}
+    strange = given.keys() - {field.name for field in dataclasses.fields(config)}
+    if strange:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(strange))
+        raise MergeError(f"--method {method} has no {options}: leave it out, or choose another method.")
+    return config(**given)
 
 
-def _number_or_auto(value: str) -> Any:
+def _number_or_auto(value: str | None) -> Any:
     try:
-        return float(value)
+        return None if value is None else float(value)
     except ValueError:
         return value  # the config says what is wrong, unless it is "auto"

@@ -1,6 +1,7 @@
 """What a merge costs, estimated from its plan."""
 
 from neuromerge_hf.blocks import BLOCK_ENTRIES
+from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.kernel import ALIGNMENT
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.trim import BINS, SAMPLE_ENTRIES
@@ -10,6 +11,9 @@ START_MEMORY = 300_000_000
 
 START_SECONDS = 6
 """Loading torch and transformers."""
+
+OTHER_METHODS = 32
+"""What other methods hold of a block beside it, in bytes an entry: sums, counts, scores, or random numbers."""
 
 VALUES_PER_SECOND = 150_000_000
 """How many entries of the base and of task vectors a thread works on: 130 to 210 million in the benchmarks."""
@@ -24,9 +28,11 @@ def memory_needed(plan: MergePlan) -> int:
     expert, the counters and the sample that predicts the threshold, which is copied twice while it is sorted. The
     largest head is held while it is written. What preparing an adapter takes is not counted.
     """
-    experts = len(plan.experts) if plan.config.density < 1 else 0
+    experts = len(plan.experts) if plan.config.passes > 1 else 0
     trimming = experts * (8 * BINS + 4 * SAMPLE_ENTRIES) + (8 * SAMPLE_ENTRIES if experts else 0)
     blocks = plan.threads * max(map(_block_memory, plan.units))
+    if not isinstance(plan.config, NeuroMergingConfig):
+        blocks += plan.threads * BLOCK_ENTRIES * OTHER_METHODS
     heads = max((expert.head.nbytes for expert in plan.experts if expert.head), default=0)
     return START_MEMORY + _factors(plan) + trimming + blocks + heads
 
@@ -37,7 +43,7 @@ def seconds_needed(plan: MergePlan) -> float:
     Each pass works on every entry of the base and of the T experts that change it: the pass that merges, and before
     it, if values are trimmed, the pass that finds the thresholds.
     """
-    passes = 1 if plan.config.density == 1 else 2
+    passes = plan.config.passes
     merged = sum(unit.entries * (1 + len(unit.changing)) for unit in plan.units if unit.task_vectors)
     copied = sum(unit.entries for unit in plan.units if not unit.task_vectors)
     return START_SECONDS + (passes * merged + copied) / (VALUES_PER_SECOND * plan.threads)

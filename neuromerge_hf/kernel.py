@@ -205,12 +205,25 @@ def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: flo
     Raises:
         FloatingPointError: if an input holds a NaN or an infinity.
     """
-    tasks = task_vectors.double()
-    majority = elected_sign(tasks, dim=0).sum(1, keepdim=True).sign()
-    change = lambda_orthogonal * elect_mean(tasks, dim=0, tie_sign=majority)
-    if not (base.isfinite().all() and tasks.isfinite().all()):
+    change = lambda_orthogonal * elect_entries(task_vectors)
+    if not (base.isfinite().all() and task_vectors.isfinite().all()):
         raise FloatingPointError("a weight is NaN or infinite")
     return torch.where(change == 0, base, (base.double() + change).float())
+
+
+def elect_entries(task_vectors: Tensor) -> Tensor:
+    """The elected mean of each entry: (n,) float64 from (T, n) float32, trimmed."""
+    tasks = task_vectors.double()
+    majority = elected_sign(tasks, dim=0).sum(1, keepdim=True).sign()
+    return elect_mean(tasks, dim=0, tie_sign=majority)
+
+
+def neuron_change(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tensor:
+    """What `merge_neurons` adds to ``w_0``, not rounded to the size of ``w_0``: (neurons, n) float32."""
+    n = x.shape[2]
+    x = _aligned(x)
+    election = hold_election(gram_matrix(x), lambda_parallel, lambda_orthogonal)
+    return torch.bmm(election.coefficients.to(x.dtype).unsqueeze(1), x).squeeze(1)[:, :n]
 
 
 def merge_low_rank(

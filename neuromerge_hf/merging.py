@@ -9,23 +9,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.utils.tqdm import tqdm
 
 from neuromerge_hf.checkpoint import HEADS
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.diagnostics import Diagnostics
 from neuromerge_hf.engine import merge_weights
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.methods import fit_method
+from neuromerge_hf.methods.method import Method
+from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.models import ModelId, find_models
 from neuromerge_hf.output import check_output
 from neuromerge_hf.plan import MergePlan
 from neuromerge_hf.recipe import Ingredients, Recipe, load_recipe
 from neuromerge_hf.report import MergeReport, make_report
 from neuromerge_hf.tally import Record
-from neuromerge_hf.trim import Trimming, find_trimmings
 from neuromerge_hf.writer import CheckpointWriter, check_shard_size
 
 
@@ -34,19 +37,20 @@ def merge(
     output_dir: str | os.PathLike[str],
     *,
     base_model: ModelId | None = None,
-    config: NeuroMergingConfig | None = None,
+    config: MergeConfig | None = None,
     dtype: str | torch.dtype = "auto",
     tokenizer: str = "base",
     chat_template: str | None = None,
     merge_heads: bool = False,
     max_shard_size: str | int = "5GB",
+    tuned_on: str | None = None,
     device: str | torch.device | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> MergeReport:
-    """Merge fine-tunes of one base model by NeuroMerging (Fang et al., arXiv:2503.05320).
+    """Merge fine-tunes of one base model, by NeuroMerging (Fang et al., arXiv:2503.05320) or the method of `config`.
 
     Args:
         models: the experts: full checkpoints and PEFT adapters, mixed freely. Each is a folder or an id on the Hub,
@@ -54,7 +58,8 @@ def merge(
         output_dir: where the merged model is written: weights, configuration, tokenizer, the experts' heads, and the
             recipe that reproduces it. A directory that exists is complete.
         base_model: the model that they were fine-tuned from; found from the adapters where they agree.
-        config: the hyper-parameters.
+        config: the method and its hyper-parameters: a `NeuroMergingConfig`, which is the default, an `AverageConfig`,
+            `TaskArithmeticConfig`, `TIESConfig`, `DARETIESConfig` or `PCBConfig`.
         dtype: of the merged weights: "auto" for each tensor's own dtype in the base, or "float32", "float16",
             "bfloat16". The arithmetic is always float32.
         tokenizer: whose tokenizer the merged model gets: "base", the name or id of an expert, or "union" for the base's
@@ -68,6 +73,7 @@ def merge(
             parameter is the mean over the experts, because there is no base to take differences from. By default each
             expert's head is kept as it is, apart.
         max_shard_size: the largest size of one weight file ("5GB").
+        tuned_on: what the hyper-parameters were chosen on, if on data, to be said in recipe, report and card.
         device: where to compute; the accelerator that accelerate sees, or the CPU.
         threads: how many threads to compute with; all processors that this process may use.
         overwrite: replace an output directory that is not empty.
@@ -113,9 +119,7 @@ def merge(
             for expert in plan.experts:
                 if expert.preparation:
                     expert.preparation.run(prepared)
-            trimmings, lambda_orthogonal, diagnostics = _write_weights(
-                plan, folder, max_shard_size, compute_device, plan.threads
-            )
+            method, diagnostics = _write_weights(plan, folder, max_shard_size, compute_device, plan.threads)
             seconds = time.perf_counter() - started
             shutil.rmtree(prepared)
             write_companions(plan, folder, trust_remote_code)
@@ -131,8 +135,9 @@ def merge(
                 chat_template=chat_template,
                 merge_heads=merge_heads,
                 max_shard_size=max_shard_size,
+                tuned_on=tuned_on,
             ).save(folder)
-            report = make_report(plan, trimmings, lambda_orthogonal, diagnostics, target, seconds, compute_device)
+            report = make_report(plan, method, diagnostics, target, seconds, compute_device, tuned_on)
             report.save(folder)
             write_card(folder, name=target.name)
     return report
@@ -165,6 +170,7 @@ def merge_recipe(
         chat_template=recipe.chat_template,
         merge_heads=recipe.merge_heads,
         max_shard_size=recipe.max_shard_size,
+        tuned_on=recipe.tuned_on,
         device=device,
         threads=threads,
         overwrite=overwrite,
@@ -243,17 +249,13 @@ def _beside(target: Path) -> Path:
 
 def _write_weights(
     plan: MergePlan, folder: Path, max_shard_size: str | int, device: torch.device, threads: int
-) -> tuple[list[Trimming], float, Diagnostics]:
+) -> tuple[Method[Any], Diagnostics | None]:
     with tqdm(total=plan.bytes_read, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merging") as bar:
-        trimmings = find_trimmings(plan, device, threads, bar.update)
-        lambda_orthogonal = plan.config.lambda_orthogonal
-        if lambda_orthogonal == "auto":
-            lambda_orthogonal = 1 / (1 - max(trimming.sigma for trimming in trimmings))
+        method = fit_method(plan, device, threads, bar.update)
         writer = CheckpointWriter(folder, plan.units, max_shard_size)
         record = Record(plan)
         try:
-            thresholds = [trimming.threshold for trimming in trimmings]
-            merge_weights(plan, thresholds, lambda_orthogonal, writer, device, threads, bar.update, record.add)
+            merge_weights(plan, method, writer, device, threads, bar.update, record.add)
         finally:
             writer.close()
-    return trimmings, lambda_orthogonal, record.diagnostics(trimmings)
+    return method, record.diagnostics(method.trimmings) if isinstance(method, NeuroMerging) else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import LISTED
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.sources.task_vector import TaskVector
@@ -101,7 +101,7 @@ class MergePlan:
     """What a merge will do.
 
     Attributes:
-        config: the hyper-parameters.
+        config: the method and its hyper-parameters.
         base: the base model, opened.
         experts: the experts, opened, in the user's order.
         units: every tensor that will be written, in the order of their names, which is the order of all sums.
@@ -113,7 +113,7 @@ class MergePlan:
         threads: how many compute.
     """
 
-    config: NeuroMergingConfig
+    config: MergeConfig
     base: "Base"
     experts: "tuple[Expert, ...]"
     units: tuple[Unit, ...]
@@ -179,11 +179,11 @@ class MergePlan:
 
     @property
     def bytes_read(self) -> int:
-        """How much is read in all: once for the thresholds, unless density is 1, and once for the merge.
+        """How much is read in all: for the thresholds, if values are trimmed, and once for the merge.
 
         Not counted: the samples that predict the thresholds, and hashing local files for the recipe.
         """
-        passes = 1 if self.config.density == 1 else 2
+        passes = self.config.passes
         return sum(unit.bytes_read * (passes if unit.task_vectors else 1) for unit in self.units)
 
     @property

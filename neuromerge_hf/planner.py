@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from neuromerge_hf.align import adapter_rows, align, comparable, resized_base
 from neuromerge_hf.blocks import default_threads
 from neuromerge_hf.checkpoint import CHECKPOINT_FILES
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.errors import MergeError, Problems, abridged
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.location import Location
@@ -33,7 +33,7 @@ def plan_merge(
     models: Sequence[ModelId],
     *,
     base_model: ModelId | None = None,
-    config: NeuroMergingConfig | None = None,
+    config: MergeConfig | None = None,
     dtype: str | torch.dtype = "auto",
     tokenizer: str = "base",
     chat_template: str | None = None,
@@ -77,7 +77,7 @@ def plan_merge(
 def plan_found(
     found: FoundModels,
     *,
-    config: NeuroMergingConfig,
+    config: MergeConfig,
     dtype: str | torch.dtype = "auto",
     tokenizer: str = "base",
     chat_template: str | None = None,
@@ -242,9 +242,7 @@ def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) 
     return Base(location, config, skeleton, tensors, places, *skeleton.stored_layouts(known))
 
 
-def _units(
-    base: Base, experts: Sequence[Expert], config: NeuroMergingConfig, dtype: torch.dtype | None
-) -> tuple[Unit, ...]:
+def _units(base: Base, experts: Sequence[Expert], config: MergeConfig, dtype: torch.dtype | None) -> tuple[Unit, ...]:
     units = []
     problems = []
     unused = set(config.exclude)

@@ -20,7 +20,7 @@ from neuromerge_hf.checkpoint import (
     find_weights,
     weight_files,
 )
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig, config_class
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.location import Location
 
@@ -73,24 +73,27 @@ class Recipe:
 
     base_model: Ingredient
     models: tuple[Ingredient, ...]
-    config: NeuroMergingConfig
+    config: MergeConfig
     dtype: str = "auto"
     tokenizer: str = "base"
     chat_template: str | None = None
     merge_heads: bool = False
     max_shard_size: str | int = "5GB"
+    tuned_on: str | None = None
 
     def save(self, folder: Path) -> None:
         """Write ``recipe.yaml``."""
         content = {
             "base_model": self.base_model.to_dict(),
             "models": [model.to_dict() for model in self.models],
+            "method": self.config.method,
             "config": self.config.to_dict(),
             "dtype": self.dtype,
             "tokenizer": self.tokenizer,
             "chat_template": self.chat_template,
             "merge_heads": self.merge_heads,
             "max_shard_size": self.max_shard_size,
+            **({"tuned_on": self.tuned_on} if self.tuned_on else {}),
             "versions": {package: version(package) for package in PACKAGES},
         }
         (folder / RECIPE_NAME).write_text(_text(content), encoding="utf-8")
@@ -125,12 +128,13 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe(
             base_model=Ingredient(**content["base_model"]),
             models=tuple(Ingredient(**model) for model in content["models"]),
-            config=NeuroMergingConfig(**content["config"]),
+            config=config_class(content.get("method", NeuroMergingConfig.method))(**content["config"]),
             dtype=content["dtype"],
             tokenizer=content["tokenizer"],
             chat_template=content["chat_template"],
             merge_heads=content["merge_heads"],
             max_shard_size=content["max_shard_size"],
+            tuned_on=content.get("tuned_on"),
         )
     except OSError as error:
         raise MergeError(f"The recipe {path} cannot be read: {error}") from error

@@ -13,11 +13,12 @@ import torch
 
 from neuromerge_hf.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.methods.method import Method
+from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.parents import Parent
 from neuromerge_hf.plan import MergePlan, Unit, VocabularyReport, readable_size
 from neuromerge_hf.recipe import PACKAGES
 from neuromerge_hf.results import Result, check_results
-from neuromerge_hf.trim import Trimming
 
 REPORT_NAME = "merge_report.json"
 
@@ -32,8 +33,8 @@ class ExpertReport:
         kind: "full", or the kind of adapter.
         model_class: the architecture that it was trained as, if it says so.
         entries: how many entries its task vector has.
-        threshold: the magnitude below which they were trimmed.
-        sigma: the share of the task vector's L1 norm that was trimmed.
+        threshold: the magnitude below which they were trimmed; with PCB-Merging, the score.
+        sigma: the share of the task vector's L1 norm that was trimmed; None but for NeuroMerging.
         head: the names of its own parameters, kept unmerged.
         ignored: tensors of its files that its model class does not know.
     """
@@ -44,7 +45,7 @@ class ExpertReport:
     model_class: str | None
     entries: int
     threshold: float
-    sigma: float
+    sigma: float | None
     head: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
@@ -71,7 +72,9 @@ class MergeReport:
     Attributes:
         output_dir: where the merged model is.
         base_model: the base's id on the Hub with the commit, or the last part of its folder's path.
-        sigma: the largest of the experts' sigmas.
+        density: the fraction of each task vector that was kept; None for a method that trims nothing.
+        sigma: the largest of the experts' sigmas; None but for NeuroMerging, like the lambdas.
+        lambda_parallel: the paper's lambda_1.
         lambda_orthogonal: the paper's lambda_2 as it was used.
         by_neuron: the weights that were merged neuron by neuron.
         by_entry: the parameters that have no neurons (biases, norms), merged entry by entry.
@@ -81,6 +84,9 @@ class MergeReport:
         untied: parameters that the base ties, and the merged model does not.
         tokenizer: whose tokenizer the merged model has, as `base_model`; None if it has none.
         vocabulary: how tokens were aligned; None where all models have the same.
+        method: the name of the method.
+        settings: its hyper-parameters, with what "auto" came to.
+        tuned_on: what they were chosen on, if on data.
         seconds: wall time of the merge, downloads not counted.
         bytes_read: how much of the inputs was read.
         bytes_written: the size of the merged weights, and of the heads beside them.
@@ -96,10 +102,10 @@ class MergeReport:
     output_dir: Path
     base_model: str
     experts: list[ExpertReport]
-    density: float
-    sigma: float
-    lambda_parallel: float
-    lambda_orthogonal: float
+    density: float | None
+    sigma: float | None
+    lambda_parallel: float | None
+    lambda_orthogonal: float | None
     by_neuron: ParameterReport
     by_entry: ParameterReport
     from_base: ParameterReport
@@ -112,6 +118,9 @@ class MergeReport:
     tokenizer: str | None = None
     vocabulary: VocabularyReport | None = None
     diagnostics: Diagnostics | None = None
+    method: str = "neuromerging"
+    settings: dict[str, Any] = field(default_factory=dict)
+    tuned_on: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parents: list[Parent] = field(default_factory=list)
@@ -166,10 +175,10 @@ class MergeReport:
         lines = [f"Merged {experts} into {self.base_model}:"]
         for expert in self.experts:
             head = f", own head kept: {', '.join(expert.head)}" if expert.head else ""
-            lines.append(f"  {expert.name} ({expert.kind}): {expert.entries:,} entries, sigma {expert.sigma:.3f}{head}")
+            sigma = f", sigma {expert.sigma:.3f}" if self.sigma is not None else ""
+            lines.append(f"  {expert.name} ({expert.kind}): {expert.entries:,} entries{sigma}{head}")
         lines += [
-            f"  density {self.density:g}, sigma {self.sigma:.4f}, lambda_parallel {self.lambda_parallel:g}, "
-            f"lambda_orthogonal {self.lambda_orthogonal:.4f}",
+            f"  {self._hyper_parameters}{f', tuned on {self.tuned_on}' if self.tuned_on else ''}",
             f"  {len(self.merged)} parameters merged, {len(self.copied)} copied from the base",
             *([f"  heads merged by their mean: {', '.join(self.head)}"] if self.head else []),
             *([f"  {self.vocabulary}"] if self.vocabulary else []),
@@ -180,6 +189,16 @@ class MergeReport:
             f"The merged model is in {self.output_dir}",
         ]
         return "\n".join(lines)
+
+    @property
+    def _hyper_parameters(self) -> str:
+        if self.sigma is None:
+            values = [f", {name} {value:g}" for name, value in self.settings.items() if name != "exclude"]
+            return f"method {self.method}{''.join(values)}"
+        return (
+            f"density {self.density:g}, sigma {self.sigma:.4f}, lambda_parallel {self.lambda_parallel:g}, "
+            f"lambda_orthogonal {self.lambda_orthogonal:.4f}"
+        )
 
 
 def load_report(folder: Path) -> MergeReport:
@@ -210,14 +229,18 @@ def load_report(folder: Path) -> MergeReport:
 
 def make_report(
     plan: MergePlan,
-    trimmings: list[Trimming],
-    lambda_orthogonal: float,
-    diagnostics: Diagnostics,
+    method: Method[Any],
+    diagnostics: Diagnostics | None,
     output_dir: Path,
     seconds: float,
     device: torch.device,
+    tuned_on: str | None = None,
 ) -> MergeReport:
     """The report of a finished merge."""
+    neuronal = method if isinstance(method, NeuroMerging) else None
+    settings = plan.config.to_dict()
+    if neuronal:
+        settings["lambda_orthogonal"] = neuronal.lambda_orthogonal
     experts = [
         ExpertReport(
             name=expert.name,
@@ -226,21 +249,21 @@ def make_report(
             model_class=expert.model_class_name,
             entries=trimming.entries,
             threshold=trimming.threshold,
-            sigma=trimming.sigma,
+            sigma=trimming.sigma if neuronal else None,
             head=sorted(expert.head.tensors) if expert.head else [],
             ignored=expert.ignored,
         )
-        for expert, trimming in zip(plan.experts, trimmings, strict=True)
+        for expert, trimming in zip(plan.experts, method.trimmings, strict=True)
     ]
     merged = [unit for unit in plan.units if unit.task_vectors]
     return MergeReport(
         output_dir=output_dir,
         base_model=plan.base.location.public_name,
         experts=experts,
-        density=plan.config.density,
-        sigma=max(trimming.sigma for trimming in trimmings),
-        lambda_parallel=plan.config.lambda_parallel,
-        lambda_orthogonal=lambda_orthogonal,
+        density=settings.get("density"),
+        sigma=neuronal.sigma if neuronal else None,
+        lambda_parallel=neuronal.config.lambda_parallel if neuronal else None,
+        lambda_orthogonal=neuronal.lambda_orthogonal if neuronal else None,
         by_neuron=_parameters(unit for unit in merged if unit.is_neuronal),
         by_entry=_parameters(unit for unit in merged if not unit.is_neuronal),
         from_base=_parameters(plan.copied_units),
@@ -253,6 +276,9 @@ def make_report(
         tokenizer=plan.tokenizer.location.public_name if plan.tokenizer.has_files else None,
         vocabulary=plan.vocabulary,
         diagnostics=diagnostics,
+        method=method.config.method,
+        settings=settings,
+        tuned_on=tuned_on,
         environment=_environment(device, plan.threads),
         notes=[note for expert in plan.experts for note in expert.notes],
         parents=[Parent.of(location) for location in (plan.base.location, *(each.location for each in plan.experts))],

@@ -4,6 +4,8 @@ The threshold of an expert is the j-th smallest magnitude of its whole task vect
 of a non-negative float32, read as an integer, are in the order of its value, so a histogram of the integers finds it. A
 small sample predicts a range so narrow that each float32 in it has a bin of its own, and then one pass over the inputs
 settles the exact value. Where the prediction misses, the pass has narrowed the range, and another follows.
+
+What is ranked need not be the magnitudes: `find_ranked` takes any function of a block that is not negative.
 """
 
 import math
@@ -64,10 +66,61 @@ def trim_rank(entries: int, density: float) -> int:
     return math.floor((1 - Fraction(repr(density))) * entries)
 
 
+@dataclass(frozen=True)
+class Rank:
+    """A value that is looked for: the `number`-th smallest of one expert's, counted from 1; 0 asks for 0.0."""
+
+    expert: int
+    number: int
+
+
+Values = Callable[[Tensor, Unit, Block], None]
+"""Puts what is ranked in the place of the task vectors x[1:] of a loaded block; values >= 0, in the same order as the
+experts that change the unit. It must give an entry the same bits in every block."""
+
+
+def magnitudes(x: Tensor, unit: Unit, block: Block) -> None:
+    """The `Values` that trimming ranks."""
+    x[1:].abs_()
+
+
+def count_entries(plan: MergePlan) -> list[int]:
+    """How many entries each expert's task vector has: those of the parameters that it may change."""
+    experts = range(len(plan.experts))
+    return [sum(unit.entries for unit in plan.units if expert in unit.changing) for expert in experts]
+
+
 def find_trimmings(
-    plan: MergePlan, device: torch.device, threads: int, advance: Callable[[int], object] = lambda _: None
+    plan: MergePlan,
+    density: float,
+    device: torch.device,
+    threads: int,
+    advance: Callable[[int], object] = lambda _: None,
+    values: Values = magnitudes,
 ) -> list[Trimming]:
     """The exact threshold and sigma of every expert.
+
+    Args:
+        density: the fraction of each task vector's entries that is kept.
+        advance: called with the number of bytes that have been read.
+        values: the magnitudes, where the task vectors are not trimmed as they are.
+
+    Raises:
+        MergeError: if a weight is NaN or infinite.
+    """
+    ranks = [Rank(expert, trim_rank(count, density)) for expert, count in enumerate(count_entries(plan))]
+    return find_ranked(plan, ranks, device, threads, advance, values)
+
+
+def find_ranked(
+    plan: MergePlan,
+    ranks: Sequence[Rank],
+    device: torch.device,
+    threads: int,
+    advance: Callable[[int], object] = lambda _: None,
+    values: Values = magnitudes,
+) -> list[Trimming]:
+    """The exact value of every rank, as a threshold, and the share of the expert's sum of values that is below it.
 
     Args:
         advance: called with the number of bytes that have been read.
@@ -75,27 +128,25 @@ def find_trimmings(
     Raises:
         MergeError: if a weight is NaN or infinite.
     """
-    experts = range(len(plan.experts))
-    entries = [sum(unit.entries for unit in plan.units if expert in unit.changing) for expert in experts]
-    ranks = [trim_rank(count, plan.config.density) for count in entries]
-    settled = {expert: Trimming(0.0, 0.0, entries[expert]) for expert in experts if ranks[expert] == 0}
+    entries = count_entries(plan)
+    settled = {i: Trimming(0.0, 0.0, entries[rank.expert]) for i, rank in enumerate(ranks) if rank.number == 0}
     counters: dict[int, _Counter] = {}
-    if len(settled) < len(experts):
-        counters = _predict(plan, ranks, entries, device, threads)
-    while len(settled) < len(experts):
-        counters = {expert: counter for expert, counter in counters.items() if expert not in settled}
-        _count(plan, counters, device, threads, advance)
-        for expert, counter in counters.items():
-            trimming = counter.settle(ranks[expert], entries[expert])
+    if len(settled) < len(ranks):
+        counters = _predict(plan, ranks, entries, device, threads, values)
+    while len(settled) < len(ranks):
+        counters = {i: counter for i, counter in counters.items() if i not in settled}
+        _count(plan, counters, device, threads, advance, values)
+        for i, counter in counters.items():
+            trimming = counter.settle(ranks[i].number, entries[counter.expert])
             if trimming:
-                settled[expert] = trimming
+                settled[i] = trimming
             else:
-                counters[expert] = counter.narrowed(ranks[expert])
-    return [settled[expert] for expert in experts]
+                counters[i] = counter.narrowed(ranks[i].number)
+    return [settled[i] for i in range(len(ranks))]
 
 
 class _Counter:
-    """Counts the magnitudes whose bits are in [low, high), in at most BINS bins, and those below.
+    """Counts an expert's magnitudes whose bits are in [low, high), in at most BINS bins, and those below.
 
     Attributes:
         below: how many magnitudes are below the range.
@@ -104,7 +155,8 @@ class _Counter:
         kept: the L1 norm of the entries that are not below the range.
     """
 
-    def __init__(self, low: int, high: int):
+    def __init__(self, expert: int, low: int, high: int):
+        self.expert = expert
         self.low = low
         self.shift = max(0, (high - low - 1).bit_length() - (BINS - 1).bit_length())
         self.bins = (high - low - 1 >> self.shift) + 1
@@ -159,11 +211,11 @@ class _Counter:
         """The counter for the next pass, around the rank-th smallest magnitude."""
         found = self._find(rank)
         if found < 0:
-            return _Counter(0, self.low)
+            return _Counter(self.expert, 0, self.low)
         if found == self.bins:
-            return _Counter(self.low + (self.bins << self.shift), INFINITY)
+            return _Counter(self.expert, self.low + (self.bins << self.shift), INFINITY)
         first = self.low + (found << self.shift)
-        return _Counter(first, first + (1 << self.shift))
+        return _Counter(self.expert, first, first + (1 << self.shift))
 
     def _find(self, rank: int) -> int:
         """The bin of the rank-th smallest magnitude: -1 below the range, `bins` above."""
@@ -177,7 +229,7 @@ def _magnitude(bits: int) -> float:
 
 
 def _predict(
-    plan: MergePlan, ranks: list[int], entries: list[int], device: torch.device, threads: int
+    plan: MergePlan, ranks: Sequence[Rank], entries: list[int], device: torch.device, threads: int, values: Values
 ) -> dict[int, _Counter]:
     """Counters around the quantiles of a sample: some neurons of every unit, evenly spaced."""
     memory = Memory()
@@ -187,7 +239,8 @@ def _predict(
     def sample(item: tuple[Unit, Block]) -> list[tuple[int, Tensor]]:
         unit, block = item
         x = load_block(unit, block, memory, device)
-        return [(expert, x[t].abs().flatten().cpu()) for t, expert in enumerate(unit.changing, start=1)]
+        values(x, unit, block)
+        return [(expert, x[t].flatten().to("cpu", copy=True)) for t, expert in enumerate(unit.changing, start=1)]
 
     blocks = list(_evenly_spaced(units, step))
     # One allocation for each expert: many small ones that stay, among large ones that come and go, take gigabytes.
@@ -197,12 +250,12 @@ def _predict(
         samples.append(list(torch.empty(sum(sizes)).split(sizes)))
     places = [iter(sample) for sample in samples]
     for found in map_in_order(sample, blocks, threads):
-        for expert, magnitudes in found:
-            next(places[expert]).copy_(magnitudes)
+        for expert, sampled in found:
+            next(places[expert]).copy_(sampled)
     return {
-        expert: _Counter(*_range_around(rank, entries[expert], samples[expert]))
-        for expert, rank in enumerate(ranks)
-        if rank > 0
+        i: _Counter(rank.expert, *_range_around(rank.number, entries[rank.expert], samples[rank.expert]))
+        for i, rank in enumerate(ranks)
+        if rank.number > 0
     }
 
 
@@ -239,7 +292,12 @@ def _evenly_spaced(units: Sequence[Unit], step: int) -> Iterator[tuple[Unit, Blo
 
 
 def _count(
-    plan: MergePlan, counters: dict[int, _Counter], device: torch.device, threads: int, advance: Callable[[int], object]
+    plan: MergePlan,
+    counters: dict[int, _Counter],
+    device: torch.device,
+    threads: int,
+    advance: Callable[[int], object],
+    values: Values,
 ) -> None:
     """Fill the counters, in one pass over the inputs."""
     memory = Memory()
@@ -248,26 +306,28 @@ def _count(
     def count(item: tuple[Unit, Block]) -> dict[int, tuple[int, Tensor, Tensor]]:
         unit, block = item
         x = load_block(unit, block, memory, device)
+        values(x, unit, block)
         found = {}
         for t, expert in enumerate(unit.changing, start=1):
-            if expert in counters:
-                found[expert] = counters[expert].look(x[t].abs_(), memory)
-                if not found[expert][2].isfinite().all():
+            for i in of_expert[expert]:
+                found[i] = counters[i].look(x[t], memory)
+                if not found[i][2].isfinite().all():
                     raise non_finite(unit, block, names, device)
         return found
 
-    units = [unit for unit in plan.units if counters.keys() & set(unit.changing)]
+    of_expert = [[i for i, counter in counters.items() if counter.expert == expert] for expert in range(len(names))]
+    units = [unit for unit in plan.units if any(of_expert[expert] for expert in unit.changing)]
     items = ((unit, block) for unit in map(Unit.opened, units) for block in unit.layout.blocks(BLOCK_ENTRIES))
     results = map_in_order(count, items, threads)
     for unit in units:
-        norms: dict[int, list[Tensor]] = {expert: [] for expert in unit.changing if expert in counters}
+        norms: dict[int, list[Tensor]] = {i: [] for expert in unit.changing for i in of_expert[expert]}
         for block in unit.layout.blocks(BLOCK_ENTRIES):
-            for expert, (below, bins, norm) in next(results).items():
-                counters[expert].add(below, bins)
-                norms[expert].append(norm)
+            for i, (below, bins, norm) in next(results).items():
+                counters[i].add(below, bins)
+                norms[i].append(norm)
             advance(unit.bytes_read * len(block) // unit.layout.rows)
         # A neuron's norm does not depend on the blocks. Summed over whole units, neither does the total.
-        for expert, of_neurons in norms.items():
+        for i, of_neurons in norms.items():
             norm, kept = torch.cat(of_neurons, dim=1).sum(1).tolist()
-            counters[expert].norm += norm
-            counters[expert].kept += kept
+            counters[i].norm += norm
+            counters[i].kept += kept

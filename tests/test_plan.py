@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge, plan_merge
 from neuromerge_hf.cli import app
 from neuromerge_hf.engine import merge_weights
+from neuromerge_hf.methods import fit_method
 from neuromerge_hf.plan import readable_size
-from neuromerge_hf.trim import find_trimmings
 from neuromerge_hf.writer import CheckpointWriter
 from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama
 
@@ -342,9 +342,8 @@ def test_a_merge_reads_and_writes_what_its_plan_says(models, tmp_path, density):
     plan = plan_merge(experts, base_model=models / "base", config=config, threads=1)
     read: list[int] = []
     writer = CheckpointWriter(tmp_path, plan.units, "5GB")
-    trimmings = find_trimmings(plan, torch.device("cpu"), 1, read.append)
-    thresholds = [trimming.threshold for trimming in trimmings]
-    merge_weights(plan, thresholds, 1.0, writer, torch.device("cpu"), 1, read.append)
+    method = fit_method(plan, torch.device("cpu"), 1, read.append)
+    merge_weights(plan, method, writer, torch.device("cpu"), 1, read.append)
     writer.close()
     assert sum(read) == plan.bytes_read
 

@@ -80,10 +80,10 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
     text = (tmp_path / "merged" / "recipe.yaml").read_text()
     assert "neuromerge merge recipe.yaml --output" in text
     content = yaml.safe_load(text)
-    settings = ["config", "dtype", "tokenizer", "chat_template", "merge_heads", "max_shard_size"]
+    settings = ["method", "config", "dtype", "tokenizer", "chat_template", "merge_heads", "max_shard_size"]
     assert list(content) == ["base_model", "models", *settings, "versions"]
-    assert content["config"] == NeuroMergingConfig().to_dict()
-    assert [content[name] for name in settings[1:]] == ["float32", "base", None, False, "5GB"]
+    assert (content["method"], content["config"]) == ("neuromerging", NeuroMergingConfig().to_dict())
+    assert [content[name] for name in settings[2:]] == ["float32", "base", None, False, "5GB"]
     assert set(content["versions"]) == {"neuromerge-hf", "torch", "transformers", "peft", "safetensors"}
     base, math, code = content["base_model"], *content["models"]
     assert (base["id"], math["id"], code["id"]) == tuple(str(models / name) for name in ("llama", "math", "code"))

@@ -66,7 +66,7 @@ def assert_exact(trimming: Trimming, tau: Tensor, density: float) -> None:
 
 def find(base: Path, *experts: Path, density: float = 0.2, exclude: tuple[str, ...] = ()) -> list[Trimming]:
     config = NeuroMergingConfig(density=density, exclude=exclude)
-    return find_trimmings(plan_merge(experts, base_model=base, config=config), CPU, threads=1)
+    return find_trimmings(plan_merge(experts, base_model=base, config=config), density, CPU, threads=1)
 
 
 # Exactness
@@ -114,7 +114,7 @@ def test_a_wrong_prediction_costs_passes_but_no_exactness(
     monkeypatch.setattr(trim, "SAMPLE_ENTRIES", sample)
     plan = plan_merge([expert], base_model=base)
     read: list[int] = []
-    (trimming,) = find_trimmings(plan, CPU, 1, read.append)
+    (trimming,) = find_trimmings(plan, 0.2, CPU, 1, read.append)
     assert_exact(trimming, task_vector(base, expert), 0.2)
     passes = sum(read) / sum(unit.bytes_read for unit in plan.units)
     assert passes <= 32
@@ -125,7 +125,7 @@ def test_a_wrong_prediction_costs_passes_but_no_exactness(
 def test_a_good_prediction_needs_one_pass(base: Path, expert: Path) -> None:
     plan = plan_merge([expert, expert], base_model=base)
     read: list[int] = []
-    find_trimmings(plan, CPU, 1, read.append)
+    find_trimmings(plan, 0.2, CPU, 1, read.append)
     assert sum(read) == sum(unit.bytes_read for unit in plan.units)
 
 
@@ -196,7 +196,7 @@ def test_an_expert_that_changes_nothing_has_threshold_and_sigma_zero(base: Path,
 def test_density_one_keeps_everything_and_reads_nothing(base: Path, expert: Path) -> None:
     read: list[int] = []
     plan = plan_merge([expert], base_model=base, config=NeuroMergingConfig(density=1))
-    assert find_trimmings(plan, CPU, 1, read.append) == [Trimming(0.0, 0.0, task_vector(base, expert).numel())]
+    assert find_trimmings(plan, 1, CPU, 1, read.append) == [Trimming(0.0, 0.0, task_vector(base, expert).numel())]
     assert not read
 
 

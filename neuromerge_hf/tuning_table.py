@@ -1,0 +1,79 @@
+"""What tuning tried, as a table and as a picture."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TABLE = "tuning"
+"""The name of the files: .json, .md and .png."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate.
+
+    Attributes:
+        density: the fraction of each task vector that was kept.
+        lambda_parallel: the paper's lambda_1.
+        lambda_orthogonal: the paper's lambda_2.
+        score: what was to be as good as possible.
+        tasks: the score of each task.
+        is_rule: whether it is the automatic rule at that density.
+    """
+
+    density: float
+    lambda_parallel: float
+    lambda_orthogonal: float
+    score: float
+    tasks: dict[str, float]
+    is_rule: bool = False
+
+
+def save_table(trials: Sequence[Trial], best: Trial, folder: Path, greater_is_better: bool = True) -> None:
+    """Write all candidates, best first, as JSON and Markdown, and draw the surface."""
+    ordered = sorted(trials, key=lambda trial: trial.score, reverse=greater_is_better)
+    content = {"best": dataclasses.asdict(best), "trials": [dataclasses.asdict(trial) for trial in ordered]}
+    (folder / f"{TABLE}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / f"{TABLE}.md").write_text(to_markdown(ordered, best))
+    draw_surface(trials, best, folder / f"{TABLE}.png")
+
+
+def to_markdown(trials: Sequence[Trial], best: Trial) -> str:
+    """A Markdown table with a line for each candidate."""
+    tasks = list(best.tasks) if len(best.tasks) > 1 else []
+    lines = [["density", "lambda_parallel", "lambda_orthogonal", "score", *tasks, ""]]
+    lines.append(["---:"] * (len(lines[0]) - 1) + ["---"])
+    for trial in trials:
+        remarks = ["best"] * (trial == best) + ["automatic rule"] * trial.is_rule
+        numbers = [trial.density, trial.lambda_parallel, trial.lambda_orthogonal]
+        scores = [trial.score, *(trial.tasks[task] for task in tasks)]
+        lines.append([f"{n:.4g}" for n in numbers] + [f"{score:.4f}" for score in scores] + [", ".join(remarks)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_surface(trials: Sequence[Trial], best: Trial, path: Path) -> None:
+    """Draw the score over lambda_2, one line for each lambda_1, one panel for each density."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    densities = sorted({trial.density for trial in trials})
+    figure = Figure(figsize=(1 + 4 * len(densities), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, len(densities), sharey=True, squeeze=False)[0]
+    for panel, density in zip(panels, densities, strict=True):
+        here = [trial for trial in trials if trial.density == density]
+        for parallel in sorted({trial.lambda_parallel for trial in here}):
+            line = sorted((t.lambda_orthogonal, t.score) for t in here if t.lambda_parallel == parallel)
+            panel.plot(*zip(*line, strict=True), marker=".", label=f"$\\lambda_1$ = {parallel:g}")
+        for trial in here:
+            if trial.is_rule:
+                panel.plot(trial.lambda_orthogonal, trial.score, "ko", fillstyle="none", label="automatic rule")
+        if density == best.density:
+            panel.plot(best.lambda_orthogonal, best.score, "k*", markersize=10, label="best")
+        panel.set(title=f"density {density:g}", xlabel="$\\lambda_2$ (orthogonal)")
+    panels[0].set_ylabel("score")
+    panels[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=150, metadata={"Software": None})

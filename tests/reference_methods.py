@@ -1,0 +1,114 @@
+"""The methods that NeuroMerging is compared with, written out directly on whole flattened models in float64.
+
+It shares no code with the package. Each task vector is one long vector over the parameters that its expert may change,
+as in the papers; positions that an expert cannot change are 0 and do not count in its quantiles.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference import Neurons, threshold
+
+State = dict[str, Tensor]
+
+
+class Flat:
+    """Task vectors (T, D) float64 of whole models, and which entries each expert may change (T, D)."""
+
+    def __init__(self, base: State, experts: list[State]):
+        self.names = sorted(name for name, tensor in base.items() if tensor.is_floating_point())
+        self.base = {name: base[name] for name in self.names}
+        rows, owned = [], []
+        for expert in experts:
+            parts = [
+                expert[name].float() - theta.float() if name in expert else torch.zeros(theta.shape)
+                for name, theta in self.base.items()
+            ]
+            rows.append(torch.cat([part.flatten() for part in parts]))
+            owned.append(torch.cat([torch.full(t.shape, n in expert).flatten() for n, t in self.base.items()]))
+        self.owned = torch.stack(owned)
+        self.task_vectors = torch.stack(rows)  # float32, as the thresholds are those of float32 numbers
+
+    def merged(self, change: Tensor) -> State:
+        """The base with a merged task vector (D,)."""
+        sizes = [theta.numel() for theta in self.base.values()]
+        return {
+            name: theta.double() + part.view(theta.shape)
+            for (name, theta), part in zip(self.base.items(), change.double().split(sizes), strict=True)
+        }
+
+
+def average(flat: Flat) -> Tensor:
+    return flat.task_vectors.double().mean(0)
+
+
+def task_arithmetic(flat: Flat, scale: float) -> Tensor:
+    return scale * flat.task_vectors.double().sum(0)
+
+
+def trimmed(task_vectors: Tensor, owned: Tensor, density: float) -> Tensor:
+    cuts = [threshold([row[own]], density) for row, own in zip(task_vectors, owned, strict=True)]
+    return torch.stack([torch.where(row.abs() >= cut, row, 0.0) for row, cut in zip(task_vectors, cuts, strict=True)])
+
+
+def ties(flat: Flat, density: float, scale: float) -> Tensor:
+    return scale * elect_and_merge(trimmed(flat.task_vectors, flat.owned, density).double())
+
+
+def elect_and_merge(tau: Tensor) -> Tensor:
+    elected = tau.sum(0).sign()
+    chosen = (tau.sign() == elected) & (elected != 0)
+    return (tau * chosen).sum(0) / chosen.sum(0).clamp(min=1)
+
+
+def dare_ties(
+    flat: Flat, neurons: Mapping[str, Neurons | None], drop_rate: float, density: float, scale: float, seed: int
+) -> Tensor:
+    rows = []
+    for t, row in enumerate(flat.task_vectors):
+        kept = []
+        for name, theta in flat.base.items():
+            key = np.frombuffer(hashlib.sha256(f"{seed} {t} {name}".encode()).digest()[:16], dtype="<u8")
+            numbers = np.random.Philox(key=key).random_raw(theta.numel())
+            stays = torch.tensor([int(number) / 2**64 >= drop_rate for number in numbers])
+            view = neurons.get(name)
+            kept.append(view.from_rows(stays.view(view.to_rows(theta).shape), theta.shape) if view else stays)
+        mask = torch.cat([stays.flatten() for stays in kept])
+        rows.append(torch.where(mask, row * (1 / (1 - drop_rate)), 0.0))
+    return scale * elect_and_merge(trimmed(torch.stack(rows), flat.owned, density).double())
+
+
+def pcb(flat: Flat, density: float, scale: float) -> Tensor:
+    tau = flat.task_vectors.double()
+    tasks = len(tau)
+    total = tau.sum(0)
+    merged, weights = torch.zeros_like(total), torch.zeros_like(total)
+    for row, own in zip(tau, flat.owned, strict=True):
+        magnitudes = row[own].abs().sort().values
+        n = len(magnitudes)
+        low, high = magnitudes[int(n * 0.0001)], magnitudes[int(n * (1 - 0.0001) - 1)]
+        clamped = row.abs().clamp(low, high)
+        intra = torch.exp(tasks * ((clamped - low) / (high - low)) ** 2)
+        beta = intra * torch.tanh(row * total)
+        scores = beta[own].sort().values
+        cut = scores[math.floor((1 - Fraction(str(density))) * n)]
+        weight = torch.where(own, (beta.clamp(min=cut) - cut) / (scores[-1] - cut), 0.0)
+        merged += weight * clamped * row.sign()
+        weights += weight
+    return scale * merged / weights.clamp(min=1e-12)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "average": average,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare_ties": dare_ties,
+    "pcb": pcb,
+}
