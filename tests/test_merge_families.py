@@ -229,7 +229,7 @@ def test_a_head_of_its_own_is_kept_beside_a_base_that_would_tie_it(bare, relativ
     model = AutoMergedModel.from_pretrained(
         [expert], base_model=bare["llama-tied"], head=expert.name, cache_dir=tmp_path / "cache", device="cpu"
     )
-    assert type(model) is transformers.LlamaForCausalLM
+    assert isinstance(model, transformers.LlamaForCausalLM)
     assert_same_bits(model.lm_head.weight, load(expert).lm_head.weight)
 
 
