@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 
 from neuromerge_hf.location import Location
 
@@ -72,7 +72,7 @@ def is_gated(location: Location) -> bool:
     if location.commit is None:
         return False
     try:
-        return bool(HfApi(token=location.token).model_info(location.repo).gated)
+        return bool(HfApi(token=location.token).model_info(location.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated)
     except Exception:  # offline, unreachable, or no access any more: the merge does not depend on it
         return False
 
