@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from neuromerge_hf.model_cards.markdown import plain
+from neuromerge_hf.model_cards.tasks import task_of
 from neuromerge_hf.parents import common_license, union
-from neuromerge_hf.results import MERGED
+from neuromerge_hf.results import MERGED, Result
 
 if TYPE_CHECKING:
     from neuromerge_hf.model_cards.card import MergeCard
@@ -42,7 +43,7 @@ def metadata(card: "MergeCard") -> ModelCardData:
 def _results(card: "MergeCard") -> list[EvalResult]:
     return [
         EvalResult(
-            task_type=result.task_type or (card.task and card.task.pipeline_tag) or "other",
+            task_type=result.task_type or _task_type(card, result),
             dataset_type=plain(result.dataset or result.task),
             dataset_name=plain(result.task),
             dataset_split=result.split,
@@ -52,6 +53,14 @@ def _results(card: "MergeCard") -> list[EvalResult]:
         for result in card.report.results
         if result.model == MERGED and not card.report.changed
     ]
+
+
+def _task_type(card: "MergeCard", result: Result) -> str:
+    """That of the expert that was measured beside it, as whose task model the merge was; else the merge's own."""
+    measured = {other.model for other in card.report.results if other.measured == result.measured}
+    experts = [task_of(expert.model_class) for expert in card.report.experts if expert.name in measured]
+    found = (task.pipeline_tag for task in (*experts, card.task) if task and task.pipeline_tag)
+    return next(found, "other")
 
 
 def combined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -355,6 +355,9 @@ def test_results_appear_beside_each_other_with_the_share_that_is_retained(merged
     ]
     assert "has not been evaluated" not in body
     (index,) = metadata["model-index"]
+    types = {result["dataset"].get("split"): result["task"]["type"] for result in index["results"]}
+    assert types[None] == "text-classification", "what math, which was measured beside it, is for"
+    assert types["test"] == "feature-extraction", "what the merge itself is for"
     values = [metric["value"] for result in index["results"] for metric in result["metrics"]]
     assert values == [0.5, pytest.approx(0.6), 1.5]
     assert "org/sums" in {result["dataset"]["type"] for result in index["results"]}
