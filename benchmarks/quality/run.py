@@ -1,0 +1,157 @@
+"""Measures how good merged models are: six text tasks, full fine-tunes and LoRA adapters, three training seeds.
+
+    pip install -e '.[demo,bench]'
+    python benchmarks/quality/run.py --cache quality        # from nothing; goes on where it was stopped
+
+Each trained expert and each score is a file in the cache, and what is there is not made again. Everything that is
+chosen is chosen on validation texts; the test texts are read for the final table alone.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from statistics import mean
+
+import torch
+from experts import KINDS, SEEDS, expert_folder, train_expert
+from huggingface_hub.utils import disable_progress_bars
+from methods import METHODS, Setting, add, merged_direction
+from scoring import Encoder, Scorer, load_base
+from tasks import TASKS, Split, load_splits
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+SIZES = (2, 4, 6)
+BASE, EXPERTS = Setting("base", None, 0), Setting("experts", None, 1)
+REFERENCES = (BASE, EXPERTS)
+DEFAULTS = tuple(method.default for method in METHODS.values())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One score: of a merge of the first `size` experts of a kind and a seed, on each of their tasks."""
+
+    kind: str
+    seed: int
+    size: int
+    setting: Setting
+    split: Split
+
+    def file(self, folder: Path) -> Path:
+        return folder / "scores" / self.split / f"{self.kind}-{self.seed}" / f"{self.size}-tasks" / f"{self.setting}.json"
+
+
+class Bench:
+    """Trains, merges and scores, and remembers the scores as files."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def train(self) -> Iterator[None]:
+        for seed in SEEDS:
+            for kind in KINDS:
+                for task in TASKS:
+                    folder = expert_folder(self.folder, kind, seed, task)
+                    if not folder.is_dir():
+                        folder.parent.mkdir(parents=True, exist_ok=True)
+                        train_expert(load_splits(task, self.folder / "data"), kind, seed, folder)
+                    yield
+
+    def score(self, job: Job) -> dict[str, float]:
+        """The accuracy by task, from its file or measured now."""
+        file = job.file(self.folder)
+        if not file.is_file():
+            scores = self._measure(job)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps({"job": asdict(job), "accuracy": scores}))
+            partial.rename(file)
+        return json.loads(file.read_text())["accuracy"]
+
+    def average(self, job: Job) -> float:
+        return mean(self.score(job).values())
+
+    def best(self, kind: str, seed: int, method: str) -> Setting:
+        """The setting with the best validation score; the default where none is tried."""
+        tried = METHODS[method].tried or (METHODS[method].default,)
+        return max(tried, key=lambda setting: self.average(Job(kind, seed, len(TASKS), setting, "validation")))
+
+    def _measure(self, job: Job) -> dict[str, float]:
+        scorer = self._scorer(job.kind, job.seed, job.split)
+        tasks = TASKS[: job.size]
+        if job.setting == EXPERTS:
+            return scorer.score_experts(tasks)
+        if job.setting == BASE:
+            return scorer.score(self._base(), tasks)
+        direction = self._direction(job.kind, job.seed, job.size, job.setting.method, job.setting.density)
+        return scorer.score(add(self._base(), direction, job.setting.scale), tasks)
+
+    @cache  # noqa: B019 (one object for the life of the program)
+    def _base(self) -> Encoder:
+        return load_base()
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def _scorer(self, kind: str, seed: int, split: Split) -> Scorer:
+        return Scorer(self._folders(kind, seed, len(TASKS)), self.folder / "data", split)
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def _direction(self, kind: str, seed: int, size: int, method: str, density: float | None) -> Encoder:
+        folders = list(self._folders(kind, seed, size).values())
+        return merged_direction(folders, Setting(method, density, 1))
+
+    def _folders(self, kind: str, seed: int, size: int) -> dict[str, Path]:
+        return {task: expert_folder(self.folder, kind, seed, task) for task in TASKS[:size]}
+
+
+def validation_jobs() -> list[Job]:
+    settings = [*REFERENCES, *dict.fromkeys([*DEFAULTS, *(s for method in METHODS.values() for s in method.tried)])]
+    settings.sort(key=lambda setting: (setting.method, setting.density or 0))  # so that scales share a merge
+    return [Job(kind, seed, len(TASKS), setting, "validation") for seed in SEEDS for kind in KINDS for setting in settings]
+
+
+def test_jobs(bench: Bench) -> list[Job]:
+    """The references and every method at its default for each number of tasks, and tuned for all tasks."""
+    jobs = []
+    for seed in SEEDS:
+        for kind in KINDS:
+            tuned = [bench.best(kind, seed, method) for method in METHODS]
+            for size in reversed(SIZES):
+                settings = [*REFERENCES, *DEFAULTS, *(tuned if size == len(TASKS) else ())]
+                jobs += [Job(kind, seed, size, setting, "test") for setting in dict.fromkeys(settings)]
+    return jobs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="where archives, experts and scores are kept (4 GB)")
+    parser.add_argument("--steps", nargs="+", choices=("train", "validate", "test", "report"), default=None)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    disable_progress_bar()
+    disable_progress_bars()
+    set_verbosity_error()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft calls transformers by an old name
+    bench = Bench(options.cache)
+    steps = options.steps or ("train", "validate", "test", "report")
+    if "train" in steps:
+        for _ in tqdm(bench.train(), "Training", total=len(SEEDS) * len(KINDS) * len(TASKS), unit="expert"):
+            pass
+    if "validate" in steps:
+        for job in tqdm(validation_jobs(), "Validating", unit="score"):
+            bench.score(job)
+    if "test" in steps:
+        for job in tqdm(test_jobs(bench), "Testing", unit="score"):
+            bench.score(job)
+    if "report" in steps:
+        from summary import write_report
+
+        write_report(bench)
+
+
+if __name__ == "__main__":
+    main()

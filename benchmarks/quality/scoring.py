@@ -1,0 +1,81 @@
+"""Scores an encoder on many tasks: the encoder is one live model, each task has its expert's own classifier on top."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from experts import BASE, BATCH_SIZE, Batch, sorted_batches, tokenize
+from peft import PeftModel
+from safetensors.torch import load_file
+from tasks import Split, load_splits
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+
+Encoder = dict[str, Tensor]
+"""Weights by their names in the base's checkpoint."""
+
+HEAD = "classifier."
+PREFIX = "bert."
+
+
+def load_base() -> Encoder:
+    """The pretrained encoder, float32."""
+    weights = load_file(BASE / "model.safetensors")
+    return {name: weight.float() for name, weight in weights.items() if weight.is_floating_point()}
+
+
+def load_expert(folder: Path) -> BertForSequenceClassification:
+    """An expert as a plain classifier: a checkpoint, or the base with the adapter merged into it."""
+    config = AutoConfig.from_pretrained(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForSequenceClassification.from_pretrained(folder, config=config).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(BASE, config=config)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+
+
+def encoder_of(model: BertForSequenceClassification) -> Encoder:
+    """The weights of a classifier's encoder, under the names that the base has for them."""
+    return {name: weight for name, weight in model.bert.state_dict().items() if weight.is_floating_point()}
+
+
+class Scorer:
+    """Measures the accuracy of encoders on one split of some tasks.
+
+    Args:
+        folders: the experts by task.
+        data: where the archives of the texts are.
+        split: "validation" or "test".
+    """
+
+    def __init__(self, folders: Mapping[str, Path], data: Path, split: Split):
+        tokenizer = AutoTokenizer.from_pretrained(BASE)
+        self.experts = {task: load_expert(folder) for task, folder in folders.items()}
+        self.batches: dict[str, list[Batch]] = {}
+        for task in folders:
+            examples = tokenize(tokenizer, getattr(load_splits(task, data), split))
+            self.batches[task] = list(sorted_batches(tokenizer, examples, 2 * BATCH_SIZE))
+
+    def score(self, encoder: Encoder, tasks: Sequence[str] | None = None) -> dict[str, float]:
+        """The share of a task's texts that are labelled right, by task."""
+        model = next(iter(self.experts.values()))
+        own = {name: weight.clone() for name, weight in encoder_of(model).items()}
+        try:
+            model.bert.load_state_dict(encoder, strict=False)
+            return {task: self._accuracy(model, task) for task in tasks or self.batches}
+        finally:
+            model.bert.load_state_dict(own, strict=False)
+
+    def score_experts(self, tasks: Sequence[str] | None = None) -> dict[str, float]:
+        """Each expert on its own task."""
+        return {task: self._accuracy(self.experts[task], task) for task in tasks or self.experts}
+
+    @torch.inference_mode()
+    def _accuracy(self, model: BertForSequenceClassification, task: str) -> float:
+        head = self.experts[task].classifier
+        right = total = 0
+        with torch.autocast("cpu", torch.bfloat16):
+            for inputs, labels in self.batches[task]:
+                predicted = head(model.bert(**inputs).pooler_output).argmax(dim=-1)
+                right += int((predicted == labels).sum())
+                total += len(labels)
+        return right / total
