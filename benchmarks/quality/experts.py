@@ -25,7 +25,14 @@ BATCH_SIZE = 32
 RANK = 16
 RATES = {"full": 1e-4, "lora": 1e-3}
 HEAD_RATE = 5e-3  # the head starts from noise, so it needs larger steps than the encoder
-EPOCHS = {"newsgroups": 2, "reviews": 2, "products": 2, "cities": 3, "names": 4, "languages": 2}  # short texts are cheap
+EPOCHS = {
+    "newsgroups": 2,
+    "reviews": 2,
+    "products": 2,
+    "cities": 3,
+    "names": 4,
+    "languages": 2,
+}  # short texts are cheap
 
 Tokens = list[int]
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -36,7 +43,7 @@ def expert_folder(cache: Path, kind: str, seed: int, task: str) -> Path:
 
 
 def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
-    """AdamW with 10% warm-up and linear decay, in bfloat16 over float32 weights; the folder appears when it is complete."""
+    """AdamW with 10% warm-up and linear decay, in bfloat16 over float32 weights. A folder that exists is complete."""
     started = time.perf_counter()
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(BASE)

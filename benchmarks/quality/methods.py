@@ -14,7 +14,15 @@ from experts import BASE
 from safetensors.torch import load_file
 from scoring import Encoder, load_base
 
-from neuromerge_hf import AverageConfig, DARETIESConfig, NeuroMergingConfig, PCBConfig, TaskArithmeticConfig, TIESConfig, merge
+from neuromerge_hf import (
+    AverageConfig,
+    DARETIESConfig,
+    NeuroMergingConfig,
+    PCBConfig,
+    TaskArithmeticConfig,
+    TIESConfig,
+    merge,
+)
 from neuromerge_hf.config import MergeConfig
 
 

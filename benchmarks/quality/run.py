@@ -43,7 +43,9 @@ class Job:
     split: Split
 
     def file(self, folder: Path) -> Path:
-        return folder / "scores" / self.split / f"{self.kind}-{self.seed}" / f"{self.size}-tasks" / f"{self.setting}.json"
+        return (
+            folder / "scores" / self.split / f"{self.kind}-{self.seed}" / f"{self.size}-tasks" / f"{self.setting}.json"
+        )
 
 
 class Bench:
@@ -111,7 +113,9 @@ class Bench:
 def validation_jobs() -> list[Job]:
     settings = [*REFERENCES, *dict.fromkeys([*DEFAULTS, *(s for method in METHODS.values() for s in method.tried)])]
     settings.sort(key=lambda setting: (setting.method, setting.density or 0))  # so that scales share a merge
-    return [Job(kind, seed, len(TASKS), setting, "validation") for seed in SEEDS for kind in KINDS for setting in settings]
+    return [
+        Job(kind, seed, len(TASKS), setting, "validation") for seed in SEEDS for kind in KINDS for setting in settings
+    ]
 
 
 def test_jobs(bench: Bench) -> list[Job]:

@@ -1,0 +1,195 @@
+"""Turns the scores of the test texts into results/quality.json, tables (results/tables.md) and a picture."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING
+
+from experts import KINDS, SEEDS
+from methods import METHODS, Setting
+from tasks import TASKS
+
+if TYPE_CHECKING:
+    from run import Bench
+
+RESULTS = Path(__file__).parent / "results"
+TITLES = {"full": "Full fine-tunes", "lora": "LoRA adapters"}
+OURS = "neuromerging"
+
+
+class Scores:
+    """The test accuracies in %, by task, of every family of experts that has been scored."""
+
+    def __init__(self, bench: "Bench"):
+        from run import BASE, EXPERTS, SIZES, Job
+
+        self.sizes = SIZES
+        self.seeds = SEEDS
+        self.by_task: dict[tuple[str, int, int, str], dict[str, float]] = {}
+        self.chosen: dict[tuple[str, int, str], Setting] = {}
+        for kind in KINDS:
+            for seed in SEEDS:
+                for name in METHODS:
+                    self.chosen[kind, seed, name] = bench.best(kind, seed, name)
+                for size in SIZES:
+                    settings = {"base": BASE, "experts": EXPERTS} | {name: m.default for name, m in METHODS.items()}
+                    if size == len(TASKS):
+                        settings |= {f"{name} tuned": self.chosen[kind, seed, name] for name in METHODS}
+                    for name, setting in settings.items():
+                        accuracy = bench.score(Job(kind, seed, size, setting, "test"))
+                        scores = {task: 100 * value for task, value in accuracy.items()}
+                        self.by_task[kind, seed, size, name] = scores
+
+    def averages(self, kind: str, name: str, size: int = len(TASKS)) -> list[float]:
+        """The average over the tasks, for each seed."""
+        return [mean(self.by_task[kind, seed, size, name].values()) for seed in self.seeds]
+
+
+def write_report(bench: "Bench") -> None:
+    scores = Scores(bench)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "quality.json").write_text(json.dumps(_as_json(scores, bench), indent=1) + "\n")
+    (RESULTS / "tables.md").write_text("\n".join(_tables(scores)) + "\n")
+    draw(scores, RESULTS / "quality.svg")
+    print((RESULTS / "tables.md").read_text())
+
+
+def _as_json(scores: Scores, bench: "Bench") -> dict[str, object]:
+    from run import validation_jobs
+
+    return {
+        "test accuracy in % by task": [
+            {"experts": kind, "seed": seed, "tasks": size, "method": name}
+            | {task: round(value, 2) for task, value in by_task.items()}
+            for (kind, seed, size, name), by_task in scores.by_task.items()
+        ],
+        "chosen on validation": [
+            {"experts": kind, "seed": seed, "setting": str(setting)}
+            for (kind, seed, _), setting in scores.chosen.items()
+        ],
+        "average validation accuracy in %": [
+            {
+                "experts": job.kind,
+                "seed": job.seed,
+                "setting": str(job.setting),
+                "accuracy": round(100 * bench.average(job), 2),
+            }
+            for job in validation_jobs()
+        ],
+    }
+
+
+def _tables(scores: Scores) -> Iterable[str]:
+    yield f"Average test accuracy in %, {len(TASKS)} tasks, mean ± standard deviation over {len(SEEDS)} seeds.\n"
+    rows = [["", *(TITLES[kind] + suffix for kind in KINDS for suffix in (", default", ", tuned"))]]
+    for name, title in (("base", "base"), ("experts", "experts' own")):
+        rows.append([title, *(cell for kind in KINDS for cell in (_spread(scores.averages(kind, name)), ""))])
+    for name, method in METHODS.items():
+        cells = []
+        for kind in KINDS:
+            cells += [_spread(scores.averages(kind, name))]
+            cells += [_spread(scores.averages(kind, f"{name} tuned")) if method.tried else ""]
+        rows.append([method.title, *cells])
+    yield from _table(rows)
+
+    yield "\nNeuroMerging minus the other, in points: mean of the seeds (each seed's).\n"
+    rows = [rows[0]]
+    for name, method in METHODS.items():
+        if name != OURS:
+            cells = []
+            for kind in KINDS:
+                for suffix in ("", " tuned"):
+                    pairs = zip(scores.averages(kind, OURS + suffix), scores.averages(kind, name + suffix), strict=True)
+                    differences = [ours - other for ours, other in pairs]
+                    each = ", ".join(f"{value:+.1f}" for value in differences)
+                    cells.append(f"{mean(differences):+.1f} ({each})")
+            rows.append([method.title, *cells])
+    yield from _table(rows)
+
+    yield "\nAverage test accuracy in % of the first 2, 4 and 6 tasks, every method at its default.\n"
+    rows = [["", *(f"{TITLES[kind]}, {size}" for kind in KINDS for size in scores.sizes)]]
+    for name, title in {"base": "base", "experts": "experts' own"} | {
+        name: m.title for name, m in METHODS.items()
+    }.items():
+        rows.append([title, *(_spread(scores.averages(kind, name, size)) for kind in KINDS for size in scores.sizes)])
+    yield from _table(rows)
+
+    for kind in KINDS:
+        yield f"\n{TITLES[kind]}, task by task, mean over the seeds.\n"
+        rows = [["", *TASKS]]
+        names = ["base", "experts", *(name + suffix for name in METHODS for suffix in ("", " tuned"))]
+        for name in names:
+            method = METHODS.get(name.removesuffix(" tuned"))
+            if name.endswith(" tuned") and not (method and method.tried):
+                continue
+            values = [mean(scores.by_task[kind, seed, len(TASKS), name][task] for seed in SEEDS) for task in TASKS]
+            rows.append([name.replace("_", " "), *(f"{value:.1f}" for value in values)])
+        yield from _table(rows)
+
+    yield "\nWhat was chosen on the validation texts, for each seed: density / scale.\n"
+    rows = [["", *(f"{TITLES[kind]}, seed {seed}" for kind in KINDS for seed in SEEDS)]]
+    for name, method in METHODS.items():
+        if method.tried:
+            settings = [scores.chosen[kind, seed, name] for kind in KINDS for seed in SEEDS]
+            cells = [f"{setting.density or '-'} / {setting.scale:g}" for setting in settings]
+            rows.append([f"{method.title} ({method.scale})", *cells])
+    yield from _table(rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    yield "| " + " | ".join(rows[0]) + " |"
+    yield "|---" + "|---:" * (len(rows[0]) - 1) + "|"
+    for row in rows[1:]:
+        yield "| " + " | ".join(row) + " |"
+
+
+def draw(scores: Scores, path: Path) -> None:
+    """Every method at its default and tuned, and over the number of tasks."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(KINDS), figsize=(11, 7.5), layout="constrained")
+    for kind, bars, lines in zip(KINDS, *axes, strict=True):
+        names = list(METHODS)
+        for shift, suffix, label in ((-0.2, "", "default"), (0.2, " tuned", "tuned on validation")):
+            averages = [scores.averages(kind, name + suffix) for name in names]
+            bars.bar(
+                [i + shift for i in range(len(names))],
+                [mean(values) for values in averages],
+                width=0.4,
+                yerr=[stdev(values) for values in averages],
+                label=label,
+            )
+        base, experts = mean(scores.averages(kind, "base")), mean(scores.averages(kind, "experts"))
+        bars.axhline(experts, color="black", linewidth=1, label="experts' own")
+        bars.axhline(base, color="gray", linewidth=1, linestyle=":", label="base")
+        bars.set_ylim(base - 3, experts + 3)
+        bars.set_xticks(range(len(names)), [METHODS[name].title for name in names], rotation=20)
+        bars.set_title(TITLES[kind])
+        bars.set_ylabel("test accuracy, %")
+        bars.legend(fontsize=8)
+        for name, title in {name: m.title for name, m in METHODS.items()}.items():
+            lost = [
+                [
+                    e - m
+                    for e, m in zip(scores.averages(kind, "experts", n), scores.averages(kind, name, n), strict=True)
+                ]
+                for n in scores.sizes
+            ]
+            lines.errorbar(
+                scores.sizes, [mean(v) for v in lost], yerr=[stdev(v) for v in lost], label=title, capsize=2,
+                linewidth=3 if name == OURS else 1.2,
+            )  # fmt: skip
+        lines.set_xticks(scores.sizes)
+        lines.set_xlabel("merged experts, each method at its default")
+        lines.set_ylabel("points below the experts' own")
+        lines.legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
