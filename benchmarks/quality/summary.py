@@ -41,9 +41,9 @@ class Scores:
                         scores = {task: 100 * value for task, value in accuracy.items()}
                         self.by_task[kind, seed, size, name] = scores
 
-    def averages(self, kind: str, name: str, size: int = len(TASKS)) -> list[float]:
-        """The average over the tasks, for each seed."""
-        return [mean(self.by_task[kind, seed, size, name].values()) for seed in self.seeds]
+    def averages(self, kind: str, name: str, size: int | None = None) -> list[float]:
+        """The average over the first `size` tasks, by default all, for each seed."""
+        return [mean(self.by_task[kind, seed, size or len(TASKS), name].values()) for seed in self.seeds]
 
 
 def write_report(bench: "Bench") -> None:
@@ -109,9 +109,8 @@ def _tables(scores: Scores) -> Iterable[str]:
 
     yield "\nAverage test accuracy in % of the first 2, 4 and 6 tasks, every method at its default.\n"
     rows = [["", *(f"{TITLES[kind]}, {size}" for kind in KINDS for size in scores.sizes)]]
-    for name, title in {"base": "base", "experts": "experts' own"} | {
-        name: m.title for name, m in METHODS.items()
-    }.items():
+    titles = {"base": "base", "experts": "experts' own"} | {name: method.title for name, method in METHODS.items()}
+    for name, title in titles.items():
         rows.append([title, *(_spread(scores.averages(kind, name, size)) for kind in KINDS for size in scores.sizes)])
     yield from _table(rows)
 
@@ -175,7 +174,7 @@ def draw(scores: Scores, path: Path) -> None:
         bars.set_title(TITLES[kind])
         bars.set_ylabel("test accuracy, %")
         bars.legend(fontsize=8)
-        for name, title in {name: m.title for name, m in METHODS.items()}.items():
+        for name, method in METHODS.items():
             lost = [
                 [
                     e - m
@@ -184,7 +183,7 @@ def draw(scores: Scores, path: Path) -> None:
                 for n in scores.sizes
             ]
             lines.errorbar(
-                scores.sizes, [mean(v) for v in lost], yerr=[stdev(v) for v in lost], label=title, capsize=2,
+                scores.sizes, [mean(v) for v in lost], yerr=[stdev(v) for v in lost], label=method.title, capsize=2,
                 linewidth=3 if name == OURS else 1.2,
             )  # fmt: skip
         lines.set_xticks(scores.sizes)

@@ -117,12 +117,12 @@ def length(direction: Encoder) -> float:
 class Experiment:
     """Scores variants of one family of experts, and keeps the scores in a file."""
 
-    def __init__(self, cache: Path, kind: str, seed: int, size: int = len(TASKS)):
-        self.folders = {task: expert_folder(cache, kind, seed, task) for task in TASKS[:size]}
+    def __init__(self, cache: Path, kind: str, seed: int):
+        self.folders = {task: expert_folder(cache, kind, seed, task) for task in TASKS}
         self.base = load_base()
         self.vectors = TaskVectors(self.base, list(self.folders.values()))
         self.scorer = Scorer(self.folders, cache / "data", "validation")
-        self.file = cache / "variants" / f"{kind}-{seed}-{size}-tasks.jsonl"
+        self.file = cache / "variants" / f"{kind}-{seed}.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         self.done = {json.dumps(json.loads(line)["variant"]) for line in lines}
@@ -148,26 +148,24 @@ class Experiment:
             file.write(json.dumps(row) + "\n")
 
 
-DENSITIES = (0.2, 0.5, 1.0)
+DENSITIES = (0.2, 0.5)
 SCALES = (0.7, 1.0, 1.4)
-LEFT = ("1d", "embeddings")
 
 
 def explore(experiment: Experiment, densities: Sequence[float]) -> None:
-    """Score both elections at some densities and scales, and what is left at the base at the automatic lambda_2."""
+    """Score both elections at some densities and scales, and what is left at the base under the paper's."""
+    mean_norm = sum(experiment.vectors.norms) / len(experiment.vectors.norms)
     for density in densities:
-        automatic = 1 / (1 - experiment.vectors.trimming(density)[1])
+        automatic = round(1 / (1 - experiment.vectors.trimming(density)[1]), 4)
         for elect in ELECTS:
-            matched = (
-                1
-                / (length(experiment.direction(density, elect)) * len(experiment.folders))
-                * sum(experiment.vectors.norms)
-            )
-            for scale in (*SCALES, round(automatic, 4), round(matched, 4)):
+            matched = round(mean_norm / length(experiment.direction(density, elect)), 4)
+            for scale in (*SCALES, matched):
                 experiment.score(Variant(density, elect, scale))
-            for left in LEFT:
-                for scale in (1.0, round(automatic, 4)):
-                    experiment.score(Variant(density, elect, scale, left))
+            if elect == "mean":
+                for left in ("", "1d", "embeddings"):
+                    experiment.score(Variant(density, elect, automatic, left))
+    for left in ("1d", "embeddings"):
+        experiment.score(Variant(densities[0], "mean", 1.0, left))
 
 
 def main() -> None:
