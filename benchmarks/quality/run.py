@@ -3,8 +3,8 @@
     pip install -e '.[demo,bench]'
     python benchmarks/quality/run.py --cache quality        # from nothing; goes on where it was stopped
 
-Each trained expert and each score is a file in the cache, and what is there is not made again. Everything that is
-chosen is chosen on validation texts; the test texts are read for the final table alone.
+Each trained expert, each merge and each score is a file in the cache, and what is there is not made again. Everything
+that is chosen is chosen on validation texts; the test texts are read for the final table alone.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from experts import KINDS, SEEDS, expert_folder, train_expert
 from huggingface_hub.utils import disable_progress_bars
 from methods import METHODS, Setting, add, merged_direction
+from safetensors.torch import load_file, save_file
 from scoring import Encoder, Scorer, load_base
 from tasks import TASKS, Split, load_splits
 from tqdm import tqdm
@@ -103,8 +104,14 @@ class Bench:
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _direction(self, kind: str, seed: int, size: int, method: str, density: float | None) -> Encoder:
-        folders = list(self._folders(kind, seed, size).values())
-        return merged_direction(folders, Setting(method, density, 1))
+        file = self.folder / "directions" / f"{kind}-{seed}" / f"{size}-tasks" / f"{method}-{density}.safetensors"
+        if not file.is_file():
+            folders = list(self._folders(kind, seed, size).values())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            save_file(merged_direction(folders, Setting(method, density, 1)), partial)
+            partial.rename(file)
+        return load_file(file)
 
     def _folders(self, kind: str, seed: int, size: int) -> dict[str, Path]:
         return {task: expert_folder(self.folder, kind, seed, task) for task in TASKS[:size]}
@@ -132,7 +139,7 @@ def test_jobs(bench: Bench) -> list[Job]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="where archives, experts and scores are kept (4 GB)")
+    parser.add_argument("--cache", type=Path, required=True, help="where archives, experts and scores are kept (15 GB)")
     parser.add_argument("--steps", nargs="+", choices=("train", "validate", "test", "report"), default=None)
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
