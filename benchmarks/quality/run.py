@@ -56,14 +56,13 @@ class Bench:
         self.folder = folder
 
     def train(self) -> Iterator[None]:
-        for seed in SEEDS:
-            for kind in KINDS:
-                for task in TASKS:
-                    folder = expert_folder(self.folder, kind, seed, task)
-                    if not folder.is_dir():
-                        folder.parent.mkdir(parents=True, exist_ok=True)
-                        train_expert(load_splits(task, self.folder / "data"), kind, seed, folder)
-                    yield
+        for seed, kind in all_families():
+            for task in TASKS:
+                folder = expert_folder(self.folder, kind, seed, task)
+                if not folder.is_dir():
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    train_expert(load_splits(task, self.folder / "data"), kind, seed, folder)
+                yield
 
     def score(self, job: Job) -> dict[str, float]:
         """The accuracy by task, from its file or measured now."""
@@ -117,23 +116,30 @@ class Bench:
         return {task: expert_folder(self.folder, kind, seed, task) for task in TASKS[:size]}
 
 
-def validation_jobs() -> list[Job]:
-    settings = [*REFERENCES, *dict.fromkeys([*DEFAULTS, *(s for method in METHODS.values() for s in method.tried)])]
-    settings.sort(key=lambda setting: (setting.method, setting.density or 0))  # so that scales share a merge
-    return [
-        Job(kind, seed, len(TASKS), setting, "validation") for seed in SEEDS for kind in KINDS for setting in settings
-    ]
+def all_families() -> list[tuple[int, str]]:
+    """Each seed and kind of experts, in the order of the work."""
+    return [(seed, kind) for seed in SEEDS for kind in KINDS]
 
 
-def test_jobs(bench: Bench) -> list[Job]:
+def by_merge(setting: Setting) -> tuple[str, float, float]:
+    """The order in which settings that share a merge follow each other."""
+    return setting.method, setting.density or 0, setting.scale
+
+
+def validation_jobs(families: Sequence[tuple[int, str]]) -> list[Job]:
+    tried = {setting for method in METHODS.values() for setting in method.tried}
+    settings = sorted({*REFERENCES, *DEFAULTS, *tried}, key=by_merge)
+    return [Job(kind, seed, len(TASKS), setting, "validation") for seed, kind in families for setting in settings]
+
+
+def test_jobs(bench: Bench, families: Sequence[tuple[int, str]]) -> list[Job]:
     """The references and every method at its default for each number of tasks, and tuned for all tasks."""
     jobs = []
-    for seed in SEEDS:
-        for kind in KINDS:
-            tuned = [bench.best(kind, seed, method) for method in METHODS]
-            for size in reversed(SIZES):
-                settings = [*REFERENCES, *DEFAULTS, *(tuned if size == len(TASKS) else ())]
-                jobs += [Job(kind, seed, size, setting, "test") for setting in dict.fromkeys(settings)]
+    for size in reversed(SIZES):
+        for seed, kind in families:
+            tuned = [bench.best(kind, seed, method) for method in METHODS] if size == len(TASKS) else []
+            settings = sorted({*REFERENCES, *DEFAULTS, *tuned}, key=by_merge)
+            jobs += [Job(kind, seed, size, setting, "test") for setting in settings]
     return jobs
 
 
@@ -153,10 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for _ in tqdm(bench.train(), "Training", total=len(SEEDS) * len(KINDS) * len(TASKS), unit="expert"):
             pass
     if "validate" in steps:
-        for job in tqdm(validation_jobs(), "Validating", unit="score"):
+        for job in tqdm(validation_jobs(all_families()), "Validating", unit="score"):
             bench.score(job)
     if "test" in steps:
-        for job in tqdm(test_jobs(bench), "Testing", unit="score"):
+        for job in tqdm(test_jobs(bench, all_families()), "Testing", unit="score"):
             bench.score(job)
     if "report" in steps:
         from summary import write_report

@@ -56,7 +56,7 @@ def write_report(bench: "Bench") -> None:
 
 
 def _as_json(scores: Scores, bench: "Bench") -> dict[str, object]:
-    from run import validation_jobs
+    from run import all_families, validation_jobs
 
     return {
         "test accuracy in % by task": [
@@ -75,7 +75,7 @@ def _as_json(scores: Scores, bench: "Bench") -> dict[str, object]:
                 "setting": str(job.setting),
                 "accuracy": round(100 * bench.average(job), 2),
             }
-            for job in validation_jobs()
+            for job in validation_jobs(all_families())
         ],
     }
 
