@@ -119,7 +119,7 @@ def test_the_paper_s_variant_is_the_library_s_merge(bench, tmp_path):
     import variants
     from methods import METHODS, merged_direction
 
-    list(bench.Bench(tmp_path / "cache").train())
+    list(bench.Bench(tmp_path / "cache").train([(0, "full"), (0, "lora")]))
     for kind in ("full", "lora"):
         experiment = variants.Experiment(tmp_path / "cache", kind, 0)
         automatic = 1 / (1 - experiment.vectors.trimming(0.2)[1])

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 SIZES = (2, 4, 6)
+STEPS = ("train", "validate", "test", "report")
 BASE, EXPERTS = Setting("base", None, 0), Setting("experts", None, 1)
 REFERENCES = (BASE, EXPERTS)
 DEFAULTS = tuple(method.default for method in METHODS.values())
@@ -55,8 +56,8 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def train(self) -> Iterator[None]:
-        for seed, kind in all_families():
+    def train(self, families: Sequence[tuple[int, str]]) -> Iterator[None]:
+        for seed, kind in families:
             for task in TASKS:
                 folder = expert_folder(self.folder, kind, seed, task)
                 if not folder.is_dir():
@@ -146,7 +147,12 @@ def test_jobs(bench: Bench, families: Sequence[tuple[int, str]]) -> list[Job]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="where archives, experts and scores are kept (15 GB)")
-    parser.add_argument("--steps", nargs="+", choices=("train", "validate", "test", "report"), default=None)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+    names = [f"{kind}-{seed}" for seed, kind in all_families()]
+    parser.add_argument(
+        "--families", nargs="+", choices=names, default=names, metavar="FAMILY",
+        help="to share the work among processes, before one that makes the report: " + ", ".join(names),
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     disable_progress_bar()
@@ -154,17 +160,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_verbosity_error()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft calls transformers by an old name
     bench = Bench(options.cache)
-    steps = options.steps or ("train", "validate", "test", "report")
-    if "train" in steps:
-        for _ in tqdm(bench.train(), "Training", total=len(SEEDS) * len(KINDS) * len(TASKS), unit="expert"):
+    families = [(seed, kind) for seed, kind in all_families() if f"{kind}-{seed}" in options.families]
+    if "train" in options.steps:
+        for _ in tqdm(bench.train(families), "Training", total=len(families) * len(TASKS), unit="expert"):
             pass
-    if "validate" in steps:
-        for job in tqdm(validation_jobs(all_families()), "Validating", unit="score"):
+    if "validate" in options.steps:
+        for job in tqdm(validation_jobs(families), "Validating", unit="score"):
             bench.score(job)
-    if "test" in steps:
-        for job in tqdm(test_jobs(bench, all_families()), "Testing", unit="score"):
+    if "test" in options.steps:
+        for job in tqdm(test_jobs(bench, families), "Testing", unit="score"):
             bench.score(job)
-    if "report" in steps:
+    if "report" in options.steps:
         from summary import write_report
 
         write_report(bench)
