@@ -91,7 +91,7 @@ def _tables(scores: Scores) -> Iterable[str]:
             cells += [_spread(scores.averages(kind, name))]
             cells += [_spread(scores.averages(kind, f"{name} tuned")) if method.tried else ""]
         rows.append([method.title, *cells])
-    yield from _table(rows)
+    yield from table(rows)
 
     yield "\nNeuroMerging minus the other, in points: mean of the seeds (each seed's).\n"
     rows = [rows[0]]
@@ -105,14 +105,14 @@ def _tables(scores: Scores) -> Iterable[str]:
                     each = ", ".join(f"{value:+.1f}" for value in differences)
                     cells.append(f"{mean(differences):+.1f} ({each})")
             rows.append([method.title, *cells])
-    yield from _table(rows)
+    yield from table(rows)
 
     yield "\nAverage test accuracy in % of the first 2, 4 and 6 tasks, every method at its default.\n"
     rows = [["", *(f"{TITLES[kind]}, {size}" for kind in KINDS for size in scores.sizes)]]
     titles = {"base": "base", "experts": "experts' own"} | {name: method.title for name, method in METHODS.items()}
     for name, title in titles.items():
         rows.append([title, *(_spread(scores.averages(kind, name, size)) for kind in KINDS for size in scores.sizes)])
-    yield from _table(rows)
+    yield from table(rows)
 
     for kind in KINDS:
         yield f"\n{TITLES[kind]}, task by task, mean over the seeds.\n"
@@ -124,7 +124,7 @@ def _tables(scores: Scores) -> Iterable[str]:
                 continue
             values = [mean(scores.by_task[kind, seed, len(TASKS), name][task] for seed in SEEDS) for task in TASKS]
             rows.append([name.replace("_", " "), *(f"{value:.1f}" for value in values)])
-        yield from _table(rows)
+        yield from table(rows)
 
     yield "\nWhat was chosen on the validation texts, for each seed: density / scale.\n"
     rows = [["", *(f"{TITLES[kind]}, seed {seed}" for kind in KINDS for seed in SEEDS)]]
@@ -133,14 +133,14 @@ def _tables(scores: Scores) -> Iterable[str]:
             settings = [scores.chosen[kind, seed, name] for kind in KINDS for seed in SEEDS]
             cells = [f"{setting.density or '-'} / {setting.scale:g}" for setting in settings]
             rows.append([f"{method.title} ({method.scale})", *cells])
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+def table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
     yield "| " + " | ".join(rows[0]) + " |"
     yield "|---" + "|---:" * (len(rows[0]) - 1) + "|"
     for row in rows[1:]:

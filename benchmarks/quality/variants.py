@@ -12,14 +12,18 @@ import argparse
 import json
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from experts import KINDS, SEEDS, expert_folder
 from scoring import Encoder, Scorer, encoder_of, load_base, load_expert
+from summary import RESULTS, table
 from tasks import TASKS
 from torch import Tensor
 from tqdm import tqdm
@@ -168,6 +172,48 @@ def explore(experiment: Experiment, densities: Sequence[float]) -> None:
         experiment.score(Variant(densities[0], "mean", 1.0, left))
 
 
+def rule_of(row: dict[str, Any]) -> str:
+    """What the lambda_2 of a row is: a constant, the paper's rule, or the one that gives an expert's length."""
+    scale = row["variant"]["scale"]
+    if scale == round(1 / row["length"], 4):
+        return "matched"
+    if scale == round(1 / (1 - row["sigma"]), 4):
+        return "automatic"
+    return f"{scale:g}"
+
+
+def write_report(cache: Path) -> None:
+    """results/variants.md: average validation accuracy in % of every variant, for each family of experts."""
+    families = [f"{kind}-{seed}" for kind in KINDS for seed in SEEDS]
+    found: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    lengths: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for family in families:
+        file = cache / "variants" / f"{family}.jsonl"
+        for row in map(json.loads, file.read_text().splitlines() if file.is_file() else []):
+            variant = row["variant"]
+            density, elect = f"{variant['density']:g}", variant["elect"]
+            found[density, elect, variant["left"], rule_of(row)][family] = 100 * mean(row["accuracy"].values())
+            lengths[density, elect, "automatic"][family] = 1 / (1 - row["sigma"])
+            lengths[density, elect, "matched"][family] = 1 / row["length"]
+    titles = ["density", "elect", "left at the base", "lambda_2"]
+    rows = [[*titles, *families, *(f"{kind}, mean" for kind in KINDS)]]
+    for key, scores in sorted(found.items()):
+        rows.append([*key, *_cells(scores, families, ".1f")])
+    lines = ["Average validation accuracy in %, six tasks.\n", *table(rows)]
+    rows = [["density", "elect", "rule", *families, *(f"{kind}, mean" for kind in KINDS)]]
+    rows += [[*key, *_cells(values, families, ".2f")] for key, values in sorted(lengths.items())]
+    lines += ["\nThe lambda_2 of both rules.\n", *table(rows)]
+    (RESULTS / "variants.md").write_text("\n".join(lines) + "\n")
+
+
+def _cells(values: dict[str, float], families: Sequence[str], form: str) -> list[str]:
+    cells = [format(values[family], form) if family in values else "" for family in families]
+    for kind in KINDS:
+        seeds = [values[f"{kind}-{seed}"] for seed in SEEDS if f"{kind}-{seed}" in values]
+        cells.append(format(mean(seeds), form) if seeds else "")
+    return cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True)
@@ -182,6 +228,7 @@ def main() -> None:
     for seed in tqdm(options.seeds, "Seeds"):
         for kind in options.kinds:
             explore(Experiment(options.cache, kind, seed), options.densities)
+    write_report(options.cache)
 
 
 if __name__ == "__main__":
