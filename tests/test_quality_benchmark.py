@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from neuromerge_hf import AutoMergedModel, merge
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
 WORDS = ("good", "bad", "fine", "poor", "old", "new", "red", "big")
 NAMES = {
@@ -130,6 +132,24 @@ def test_the_paper_s_variant_is_the_library_s_merge(bench, tmp_path):
         for name, change in ours.items():
             found = theirs.get(name, torch.zeros_like(change))
             torch.testing.assert_close(found, automatic * change, rtol=1e-3, atol=1e-5)
+
+
+def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_path):
+    from experts import BASE, expert_folder
+    from methods import METHODS, add, merged_direction
+    from scoring import Scorer, load_base
+
+    cache = tmp_path / "cache"
+    list(bench.Bench(cache).train([(0, "full")]))
+    folders = {task: expert_folder(cache, "full", 0, task) for task in ("names", "products")}
+    scorer = Scorer(folders, cache / "data", "test")
+    direction = merged_direction(list(folders.values()), METHODS["neuromerging"].default)
+    scores = scorer.score(add(load_base(), direction, 1))
+    merge(list(folders.values()), tmp_path / "merged", base_model=BASE)
+    for task in folders:
+        model = AutoMergedModel.from_pretrained(tmp_path / "merged", head=task, cache_dir=tmp_path / "heads").eval()
+        right = [model(**inputs).logits.argmax(dim=-1) == labels for inputs, labels in scorer.batches[task]]
+        assert scores[task] == pytest.approx(torch.cat(right).float().mean().item(), abs=0.05)
 
 
 def test_the_splits_share_no_text(bench, tmp_path):
