@@ -1,6 +1,6 @@
 """Measures how good merged models are: six text tasks, full fine-tunes and LoRA adapters, three training seeds.
 
-    pip install -e '.[demo,bench]'
+    pip install -e '.[demo]'
     python benchmarks/quality/run.py --cache quality        # from nothing; goes on where it was stopped
 
 Each trained expert, each merge and each score is a file in the cache, and what is there is not made again. Everything
