@@ -154,7 +154,7 @@ def draw(scores: Scores, path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(KINDS), figsize=(11, 7.5), layout="constrained")
+    figure, axes = plt.subplots(2, len(KINDS), figsize=(11, 7.5), layout="constrained", squeeze=False)
     for kind, bars, lines in zip(KINDS, *axes, strict=True):
         names = list(METHODS)
         for shift, suffix, label in ((-0.2, "", "default"), (0.2, " tuned", "tuned on validation")):

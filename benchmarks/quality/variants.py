@@ -158,6 +158,8 @@ SCALES = (0.7, 1.0, 1.4)
 
 def explore(experiment: Experiment, densities: Sequence[float]) -> None:
     """Score both elections at some densities and scales, and what is left at the base under the paper's."""
+    # The adapters here target neither.
+    leaving = ("1d", "embeddings") if any(change.dim() == 2 for change in experiment.vectors.changes.values()) else ()
     mean_norm = sum(experiment.vectors.norms) / len(experiment.vectors.norms)
     for density in densities:
         automatic = round(1 / (1 - experiment.vectors.trimming(density)[1]), 4)
@@ -166,9 +168,9 @@ def explore(experiment: Experiment, densities: Sequence[float]) -> None:
             for scale in (*SCALES, matched):
                 experiment.score(Variant(density, elect, scale))
             if elect == "mean":
-                for left in ("", "1d", "embeddings"):
+                for left in ("", *leaving):
                     experiment.score(Variant(density, elect, automatic, left))
-    for left in ("1d", "embeddings"):
+    for left in leaving:
         experiment.score(Variant(densities[0], "mean", 1.0, left))
 
 
