@@ -23,6 +23,7 @@ from huggingface_hub.utils import disable_progress_bars
 from methods import METHODS, Setting, add, merged_direction
 from safetensors.torch import load_file, save_file
 from scoring import Encoder, Scorer, load_base
+from summary import write_report, write_validation
 from tasks import TASKS, Split, load_splits
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -167,12 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "validate" in options.steps:
         for job in tqdm(validation_jobs(families), "Validating", unit="score"):
             bench.score(job)
+        write_validation(bench)
     if "test" in options.steps:
         for job in tqdm(test_jobs(bench, families), "Testing", unit="score"):
             bench.score(job)
     if "report" in options.steps:
-        from summary import write_report
-
         write_report(bench)
 
 

@@ -49,15 +49,27 @@ class Scores:
 def write_report(bench: "Bench") -> None:
     scores = Scores(bench)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality.json").write_text(json.dumps(_as_json(scores, bench), indent=1) + "\n")
+    (RESULTS / "quality.json").write_text(json.dumps(_as_json(scores), indent=1) + "\n")
     (RESULTS / "tables.md").write_text("\n".join(_tables(scores)) + "\n")
     draw(scores, RESULTS / "quality.svg")
     print((RESULTS / "tables.md").read_text())
 
 
-def _as_json(scores: Scores, bench: "Bench") -> dict[str, object]:
+def write_validation(bench: "Bench") -> None:
+    """results/validation.json: the validation accuracies in %, as far as they have been measured."""
     from run import all_families, validation_jobs
 
+    rows = [
+        {"experts": job.kind, "seed": job.seed, "setting": str(job.setting)}
+        | {task: round(100 * accuracy, 2) for task, accuracy in bench.score(job).items()}
+        for job in validation_jobs(all_families())
+        if job.file(bench.folder).is_file()
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "validation.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def _as_json(scores: Scores) -> dict[str, object]:
     return {
         "test accuracy in % by task": [
             {"experts": kind, "seed": seed, "tasks": size, "method": name}
@@ -67,15 +79,6 @@ def _as_json(scores: Scores, bench: "Bench") -> dict[str, object]:
         "chosen on validation": [
             {"experts": kind, "seed": seed, "setting": str(setting)}
             for (kind, seed, _), setting in scores.chosen.items()
-        ],
-        "average validation accuracy in %": [
-            {
-                "experts": job.kind,
-                "seed": job.seed,
-                "setting": str(job.setting),
-                "accuracy": round(100 * bench.average(job), 2),
-            }
-            for job in validation_jobs(all_families())
         ],
     }
 
