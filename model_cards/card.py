@@ -21,7 +21,7 @@ from neuromerge_hf.model_cards.limits import limits
 from neuromerge_hf.model_cards.methods import METHODS, MethodText
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
-from neuromerge_hf.model_cards.tasks import Task, task_of
+from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of
 from neuromerge_hf.plan import readable_size
 from neuromerge_hf.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
 from neuromerge_hf.report import ExpertReport, MergeReport, load_report
@@ -42,6 +42,7 @@ class MergeCard:
         weights: the sha256 of every weight file, by its path in the folder.
         has_tokenizer: whether the folder has a tokenizer.
         has_chat: whether it has a chat template.
+        has_code: whether it has code of its own.
     """
 
     # From whoever writes the card
@@ -54,6 +55,7 @@ class MergeCard:
     weights: dict[str, str]
     has_tokenizer: bool
     has_chat: bool
+    has_code: bool
 
     @property
     def method(self) -> MethodText:
@@ -76,7 +78,8 @@ class MergeCard:
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
             weights=_hashes(folder),
             has_tokenizer=bool(tokenizer_files(folder)),
-            has_chat=bool(companion_files(folder, ("chat_template*",))),
+            has_chat=_has_chat(folder),
+            has_code=bool(companion_files(folder, ("*.py",))),
         )
 
     @cached_property
@@ -131,26 +134,31 @@ class MergeCard:
 
     @property
     def citations(self) -> list[str]:
-        """The parents' BibTeX entries, each once."""
-        return list(dict.fromkeys(entry for parent in self.report.parents for entry in parent.citations))
+        """The parents' BibTeX entries, each once, but for that of the method, which the template has."""
+        entries = dict.fromkeys(entry for parent in self.report.parents for entry in parent.citations)
+        return [entry for entry in entries if self.method.url not in entry]
 
     # ------------------------------------------------------------------------------------------------- rendering
 
     @property
     def quick_start(self) -> str | None:
         """Code that loads the model, if transformers knows its class."""
-        own_code = "auto_map" in self.config
+        own_code = self.has_code and "auto_map" in self.config
         task = self.task
         if task is None:
             return None
         return quick_start(
-            task, self.load_as, has_tokenizer=self.has_tokenizer, has_chat=self.has_chat, own_code=own_code
+            task,
+            self.load_as,
+            has_tokenizer=self.has_tokenizer and takes_text_alone(self.config),
+            has_chat=self.has_chat,
+            own_code=own_code,
         )
 
     @property
     def head_start(self) -> str | None:
         """Code that loads it with an expert's own head, if there are any."""
-        heads = [expert.name for expert in self.report.experts if expert.head]
+        heads = [expert.name for expert in self.report.experts if expert.head and not self.report.loaded_head]
         return head_start(self.load_as, heads[0]) if heads else None
 
     def render(self, template: str | os.PathLike[str] | None = None) -> str:
@@ -203,6 +211,13 @@ def _link(model: Ingredient, name: str) -> str:
     if not model.revision:
         return markdown.code(name)
     return f"[{markdown.code(model.id)}](https://huggingface.co/{quote(model.repo)})"
+
+
+def _has_chat(folder: Path) -> bool:
+    if companion_files(folder, ("chat_template*",)):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def _hashes(folder: Path) -> dict[str, str]:

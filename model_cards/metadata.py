@@ -1,5 +1,6 @@
 """The YAML at the top of a card, for the Hub: ids on the Hub only, and only what the parents agree on."""
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 TAGS = ("merge",)
 """By which people find merges, beside the name of the method."""
+
+LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+"""What the Hub takes. The card of a model that is not there can name others, and folders of somebody's machine."""
 
 MEASURED = ("model-index", "model_name")
 """Results of earlier weights are not those of the new ones."""
@@ -33,8 +38,8 @@ def metadata(card: "MergeCard") -> ModelCardData:
         library_name="transformers",
         pipeline_tag=card.task.pipeline_tag if card.task else None,
         tags=[*TAGS, card.report.method],
-        language=union(parent.languages for parent in parents) or None,
-        datasets=union(parent.datasets for parent in parents) or None,
+        language=[name for name in union(parent.languages for parent in parents) if LANGUAGE.fullmatch(name)] or None,
+        datasets=[name for name in union(parent.datasets for parent in parents) if DATASET.fullmatch(name)] or None,
         eval_results=results or None,
         **licence,
     )

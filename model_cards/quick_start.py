@@ -7,9 +7,25 @@ PIPELINES = {
     "text-classification": ("classify", '"What a pleasant surprise."'),
     "token-classification": ("tag", '"Ada Lovelace lived in London."'),
     "fill-mask": ("fill", 'f"Lisbon is the {fill.tokenizer.mask_token} of Portugal."'),
-    "question-answering": ("answer", 'question="Where did she live?", context="Ada Lovelace lived in London."'),
 }
 """What a pipeline is called, and what it is called with, by its task."""
+
+USES = {
+    "AutoModel": ('"A sentence."', ["print(model(**inputs).last_hidden_state.shape)"]),
+    "AutoModelForSeq2SeqLM": (
+        '"A sentence."',
+        ["print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=30)))"],
+    ),
+    "AutoModelForQuestionAnswering": (
+        '"Where did she live?", "Ada Lovelace lived in London."',
+        [
+            "outputs = model(**inputs)",
+            "answer = slice(outputs.start_logits.argmax(), outputs.end_logits.argmax() + 1)",
+            "print(tokenizer.decode(inputs.input_ids[0, answer]))",
+        ],
+    ),
+}
+"""What the tokenizer is called with, and what is done then, by the Auto class, where there is no pipeline."""
 
 CHAT = '[{"role": "user", "content": "Tell me a story."}], max_new_tokens=30'
 
@@ -20,7 +36,7 @@ def quick_start(task: Task, model: str, *, has_tokenizer: bool, has_chat: bool =
     Args:
         task: what the model is for.
         model: what `from_pretrained` takes.
-        has_tokenizer: whether the tokenizer is beside the weights.
+        has_tokenizer: whether the tokenizer is beside the weights, and a text is all that the model needs.
         has_chat: whether it has a chat template.
         own_code: whether the model's class is in its own folder.
     """
@@ -36,19 +52,16 @@ def quick_start(task: Task, model: str, *, has_tokenizer: bool, has_chat: bool =
                 f"print({call}({CHAT if has_chat and task.pipeline_tag == 'text-generation' else example}))",
             ]
         )
-    use = {
-        "AutoModel": "print(model(**inputs).last_hidden_state.shape)",
-        "AutoModelForSeq2SeqLM": "print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=30)))",
-    }
-    if has_tokenizer and task.auto_class in use:
+    if has_tokenizer and task.auto_class in USES:
+        example, use = USES[task.auto_class]
         return "\n".join(
             [
                 f"from transformers import {task.auto_class}, AutoTokenizer",
                 "",
                 f"tokenizer = AutoTokenizer.from_pretrained({name}{trust})",
                 f"model = {task.auto_class}.from_pretrained({name}{trust})",
-                'inputs = tokenizer("A sentence.", return_tensors="pt")',
-                use[task.auto_class],
+                f'inputs = tokenizer({example}, return_tensors="pt")',
+                *use,
             ]
         )
     return "\n".join(

@@ -78,11 +78,14 @@ def parameters(card: "MergeCard") -> str:
             ["head that the base lacks", "a mean of the experts'", f"{len(report.head):,}", "", _names(report.head)]
         )
     heads = {expert.name: expert.head for expert in report.experts if expert.head}
-    if heads:
-        count = f"{sum(map(len, heads.values())):,}"
-        rows.append(
-            ["heads that the base lacks", "kept apart, in `heads/`", count, "", f"those of {_names(list(heads))}"]
-        )
+    for kept, fate in (
+        ({name: head for name, head in heads.items() if name == report.loaded_head}, "in the weights, as it was"),
+        ({} if report.loaded_head else heads, "kept apart, in `heads/`"),
+        ({name: head for name, head in heads.items() if report.loaded_head not in (None, name)}, "left out"),
+    ):
+        if kept:
+            count = f"{sum(map(len, kept.values())):,}"
+            rows.append(["heads that the base lacks", fate, count, "", f"those of {_names(list(kept))}"])
     for name, owner in report.tied.items():
         rows.append(["tied", f"shares {code(owner)}", "1", "", code(name)])
     for name in report.untied:

@@ -1,14 +1,16 @@
 """What a model class is for, and the Auto class that loads it."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 
 TASKS = {
-    "AutoModelForSeq2SeqLM": None,  # some of these classes are listed to fill masks or to generate text as well
+    "AutoModelForImageTextToText": "image-text-to-text",  # some of these classes are listed to generate text as well
+    "AutoModelForSeq2SeqLM": None,  # some of these to fill masks or to generate text
     "AutoModelForCausalLM": "text-generation",
-    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
@@ -38,6 +40,9 @@ class Task:
     pipeline_tag: str | None
 
 
+BACKBONE = Task("AutoModel", TASKS["AutoModel"])
+
+
 def task_of(model_class: str | None) -> Task | None:
     """The task of a model class of transformers; None for a class of which its Auto classes do not know."""
     if model_class is None:
@@ -46,6 +51,13 @@ def task_of(model_class: str | None) -> Task | None:
         if model_class in _class_names(auto_class):
             return Task(auto_class, pipeline_tag)
     return next((Task(name, None) for name in _other_auto_classes() if model_class in _class_names(name)), None)
+
+
+def takes_text_alone(config: Mapping[str, Any]) -> bool:
+    """Whether a model of transformers that has this configuration can be called with nothing but a text."""
+    model_class = getattr(transformers, config["architectures"][0])
+    needs_decoder_text = config.get("is_encoder_decoder") and task_of(model_class.__name__) == BACKBONE
+    return model_class.input_modalities in ("text", ("text",)) and not needs_decoder_text
 
 
 @functools.cache

@@ -12,6 +12,9 @@ from neuromerge_hf.tokenizer import extended_tokenizer
 
 GENERATION = "generation_config.json"
 
+PLACES = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
+"""Settings of a tokenizer that older transformers wrote, and nothing reads: where files were on somebody's machine."""
+
 
 def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
     """Write them: from the base, and those that belong to the tokenizer from the model whose tokenizer is chosen."""
@@ -36,14 +39,14 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
         if tokenizer.alignment and not own.is_file() and (base / GENERATION).is_file():
             settings = renumbered(_read(base / GENERATION), tokenizer.alignment.base, tokenizer.alignment)
             _write(folder / GENERATION, settings)
+    _rewrite_tokenizer_config(folder, without=PLACES)
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
         _rewrite_tokenizer_config(folder, without=("chat_template",))
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
-    config = _read(plan.base.location.folder / "config.json")
-    config.pop("_name_or_path", None)
+    config = _without_name(_read(plan.base.location.folder / "config.json"))
     if plan.base.copies:
         config["tie_word_embeddings"] = False
     if plan.architecture:
@@ -63,10 +66,20 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     return config
 
 
+def _without_name(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside of it, without the place that it was loaded from."""
+    return {
+        key: _without_name(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "_name_or_path"
+    }
+
+
 def _rewrite_tokenizer_config(folder: Path, without: tuple[str, ...]) -> None:
     path = folder / "tokenizer_config.json"
-    if path.is_file():
-        _write(path, {key: value for key, value in _read(path).items() if key not in without})
+    settings = _read(path) if path.is_file() else {}
+    if settings.keys() & set(without):
+        _write(path, {key: value for key, value in settings.items() if key not in without})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from neuromerge_hf.location import Location
 BIBTEX = re.compile(r"^```\s*(?:bibtex|bib|latex)?[ \t]*\n(\s*@\w+\s*\{.*?)\n```", re.S | re.M | re.I)
 """A block of code on a card that begins with an entry for BibTeX."""
 
+IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.-]*")
+"""What the Hub's identifiers of licences look like. Others can stand on the card of a model that is not there."""
+
 LONGEST_CITATION = 3000
 """In characters. What is longer is not copied into another model's card."""
 
@@ -56,7 +59,7 @@ class Parent:
             return cls(gated=gated)
         data = card.data.to_dict()
         return cls(
-            license=_text(data.get("license")),
+            license=", ".join(_texts(data.get("license"))) or None,
             license_name=_text(data.get("license_name")),
             license_link=_text(data.get("license_link")),
             gated=gated,
@@ -87,7 +90,7 @@ def common_license(parents: Iterable[Parent]) -> dict[str, str]:
     """The licence's entries of the merged model's metadata; empty if the parents differ, or one does not say."""
     terms = {(parent.license, parent.license_name, parent.license_link) for parent in parents}
     license_id, name, link = terms.pop() if len(terms) == 1 else (None, None, None)
-    if license_id is None or (license_id == "other" and not (name and link)):
+    if license_id is None or not IDENTIFIER.fullmatch(license_id) or (license_id == "other" and not (name and link)):
         return {}
     entries = {"license": license_id, "license_name": name, "license_link": link}
     return {key: value for key, value in entries.items() if value}

@@ -8,15 +8,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from markdown_it import MarkdownIt
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import CLIPConfig, CLIPModel, T5Config, ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
-from neuromerge_hf import MergeError, NeuroMergingConfig, merge
+from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge
 from neuromerge_hf.cli import app
 from neuromerge_hf.location import locate
 from neuromerge_hf.model_cards import MergeCard, write_card
+from neuromerge_hf.model_cards.tasks import task_of
 from neuromerge_hf.parents import Parent, is_gated
 from neuromerge_hf.recipe import file_hash
 from neuromerge_hf.report import load_report
@@ -198,6 +200,10 @@ def test_a_card_is_the_same_whenever_and_wherever_it_is_rendered(merged, hub):
 # ----------------------------------------------------------------------------------------------------- the quick start
 
 
+def add_settings(path, **settings):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
 def save_model(folder, kind):
     if kind == "llama":
         return save_llama(folder)
@@ -205,16 +211,36 @@ def save_model(folder, kind):
         save_llama(folder)
         (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
         return folder
-    if kind == "T5":
-        return save_t5(folder)
+    if kind == "llama with a chat template of older times":
+        save_llama(folder)
+        template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        add_settings(folder / "tokenizer_config.json", chat_template=template)
+        return folder
+    if kind == "llama that came with code":
+        save_llama(folder)
+        add_settings(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+        return folder
+    if kind in ("T5ForConditionalGeneration", "T5Model"):
+        return save_t5(folder, kind)
+    if kind == "CLIP":
+        return save_clip(folder)
     if kind == "ViT":
         return save_vit(folder)
     return save_bert(folder, kind)
 
 
-def save_t5(folder):
+def save_t5(folder, model_class="T5ForConditionalGeneration"):
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
+    getattr(transformers, model_class)(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_clip(folder):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**size, "vocab_size": 40, "bos_token_id": 2, "eos_token_id": 3}
+    config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
@@ -230,11 +256,16 @@ def save_vit(folder):
     [
         ("llama", 'pipeline("text-generation", "./merged")', "text-generation"),
         ("llama with a chat template", '"role": "user"', "text-generation"),
+        ("llama with a chat template of older times", '"role": "user"', "text-generation"),
+        ("llama that came with code", 'pipeline("text-generation", "./merged")', "text-generation"),
         ("BertModel", "AutoModel.from_pretrained", "feature-extraction"),
         ("BertForSequenceClassification", "classify", "text-classification"),
         ("BertForTokenClassification", "tag", "token-classification"),
         ("BertForMaskedLM", "fill", "fill-mask"),
-        ("T5", "AutoModelForSeq2SeqLM", None),
+        ("BertForQuestionAnswering", "answer", "question-answering"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM", None),
+        ("T5Model", "AutoModel.from_pretrained", "feature-extraction"),
+        ("CLIP", "AutoModel.from_pretrained", "feature-extraction"),
         ("ViT", "AutoModelForImageClassification", "image-classification"),
     ],
 )
@@ -258,7 +289,40 @@ def test_the_lines_that_put_a_head_on_run_as_they_are_pasted(merged, monkeypatch
     assert type(names["model"]).__name__ == "BertForSequenceClassification"
 
 
+def test_a_card_of_a_model_with_one_head_on_promises_no_others(merged, tmp_path):
+    AutoMergedModel.from_pretrained(merged, head="math", cache_dir=tmp_path / "cache").save_pretrained(tmp_path / "one")
+    _, body = card_of(tmp_path / "one")
+    assert "It has the task head of `math`." in body
+    assert "lie beside the merged weights" not in body
+    fates = {row[1]: row[4] for row in table_under(body, "What became of the parameters")}
+    assert fates["in the weights, as it was"] == "those of `math`"
+    assert "kept apart, in `heads/`" not in fates
+
+
+def test_a_model_with_images_is_not_listed_as_one_that_generates_text():
+    assert task_of("Gemma3ForConditionalGeneration").pipeline_tag == "image-text-to-text"
+    assert task_of("Gemma3ForCausalLM").pipeline_tag == "text-generation"
+
+
 # --------------------------------------------------------------------------------------------------------- licences
+
+
+def test_metadata_that_the_hub_would_refuse_are_left_out(models, tmp_path):
+    for name in ("base", "math"):
+        shutil.copytree(models / name, tmp_path / name)
+        save_card(
+            tmp_path / name,
+            license=["Apache 2.0"],
+            language=["English", "en", "multilingual"],
+            datasets=["/home/somebody/data.csv", "org/words"],
+        )
+    merge([tmp_path / "math"], tmp_path / "merged", base_model=tmp_path / "base")
+    metadata, body = card_of(tmp_path / "merged")
+    assert "license" not in metadata
+    assert metadata["language"] == ["en", "multilingual"]
+    assert metadata["datasets"] == ["org/words"]
+    assert "somebody" not in body
+    assert [row[-1] for row in table_under(body, "What went in")] == ["licence", "Apache 2.0", "Apache 2.0"]
 
 
 def with_parents(folder, *parents):
@@ -329,6 +393,11 @@ def test_citations_of_the_parents_are_carried_over_once(tmp_path, models):
     assert len(blocks) == 2
     assert "NeuroMerging" not in blocks[1]
     assert blocks[1] == f"{entry}\n"
+
+
+def test_a_merge_of_a_merge_cites_the_method_once(models, finished, tmp_path):
+    merge([models / "code"], tmp_path / "merged", base_model=finished)
+    assert len(code_blocks(card_of(tmp_path / "merged")[1], "bibtex")) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -501,7 +570,8 @@ def test_no_name_breaks_the_yaml_or_the_markdown(name, merged):
             expert |= {"name": f"{word} {place}", "kind": word, "ignored": [word]}
             for expert in content["diagnostics"]["experts"]:
                 expert["name"] = word
-        content["parents"] = [{"license": word, "license_name": word, "task": word, "datasets": [word]}] * 3
+        licence = {"license": "other", "license_name": word, "license_link": word}
+        content["parents"] = [{**licence, "task": word, "datasets": ["org/words", f"{word}/"]}] * 3
         content["notes"] = [word]
         content["tokenizer"] = word
         content["results"] = [{"model": "merged", "task": word, "metric": word, "value": 1, "split": word}]
@@ -513,7 +583,8 @@ def test_no_name_breaks_the_yaml_or_the_markdown(name, merged):
     plain, plain_body = render("plain")
     metadata, body = render(name)
     assert metadata.keys() == plain.keys()
-    assert metadata["datasets"] == [name]
+    assert metadata["license_name"] == name
+    assert metadata["datasets"] == ["org/words"]
     assert outline(body) == outline(plain_body)
     assert [len(row) for row in table_under(body, "What went in")] == [5, 5, 5, 5]
     assert not any(letter in body for letter in "\u202e\u200b")
@@ -531,8 +602,11 @@ def test_a_folder_of_any_name_is_quoted_in_the_quick_start(finished, tmp_path, m
 
 def test_nothing_that_is_published_names_a_place_on_this_machine(models, tmp_path, hub):
     math = shutil.copytree(models / "math", tmp_path / "math")
+    base = shutil.copytree(models / "base", tmp_path / "base")
     save_tokenizer(math)
-    report = merge([math, models / "code"], tmp_path / "merged", base_model=models / "base", tokenizer=str(math))
+    add_settings(math / "tokenizer_config.json", name_or_path=str(math), special_tokens_map_file=f"{math}/map.json")
+    add_settings(base / "config.json", _name_or_path=str(base), teacher={"_name_or_path": str(base)})
+    report = merge([math, models / "code"], tmp_path / "merged", base_model=base, tokenizer=str(math))
     secrets = [str(models), str(tmp_path), str(models.parent)]
     for path in (tmp_path / "merged").rglob("*"):
         if path.is_file() and path.name != "recipe.yaml":  # which is published without them, see test_recipe.py
