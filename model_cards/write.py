@@ -71,7 +71,8 @@ def _by_hand(text: str) -> tuple[str, list[str], str]:
     """What stands before and after the marked part of a card, and which metadata came with that part."""
     begin = BEGIN_PATTERN.search(text)
     if begin is None or END not in text[begin.end() :]:
-        return "", [], text
+        # Right after the end mark, a heading would be taken for a part of the comment.
+        return "", [], text and f"\n\n{text.lstrip()}"
     own_keys = [key for key in begin[1].split(", ") if key != "tags"]  # which are combined
     return text[: begin.start()], own_keys, text.rpartition(END)[2]
 

@@ -1,6 +1,7 @@
 """What `AutoMergedModel` returns: the architecture's own model, which is saved and pushed as the merge that it is."""
 
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -201,7 +202,8 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
         if (source / REPORT_NAME).is_file():
             report = load_report(source)
             head = self._origin.head or report.loaded_head
-            replace(report, changed=report.changed or changed, loaded_head=head).save(folder)
+            notes = [*report.notes, *_other_dtype(source, folder)]
+            replace(report, changed=report.changed or changed, loaded_head=head, notes=notes).save(folder)
         if self._origin.head is None:
             for path in source.glob(f"{HEADS}/*/*"):
                 copy_file(path, folder / path.relative_to(source))
@@ -226,6 +228,9 @@ def as_merged_model(
         and getattr(model, "hf_quantizer", None) is None
     )
     origin = Origin(replace(location, token=None), cache, head, is_whole, parameter_sums(model), _settings(model))
+    if location.commit and location.id == location.repo and head is None:
+        # PEFT writes it into adapters as their base. It is a folder of the cache otherwise.
+        model.name_or_path = location.id
     plain: type = type(model)
     model.__class__ = _merged_class(plain)
     model._origin = origin  # type: ignore[assignment]
@@ -241,6 +246,15 @@ def _merged_class(cls: type) -> type[PreTrainedModel]:
 
 def _make_again(make: Any, cls: type, *arguments: Any) -> Any:
     return make(_merged_class(cls), *arguments)
+
+
+def _other_dtype(source: Path, folder: Path) -> list[str]:
+    """A note on the dtype of the weights in `folder`, if it is not that of the merge in `source`."""
+    configs = [json.loads((each / "config.json").read_text(encoding="utf-8")) for each in (source, folder)]
+    merged, saved = [config.get("dtype", config.get("torch_dtype")) for config in configs]
+    if not merged or not saved or merged == saved:
+        return []
+    return [f"The weights were converted to {saved}; the merge has them in {merged}."]
 
 
 def _settings(model: PreTrainedModel) -> list[str]:

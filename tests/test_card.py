@@ -592,6 +592,11 @@ def test_no_name_breaks_the_yaml_or_the_markdown(name, merged):
     assert card_of(merged) == (metadata, body), "the markers are found again"
 
 
+def test_a_heading_at_the_start_of_an_earlier_card_stays_a_heading(merged):
+    write_card(merged, previous="---\nlicense: mit\n---\n# My words\n")
+    assert headings(card_of(merged)[1])[-1] == "My words"
+
+
 def test_a_folder_of_any_name_is_quoted_in_the_quick_start(finished, tmp_path, monkeypatch):
     name = "a \"quoted\" 'name' ü 😀 $(x)"
     shutil.copytree(finished, tmp_path / name)

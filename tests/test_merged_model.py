@@ -192,6 +192,7 @@ def test_a_cast_when_loading_is_no_change_but_saved_in_that_dtype(load_merged, t
     model = load_merged(dtype="bfloat16")
     model.save_pretrained(tmp_path / "saved")
     assert not load_report(tmp_path / "saved").changed
+    assert "converted to bfloat16; the merge has them in float32" in (tmp_path / "saved" / "README.md").read_text()
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
@@ -331,3 +332,10 @@ def test_a_merge_on_the_hub_is_loaded_and_pushed_elsewhere_with_its_heads(hub, m
         made, pushed = contents(tmp_path / "merged"), hub.files(name)
         assert [path for path in made if pushed[path] != made[path]] == ["recipe.yaml"]
     assert "object/source" not in hub.files("object/from-folder")["README.md"].decode()
+
+
+def test_an_adapter_of_a_merge_on_the_hub_names_it_and_no_folder(hub, models, tmp_path):
+    merge([models / "topics"], tmp_path / "merged", base_model=models / "encoder")
+    hub.add_folder("object/base", tmp_path / "merged")
+    adapted = get_peft_model(AutoMergedModel.from_pretrained("object/base"), LoraConfig(target_modules=["query"]))
+    assert adapted.peft_config["default"].base_model_name_or_path == "object/base"
