@@ -64,7 +64,7 @@ class Parent:
             license_link=_text(data.get("license_link")),
             gated=gated,
             task=_text(data.get("pipeline_tag")),
-            languages=_texts(data.get("language")),
+            languages=_texts("no" if data.get("language") is False else data.get("language")),  # unquoted Norwegian
             datasets=_texts(data.get("datasets")),
             citations=citations(card.text),
         )

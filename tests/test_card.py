@@ -186,7 +186,9 @@ def test_models_on_the_hub_are_named_in_the_metadata_and_linked_at_their_commits
         body, "What went in"
     )[1][:3]
     assert "[`org/many/math`](https://huggingface.co/org/many)" in body
-    assert "looked for in the current folder, as `code`." in body
+    assert "Not on the Hub is `code`.\n" in body
+    write_card(tmp_path / "merged", "me/merged")
+    assert "Not on the Hub is `code`: the recipe looks for folders" in card_of(tmp_path / "merged")[1]
 
 
 def test_a_card_is_the_same_whenever_and_wherever_it_is_rendered(merged, hub):
@@ -623,7 +625,7 @@ def test_two_models_of_one_name_are_told_apart(models, tmp_path):
     for side in "ab":
         shutil.copytree(models / "math", tmp_path / side / "base")
     merge([tmp_path / "a/base", tmp_path / "b/base"], tmp_path / "merged", base_model=models / "base")
-    assert "as `base-base`, `base` and `base-2`." in (tmp_path / "merged/README.md").read_text()
+    assert "Not on the Hub are `base-base`, `base` and `base-2`." in (tmp_path / "merged/README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ command line
