@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neuromerge_hf.callbacks.run import MergeRun
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.models import ModelId
 
 
@@ -18,8 +18,9 @@ class MergingCallback:
 
     Args:
         models: the other experts, as in `neuromerge_hf.merge`. May be empty with `checkpoints`.
-        base_model: what all were fine-tuned from. Default: what the trained model was loaded from.
-        config: the hyper-parameters of the merge.
+        base_model: what all were fine-tuned from. Default: what the trained model was loaded from. transformers notes
+            no revision: pass ``id@revision`` if it was loaded at one.
+        config: the method and its hyper-parameters, as in `neuromerge_hf.merge`.
         when: "train_end"; or "save", for each checkpoint, or "epoch", for the model after each epoch, which go to
             ``step-N`` in `output_dir`. A failure before the end does not stop the training, but is raised after it.
         output_dir: where the merged model goes; ``<args.output_dir>/merged``. An earlier merge there is replaced.
@@ -40,7 +41,7 @@ class MergingCallback:
         self,
         models: Sequence[ModelId] = (),
         base_model: ModelId | None = None,
-        config: NeuroMergingConfig | None = None,
+        config: MergeConfig | None = None,
         when: Literal["train_end", "save", "epoch"] = "train_end",
         output_dir: str | Path | None = None,
         evaluate: bool = True,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from neuromerge_hf.callbacks.callback import MergingCallback
 from neuromerge_hf.callbacks.lightning_package import Callback
 from neuromerge_hf.callbacks.lightning_trainer import LightningTraining
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.models import ModelId
 
@@ -29,7 +29,7 @@ class NeuroMergeCallback(MergingCallback, Callback):
         self,
         models: Sequence[ModelId] = (),
         base_model: ModelId | None = None,
-        config: NeuroMergingConfig | None = None,
+        config: MergeConfig | None = None,
         when: Literal["train_end", "save", "epoch"] = "train_end",
         output_dir: str | Path | None = None,
         evaluate: bool = True,

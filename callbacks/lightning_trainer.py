@@ -38,7 +38,7 @@ class LightningTraining:
         attributes = vars(trainer.lightning_module).values()
         self.tokenizer = next((value for value in attributes if isinstance(value, PreTrainedTokenizerBase)), None)
         self.sharded = _is_sharded(trainer.strategy)
-        self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
+        self.saves = self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
 
     def save(self) -> Path:
         """Save the model, on every process."""

@@ -17,12 +17,13 @@ from neuromerge_hf.callbacks.processes import on_first_process
 from neuromerge_hf.callbacks.publish import check_access, publish
 from neuromerge_hf.callbacks.training import TRAINED, Training
 from neuromerge_hf.callbacks.weights import merged_weights, network_of, untouched_randomness
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.merging import merge
+from neuromerge_hf.merging import find_device, merge
 from neuromerge_hf.models import ModelId
 from neuromerge_hf.planner import plan_merge
 from neuromerge_hf.recipe import RECIPE_NAME
+from neuromerge_hf.writer import check_shard_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class MergeRun:
 
     models: Sequence[ModelId]
     base_model: ModelId | None
-    config: NeuroMergingConfig
+    config: MergeConfig
     when: Literal["train_end", "save", "epoch"]
     output_dir: str | Path | None
     evaluate: bool
@@ -55,6 +56,8 @@ class MergeRun:
     def __post_init__(self) -> None:
         if isinstance(self.models, str | Path):
             raise MergeError(f"models must be a list of fine-tunes or adapters, not {self.models!r}.")
+        if not isinstance(self.config, MergeConfig):
+            raise MergeError(f"config must be a NeuroMergingConfig, or that of another method, not {self.config!r}.")
         if self.when not in ("train_end", "save", "epoch"):
             raise MergeError(f'when must be "train_end", "save" or "epoch", not {self.when!r}.')
         is_count = isinstance(self.checkpoints, int) and not isinstance(self.checkpoints, bool) and self.checkpoints > 0
@@ -79,6 +82,12 @@ class MergeRun:
         self.base = find_base(training.model, self.base_model, training.folder)
         if self.checkpoints and not training.keeps_checkpoints:
             raise MergeError("This training saves no checkpoints that can be merged. Let it, or leave checkpoints out.")
+        if self.when == "save" and not training.saves:
+            raise MergeError('This training saves no checkpoints to be merged. Let it, or merge when="epoch".')
+        saved = (training.folder / TRAINED).resolve()
+        for model in (self.base, *self.models):
+            if Path(model).expanduser().resolve().is_relative_to(saved):
+                raise MergeError(f"{model} would be overwritten: this training saves its model there. Move it away.")
         if self.evaluate and (reason := _why_not_evaluated(training)):
             logger.warning("The merged model will not be evaluated. %s Pass evaluate=False if you know.", reason)
         self.base = on_first_process(partial(self._plan, training))
@@ -87,6 +96,9 @@ class MergeRun:
         """Returns the base at its present commit, since the training may outlast that."""
         if self.push_to_hub:
             check_access(self._repo_id(training), self._push_options(training).get("token"))
+        if device := self.options.get("device"):
+            find_device(device)
+        check_shard_size(self.options.get("max_shard_size", "5GB"))
         understood = inspect.signature(plan_merge).parameters
         target = self._target(training)
         experts: list[ModelId] = list(self.models)
@@ -116,7 +128,9 @@ class MergeRun:
         return f"{base.id}@{base.commit}" if base.commit else self.base
 
     def run_meanwhile(self, training: Training, trained: Path) -> None:
-        """As `run`, in the middle of a training, which a failure does not stop."""
+        """As `run`, in the middle of a training, which a failure does not stop. The first of it has no other to merge."""
+        if not self.models and on_first_process(lambda: not any(True for _ in training.checkpoints())):
+            return
         try:
             self.run(training, trained)
         except MergeError as error:
@@ -184,12 +198,14 @@ class MergeRun:
     def _command(self, experts: Sequence[ModelId], target: Path, overwrite: bool) -> str:
         """What does the same merge on the command line; without tokens, which are no one's business."""
         words = ["neuromerge", "merge", *map(str, experts), "--base-model", self.base, "--output", str(target)]
-        default = NeuroMergingConfig()
+        default = type(self.config)()
+        if not isinstance(self.config, NeuroMergingConfig):
+            words += ["--method", self.config.method]
         settings = {name: value for name, value in asdict(self.config).items() if value != getattr(default, name)}
         settings |= {**self.options, "overwrite": overwrite}
         for name, value in settings.items():
             option = "--" + name.replace("_", "-")
-            if name == "token" or value is None or value is False:
+            if name in ("token", "tuned_on") or value is None or value is False:
                 continue
             elif value is True:
                 words.append(option)

@@ -26,6 +26,8 @@ class Training(Protocol):
     step: int
     sharded: bool
     """Whether each process has but a part of the weights."""
+    saves: bool
+    """Whether it saves checkpoints."""
     keeps_checkpoints: bool
     """Whether it saves checkpoints that can be merged."""
     not_evaluated: str | None

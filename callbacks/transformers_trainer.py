@@ -38,7 +38,8 @@ class TrainerTraining:
         # The trainer's own checkpoints of the others are sharded, or have the names of the compiled model's weights.
         fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
         self.saves_itself = "FULL" in str(fsdp.state_dict_type) if fsdp else self.model is trainer.model
-        self.keeps_checkpoints = self.saves_itself and trainer.args.save_strategy != SaveStrategy.NO
+        self.saves = trainer.args.save_strategy != SaveStrategy.NO
+        self.keeps_checkpoints = self.saves and self.saves_itself
         self.not_evaluated = _about_reference(trainer) if adapter_config(self.model) else None
 
     def checkpoint(self, step: int) -> Path:
