@@ -7,6 +7,7 @@ from typing import Any, Literal
 from neuromerge_hf.callbacks.run import MergeRun
 from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.models import ModelId
+from neuromerge_hf.tuning_search import TuningGrid
 
 
 class MergingCallback:
@@ -30,6 +31,9 @@ class MergingCallback:
         push_to_hub: push the merged model with its card.
         hub_model_id: where to; ``<args.hub_model_id>-merged``, or named after `args.output_dir`.
         checkpoints: merge checkpoints of the training itself as well: "all", or how many of the last ones.
+        tune: choose the lambdas by the evaluation of the merged model on the trainer's `eval_dataset`: by
+            ``args.metric_for_best_model`` (in Lightning, what a `ModelCheckpoint` monitors), else by the loss. Or a
+            `TuningGrid` of what to try. On one process alone.
         **options: what else `neuromerge_hf.merge` takes: ``dtype``, ``tokenizer``, ``device``, ``token``, ...
 
     Raises:
@@ -48,6 +52,7 @@ class MergingCallback:
         push_to_hub: bool = False,
         hub_model_id: str | None = None,
         checkpoints: Literal["all"] | int | None = None,
+        tune: bool | TuningGrid = False,
         **options: Any,
     ):
         self._run = MergeRun(
@@ -60,5 +65,6 @@ class MergingCallback:
             push_to_hub,
             hub_model_id,
             checkpoints,
+            tune,
             options,
         )

@@ -30,10 +30,11 @@ from neuromerge_hf import (
     NeuroMergeCallback,
     NeuroMergingConfig,
     TIESConfig,
+    TuningGrid,
     merge,
 )
 from neuromerge_hf.callbacks import publish
-from neuromerge_hf.callbacks.transformers_trainer import check_zero
+from neuromerge_hf.callbacks.sharded import check_zero
 from neuromerge_hf.callbacks.weights import _check_fit
 from neuromerge_hf.cli import app
 from neuromerge_hf.recipe import load_recipe
@@ -289,6 +290,46 @@ def test_nothing_is_evaluated_where_it_is_not_wanted_or_there_is_nothing_to_eval
     assert not logged(trainer, "merged_")
     assert not logged(trainer, "eval_")
     assert not load_report(tmp_path / "merged").results
+
+
+GRID = TuningGrid(parallel=(0.0, 0.5), orthogonal=(0.6, 1.0), rounds=0)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+def test_the_lambdas_are_tuned_by_the_evaluation_of_the_training(models, tmp_path, adapter, metric):
+    base, other = models
+    changes = {"metric_for_best_model": metric, "eval_strategy": "epoch"}
+    recorder = Recorder()
+    model = classifier(base, adapter=adapter)
+    trainer = train(model, tmp_path, NeuroMergeCallback([other], tune=GRID), recorder, **changes)
+    (merged,) = logged(trainer, "merged_eval_loss")
+    trials = json.loads((tmp_path / "merged" / "tuning.json").read_text())["trials"]
+    scores = [trial["score"] for trial in trials]
+    assert len(trials) == 4
+    assert len(set(scores)) > 1 or metric, "the candidates are what is evaluated"
+    best = max(scores) if metric else min(scores)
+    assert merged[f"merged_eval_{metric or 'loss'}"] == pytest.approx(best, abs=1e-6)
+    assert load_recipe(tmp_path / "merged" / "recipe.yaml").tuned_on == "evaluation set of the training"
+    saved = load_adapted(base, tmp_path / "trained", CLASSIFIER) if adapter else classifier(tmp_path / "trained")
+    assert measure(model) == pytest.approx(measure(saved), abs=1e-6), "the model has its own weights again"
+    assert [len(logged(trainer, name)) for name in ("eval_loss", "merged_eval_loss")] == [1, 1]
+    if not adapter:
+        found = AutoMergedModel.from_pretrained(tmp_path / "merged", head="trained")
+        assert measure(found)["loss"] == pytest.approx(merged["merged_eval_loss"], abs=1e-6)
+
+
+def test_tuning_that_cannot_be_is_refused_before_training(models, tmp_path):
+    base, other = models
+    with pytest.raises(MergeError, match="TIESConfig has not"):
+        NeuroMergeCallback([other], config=TIESConfig(), tune=True)
+    trainer = make_trainer(classifier(base), tmp_path, NeuroMergeCallback([other], tune=True))
+    trainer.eval_dataset = None
+    with pytest.raises(MergeError, match="nothing to evaluate"):
+        trainer.train()
+    callback = NeuroMergeCallback([other], tune=GRID)
+    with pytest.raises(MergeError, match=r"tuned by eval_rhyme, .* it gives eval_loss, eval_accuracy"):
+        train(classifier(base), tmp_path, callback, metric_for_best_model="rhyme")
 
 
 def test_tensorboard_shows_the_merged_metrics_in_the_file_of_the_run(models, tmp_path):
