@@ -42,7 +42,7 @@ class LightningTraining:
         self.evaluates = trainer.enable_validation
         monitored = next((callback for callback in trainer.checkpoint_callbacks if callback.monitor), None)
         self.metric = monitored.monitor if monitored else "val_loss"
-        self.greater_is_better = bool(monitored) and monitored.mode == "max"
+        self.greater_is_better = monitored is not None and monitored.mode == "max"
         self.saves = self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
 
     def save(self) -> Path:
