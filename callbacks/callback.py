@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neuromerge_hf.callbacks.run import MergeRun
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.models import ModelId
+from neuromerge_hf.tuning_search import TuningGrid
 
 
 class MergingCallback:
@@ -18,8 +19,9 @@ class MergingCallback:
 
     Args:
         models: the other experts, as in `neuromerge_hf.merge`. May be empty with `checkpoints`.
-        base_model: what all were fine-tuned from. Default: what the trained model was loaded from.
-        config: the hyper-parameters of the merge.
+        base_model: what all were fine-tuned from. Default: what the trained model was loaded from. transformers notes
+            no revision: pass ``id@revision`` if it was loaded at one.
+        config: the method and its hyper-parameters, as in `neuromerge_hf.merge`.
         when: "train_end"; or "save", for each checkpoint, or "epoch", for the model after each epoch, which go to
             ``step-N`` in `output_dir`. A failure before the end does not stop the training, but is raised after it.
         output_dir: where the merged model goes; ``<args.output_dir>/merged``. An earlier merge there is replaced.
@@ -29,6 +31,9 @@ class MergingCallback:
         push_to_hub: push the merged model with its card.
         hub_model_id: where to; ``<args.hub_model_id>-merged``, or named after `args.output_dir`.
         checkpoints: merge checkpoints of the training itself as well: "all", or how many of the last ones.
+        tune: choose the lambdas by the evaluation of the merged model on the trainer's `eval_dataset`: by
+            ``args.metric_for_best_model`` (in Lightning, what a `ModelCheckpoint` monitors), else by the loss. Or a
+            `TuningGrid` of what to try. On one process alone.
         **options: what else `neuromerge_hf.merge` takes: ``dtype``, ``tokenizer``, ``device``, ``token``, ...
 
     Raises:
@@ -40,13 +45,14 @@ class MergingCallback:
         self,
         models: Sequence[ModelId] = (),
         base_model: ModelId | None = None,
-        config: NeuroMergingConfig | None = None,
+        config: MergeConfig | None = None,
         when: Literal["train_end", "save", "epoch"] = "train_end",
         output_dir: str | Path | None = None,
         evaluate: bool = True,
         push_to_hub: bool = False,
         hub_model_id: str | None = None,
         checkpoints: Literal["all"] | int | None = None,
+        tune: bool | TuningGrid = False,
         **options: Any,
     ):
         self._run = MergeRun(
@@ -59,5 +65,6 @@ class MergingCallback:
             push_to_hub,
             hub_model_id,
             checkpoints,
+            tune,
             options,
         )

@@ -1,5 +1,6 @@
 """`NeuroMergeCallback` for the Trainer of Lightning: of `lightning` and of `pytorch_lightning`."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -7,9 +8,12 @@ from typing import Any, Literal
 from neuromerge_hf.callbacks.callback import MergingCallback
 from neuromerge_hf.callbacks.lightning_package import Callback
 from neuromerge_hf.callbacks.lightning_trainer import LightningTraining
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.models import ModelId
+from neuromerge_hf.tuning_search import TuningGrid
+
+logger = logging.getLogger(__name__)
 
 
 class NeuroMergeCallback(MergingCallback, Callback):
@@ -29,20 +33,31 @@ class NeuroMergeCallback(MergingCallback, Callback):
         self,
         models: Sequence[ModelId] = (),
         base_model: ModelId | None = None,
-        config: NeuroMergingConfig | None = None,
+        config: MergeConfig | None = None,
         when: Literal["train_end", "save", "epoch"] = "train_end",
         output_dir: str | Path | None = None,
         evaluate: bool = True,
         push_to_hub: bool = False,
         hub_model_id: str | None = None,
         checkpoints: Literal["all"] | int | None = None,
+        tune: bool | TuningGrid = False,
         *,
         attribute: str | None = None,
         best_weights: bool = False,
         **options: Any,
     ):
         super().__init__(
-            models, base_model, config, when, output_dir, evaluate, push_to_hub, hub_model_id, checkpoints, **options
+            models,
+            base_model,
+            config,
+            when,
+            output_dir,
+            evaluate,
+            push_to_hub,
+            hub_model_id,
+            checkpoints,
+            tune,
+            **options,
         )
         self._attribute = attribute
         self._best_weights = best_weights
@@ -68,6 +83,8 @@ class NeuroMergeCallback(MergingCallback, Callback):
         self._merge_saved(trainer)
         if self._run.when == "train_end":
             best = trainer.checkpoint_callback.best_model_path if self._best_weights else None
+            if best == "":
+                logger.warning("The ModelCheckpoint has saved nothing: the last weights are merged, not the best.")
             training = self._training(trainer, best)
             self._run.run(training, training.save())
         self._run.report_failures()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from neuromerge_hf.callbacks.base import clear, expert_folder, save_task_config
 from neuromerge_hf.callbacks.lightning_package import DummyLogger
 from neuromerge_hf.callbacks.processes import on_first_process
+from neuromerge_hf.callbacks.sharded import is_sharded
 from neuromerge_hf.callbacks.training import TRAINED
 from neuromerge_hf.callbacks.weights import HuggingFaceModel, replaced
 from neuromerge_hf.errors import MergeError
@@ -37,8 +38,12 @@ class LightningTraining:
         self.step = trainer.global_step
         attributes = vars(trainer.lightning_module).values()
         self.tokenizer = next((value for value in attributes if isinstance(value, PreTrainedTokenizerBase)), None)
-        self.sharded = _is_sharded(trainer.strategy)
-        self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
+        self.sharded = is_sharded(trainer.strategy)
+        self.evaluates = trainer.enable_validation
+        monitored = next((callback for callback in trainer.checkpoint_callbacks if callback.monitor), None)
+        self.metric = monitored.monitor if monitored else "val_loss"
+        self.greater_is_better = monitored is not None and monitored.mode == "max"
+        self.saves = self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
 
     def save(self) -> Path:
         """Save the model, on every process."""
@@ -128,20 +133,3 @@ def _find_model(module: nn.Module) -> str:
         if found
         else f"The {type(module).__name__} has no model of transformers or PEFT among its attributes."
     )
-
-
-def _is_sharded(strategy: Any) -> bool:
-    """Whether a strategy gives each process a part of the weights. Both packages have these classes.
-
-    Raises:
-        MergeError: if it cannot give the whole of them.
-    """
-    names = {kind.__name__ for kind in type(strategy).__mro__}
-    refusal = f"{type(strategy).__name__} keeps the weights in parts, and this callback needs the whole of them. "
-    if "DeepSpeedStrategy" in names and strategy.zero_stage_3:
-        raise MergeError(refusal + "Train with stage 1 or 2, or merge later with `neuromerge merge`.")
-    if "FSDPStrategy" in names and strategy._state_dict_type != "full":
-        raise MergeError(refusal + 'Pass FSDPStrategy(state_dict_type="full").')
-    if "ModelParallelStrategy" in names and strategy._save_distributed_checkpoint:
-        raise MergeError(refusal + "Pass ModelParallelStrategy(save_distributed_checkpoint=False).")
-    return bool(names & {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from neuromerge_hf.errors import MergeError
@@ -20,8 +20,8 @@ TASK = "evaluation set of the training"
 NOT_QUALITY = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 """How metrics end that say nothing about the model."""
 
-
 LESS_IS_BETTER = ("loss", "perplexity")
+"""What the names of metrics contain of which the smallest is the best."""
 
 
 def check_access(repo_id: str, token: str | bool | None) -> None:
@@ -31,9 +31,10 @@ def check_access(repo_id: str, token: str | bool | None) -> None:
         HfApi(token=token).whoami()
     except HFValidationError as error:
         raise MergeError(f"hub_model_id={repo_id!r} is no id of a repository on the Hub: {error}") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: token=False
+    except Exception as error:  # the client's own exceptions, which depend on its version
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MergeError(
-            f"The merged model cannot be pushed to {repo_id}: {str(error).splitlines()[0]} Log in with "
+            f"The merged model cannot be pushed to {repo_id}: {reason.rstrip('.')}. Log in with "
             "`hf auth login`, or pass push_to_hub=False and push it later with `neuromerge push`."
         ) from error
 
@@ -52,7 +53,7 @@ def publish(
             task=TASK,
             metric=name,
             value=value,
-            greater_is_better="loss" not in name and "perplexity" not in name,
+            greater_is_better=not any(word in name for word in LESS_IS_BETTER),
         )
         for model, measured in metrics.items()
         for name, value in quality(measured).items()

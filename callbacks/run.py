@@ -2,10 +2,9 @@
 
 import inspect
 import logging
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,16 +12,20 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from neuromerge_hf.callbacks.base import adapter_config, check_related, expert_folder, find_base, save_outline
-from neuromerge_hf.callbacks.processes import on_first_process
+from neuromerge_hf.callbacks.command import merge_command
+from neuromerge_hf.callbacks.processes import is_distributed, on_first_process
 from neuromerge_hf.callbacks.publish import check_access, publish
 from neuromerge_hf.callbacks.training import TRAINED, Training
+from neuromerge_hf.callbacks.tune import check_tunable, tune
 from neuromerge_hf.callbacks.weights import merged_weights, network_of, untouched_randomness
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.merging import merge
+from neuromerge_hf.merging import find_device, merge
 from neuromerge_hf.models import ModelId
 from neuromerge_hf.planner import plan_merge
 from neuromerge_hf.recipe import RECIPE_NAME
+from neuromerge_hf.tuning_search import TuningGrid
+from neuromerge_hf.writer import check_shard_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +44,14 @@ class MergeRun:
 
     models: Sequence[ModelId]
     base_model: ModelId | None
-    config: NeuroMergingConfig
+    config: MergeConfig
     when: Literal["train_end", "save", "epoch"]
     output_dir: str | Path | None
     evaluate: bool
     push_to_hub: bool
     hub_model_id: str | None
     checkpoints: Literal["all"] | int | None
+    tune: bool | TuningGrid
     options: dict[str, Any]
     base: str = ""
     failures: list[MergeError] = field(default_factory=list)
@@ -55,6 +59,9 @@ class MergeRun:
     def __post_init__(self) -> None:
         if isinstance(self.models, str | Path):
             raise MergeError(f"models must be a list of fine-tunes or adapters, not {self.models!r}.")
+        if not isinstance(self.config, MergeConfig):
+            raise MergeError(f"config must be a NeuroMergingConfig, or that of another method, not {self.config!r}.")
+        check_tunable(self.config, self.tune)
         if self.when not in ("train_end", "save", "epoch"):
             raise MergeError(f'when must be "train_end", "save" or "epoch", not {self.when!r}.')
         is_count = isinstance(self.checkpoints, int) and not isinstance(self.checkpoints, bool) and self.checkpoints > 0
@@ -79,6 +86,14 @@ class MergeRun:
         self.base = find_base(training.model, self.base_model, training.folder)
         if self.checkpoints and not training.keeps_checkpoints:
             raise MergeError("This training saves no checkpoints that can be merged. Let it, or leave checkpoints out.")
+        if self.when == "save" and not training.saves:
+            raise MergeError('This training saves no checkpoints to be merged. Let it, or merge when="epoch".')
+        saved = (training.folder / TRAINED).resolve()
+        for model in (self.base, *self.models):
+            if Path(model).expanduser().resolve().is_relative_to(saved):
+                raise MergeError(f"{model} would be overwritten: this training saves its model there. Move it away.")
+        if self.tune and (reason := _why_not_tuned(training)):
+            raise MergeError(f"The lambdas cannot be tuned. {reason}")
         if self.evaluate and (reason := _why_not_evaluated(training)):
             logger.warning("The merged model will not be evaluated. %s Pass evaluate=False if you know.", reason)
         self.base = on_first_process(partial(self._plan, training))
@@ -87,7 +102,9 @@ class MergeRun:
         """Returns the base at its present commit, since the training may outlast that."""
         if self.push_to_hub:
             check_access(self._repo_id(training), self._push_options(training).get("token"))
-        understood = inspect.signature(plan_merge).parameters
+        if device := self.options.get("device"):
+            find_device(device)
+        check_shard_size(self.options.get("max_shard_size", "5GB"))
         target = self._target(training)
         experts: list[ModelId] = list(self.models)
         with TemporaryDirectory() as temporary:
@@ -105,7 +122,7 @@ class MergeRun:
                     config=self.config,
                     output_dir=target,
                     overwrite=_is_merge(target),
-                    **{name: value for name, value in self.options.items() if name in understood},
+                    **_understood(self.options, plan_merge),
                 )
                 if not training.sharded:
                     check_related(training.model, plan)
@@ -116,7 +133,9 @@ class MergeRun:
         return f"{base.id}@{base.commit}" if base.commit else self.base
 
     def run_meanwhile(self, training: Training, trained: Path) -> None:
-        """As `run`, in the middle of a training, which a failure does not stop."""
+        """As `run`, in the middle of a training, which a failure does not stop. Without other models, nothing yet."""
+        if not self.models and on_first_process(lambda: not any(True for _ in training.checkpoints())):
+            return
         try:
             self.run(training, trained)
         except MergeError as error:
@@ -145,11 +164,18 @@ class MergeRun:
     def _merge(self, expert: Path, training: Training, target: Path) -> None:
         experts = [expert, *self._checkpoints(training), *self.models]
         overwrite = _is_merge(target)
-        command = self._command(experts, target, overwrite)
+        command = merge_command(experts, self.base, target, self.config, {**self.options, "overwrite": overwrite})
         with _explained(f"The trained model is saved in {expert}, but it could not be merged", command):
             if len(experts) == 1:
                 raise MergeError("There is no other expert, and no checkpoint but the trained model itself.")
-            merge(experts, target, base_model=self.base, config=self.config, overwrite=overwrite, **self.options)
+            settings = {"base_model": self.base, "config": self.config, "overwrite": overwrite, **self.options}
+            if self.tune:
+                plan = plan_merge(experts, **_understood(settings, plan_merge))
+                head_of = plan.experts[0].name if plan.experts[0].head else None
+                grid = self.tune if isinstance(self.tune, TuningGrid) else None
+                tune(training, experts, target, grid=grid, head_of=head_of, **settings)
+            else:
+                merge(experts, target, **settings)
 
     def _evaluate(self, training: Training, expert: str, target: Path) -> dict[str, dict[str, float]]:
         """Metrics by the name of the model."""
@@ -181,23 +207,6 @@ class MergeRun:
         given = {"token": self.options["token"]} if "token" in self.options else {}
         return {**training.push_options, **given}
 
-    def _command(self, experts: Sequence[ModelId], target: Path, overwrite: bool) -> str:
-        """What does the same merge on the command line; without tokens, which are no one's business."""
-        words = ["neuromerge", "merge", *map(str, experts), "--base-model", self.base, "--output", str(target)]
-        default = NeuroMergingConfig()
-        settings = {name: value for name, value in asdict(self.config).items() if value != getattr(default, name)}
-        settings |= {**self.options, "overwrite": overwrite}
-        for name, value in settings.items():
-            option = "--" + name.replace("_", "-")
-            if name == "token" or value is None or value is False:
-                continue
-            elif value is True:
-                words.append(option)
-            else:
-                for part in value if isinstance(value, list | tuple) else [value]:
-                    words += [option, str(part).removeprefix("torch.")]
-        return shlex.join(words)
-
 
 def _why_not_evaluated(training: Training) -> str | None:
     if training.sharded:
@@ -205,6 +214,19 @@ def _why_not_evaluated(training: Training) -> str | None:
     if getattr(network_of(training.model), "hf_quantizer", None):
         return "The model in training, whose place it would take, is quantised."
     return training.not_evaluated
+
+
+def _why_not_tuned(training: Training) -> str | None:
+    if is_distributed():
+        return "Several processes train the model, and candidates are evaluated by one."
+    if not training.evaluates:
+        return "There is nothing to evaluate a candidate on."
+    return _why_not_evaluated(training)
+
+
+def _understood(options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Those options that a function has an argument for."""
+    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
 
 
 def _is_merge(target: Path) -> bool:

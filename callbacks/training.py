@@ -26,8 +26,15 @@ class Training(Protocol):
     step: int
     sharded: bool
     """Whether each process has but a part of the weights."""
+    saves: bool
+    """Whether it saves checkpoints."""
     keeps_checkpoints: bool
     """Whether it saves checkpoints that can be merged."""
+    evaluates: bool
+    """Whether there is anything to evaluate a model on."""
+    metric: str
+    """By which this training tells what is best."""
+    greater_is_better: bool
     not_evaluated: str | None
     """Why the merged model cannot be evaluated in this training, although it could in others; a sentence."""
     push_options: dict[str, Any]

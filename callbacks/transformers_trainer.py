@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 
 from neuromerge_hf.callbacks.base import adapter_config, clear, expert_folder, save_task_config
 from neuromerge_hf.callbacks.processes import is_distributed
+from neuromerge_hf.callbacks.sharded import check_zero
 from neuromerge_hf.callbacks.training import TRAINED
 from neuromerge_hf.errors import MergeError
 
@@ -38,7 +39,12 @@ class TrainerTraining:
         # The trainer's own checkpoints of the others are sharded, or have the names of the compiled model's weights.
         fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
         self.saves_itself = "FULL" in str(fsdp.state_dict_type) if fsdp else self.model is trainer.model
-        self.keeps_checkpoints = self.saves_itself and trainer.args.save_strategy != SaveStrategy.NO
+        self.saves = trainer.args.save_strategy != SaveStrategy.NO
+        self.keeps_checkpoints = self.saves and self.saves_itself
+        self.evaluates = trainer.eval_dataset is not None
+        metric = trainer.args.metric_for_best_model
+        self.metric = f"eval_{(metric or 'loss').removeprefix('eval_')}"
+        self.greater_is_better = bool(metric and trainer.args.greater_is_better)
         self.not_evaluated = _about_reference(trainer) if adapter_config(self.model) else None
 
     def checkpoint(self, step: int) -> Path:
@@ -103,16 +109,6 @@ def _check(trainer: Trainer, model: Any) -> None:
         raise MergeError(f"Training on {trainer.args.parallel_mode} without torch.distributed cannot end in a merge.")
     if trainer.is_deepspeed_enabled:
         check_zero(trainer.accelerator.deepspeed_config)
-
-
-def check_zero(deepspeed_config: Mapping[str, Any]) -> None:
-    """Raise a `MergeError` if DeepSpeed would not give the whole weights."""
-    zero = deepspeed_config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise MergeError(
-            "DeepSpeed ZeRO-3 keeps the weights in parts, and this callback needs the whole of them. Set "
-            '"stage3_gather_16bit_weights_on_model_save": true in "zero_optimization" of the DeepSpeed configuration.'
-        )
 
 
 def _about_reference(trainer: Trainer) -> str | None:

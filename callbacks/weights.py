@@ -48,8 +48,6 @@ def own_weights(model: HuggingFaceModel) -> dict[str, Tensor]:
 def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterator[None]:
     """`model` computes what the merged model does, in place, as long as the block lasts. On every process.
 
-    Parameters that the merged model lacks (a head that was not trained) stay as they are.
-
     Args:
         model: of the class of `expert`, adapted or not, on any device.
         folder: the merged model; read on the first process alone.
@@ -58,14 +56,33 @@ def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterat
     Raises:
         MergeError: if the model cannot hold the merged weights.
     """
-    live = own_weights(model)
     merged: dict[str, Tensor] = {}
-    on_first_process(lambda: merged.update(_load(folder, expert, class_of(network_of(model)), live)))
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with replaced(live, merged), _without_adapters(model):
+    on_first_process(lambda: merged.update(_load(folder, expert, class_of(network_of(model)))))
+    with other_weights(model, merged):
         yield
-    for parameter, requires_grad in trainable.items():  # PEFT sets them when it switches its layers on again
-        parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """`model` has these weights, and no adapter, as long as the block lasts. On every process.
+
+    Parameters that are not among them (a head that was not trained) stay as they are.
+
+    Args:
+        weights: by the names that they have without an adapter; those of the first process count.
+
+    Raises:
+        MergeError: if the model cannot hold them.
+    """
+    live = own_weights(model)
+    on_first_process(lambda: _check_fit(live, weights))
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with replaced(live, weights), _without_adapters(model):
+            yield
+    finally:
+        for parameter, requires_grad in trainable.items():  # PEFT sets them when it switches its layers on again
+            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager
@@ -102,9 +119,7 @@ def untouched_randomness() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _load(
-    folder: Path, expert: str, model_class: type[PreTrainedModel], live: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _load(folder: Path, expert: str, model_class: type[PreTrainedModel]) -> dict[str, Tensor]:
     """The merged parameters, as far as a model of this class has them all."""
     head = expert if (folder / HEADS / expert).is_dir() else None
     with TemporaryDirectory() as cache:
@@ -112,9 +127,7 @@ def _load(
             folder, head=head, auto_class=model_class, cache_dir=cache, output_loading_info=True
         )
     missing = set(loaded[1]["missing_keys"])
-    merged = {name: tensor for name, tensor in loaded[0].state_dict().items() if name not in missing}
-    _check_fit(live, merged)
-    return merged
+    return {name: tensor for name, tensor in loaded[0].state_dict().items() if name not in missing}
 
 
 def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:

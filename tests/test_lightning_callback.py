@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import json
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from transformers import AutoConfig
 
-from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergeCallback, merge
+from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergeCallback, TuningGrid, merge
 from neuromerge_hf.callbacks.lightning import NeuroMergeCallback as LightningCallback
-from neuromerge_hf.callbacks.lightning_trainer import _is_sharded
+from neuromerge_hf.callbacks.sharded import is_sharded
+from neuromerge_hf.recipe import load_recipe
 from neuromerge_hf.report import load_report
 from tiny_lightning import Classifier, loader, module_class
 from tiny_models import contents, load_adapted, save_bert, save_fine_tune
@@ -148,6 +150,24 @@ def test_the_best_weights_are_merged_if_asked_for(models, tmp_path):
     assert results["trained", "val_loss"] == pytest.approx(checkpoint.best_model_score.item(), abs=1e-6)
 
 
+def test_without_best_weights_the_last_are_merged_with_a_warning(models, tmp_path, caplog):
+    base, other = models
+    checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="val_loss", every_n_epochs=5)
+    fit(
+        Classifier(classifier(base)),
+        tmp_path,
+        LightningCallback([other], best_weights=True, evaluate=False),
+        checkpoint,
+    )
+    assert "the last weights are merged" in caplog.text
+
+
+def test_saving_that_never_happens_cannot_be_followed_by_a_merge(models, tmp_path):
+    base, other = models
+    with pytest.raises(MergeError, match="saves no checkpoints"):
+        fit(Classifier(classifier(base)), tmp_path, LightningCallback([other], when="save"))
+
+
 @pytest.mark.parametrize(("checkpoints", "expected"), [("all", [4, 8]), (1, [8])])
 def test_checkpoints_of_the_run_are_merged_too(models, tmp_path, checkpoints, expected):
     base, other = models
@@ -216,13 +236,30 @@ def test_a_merge_that_fails_names_the_trained_model_and_the_command(models, tmp_
     assert (trained / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("monitor", [None, "val_accuracy"])
+def test_the_lambdas_are_tuned_by_the_validation_of_the_training(models, tmp_path, monitor):
+    base, other = models
+    module = Classifier(classifier(base))
+    monitors = [ModelCheckpoint(tmp_path / "kept", monitor=monitor, mode="max")] if monitor else []
+    grid = TuningGrid(parallel=(0.0, 0.5), orthogonal=(0.6, 1.0), rounds=0)
+    fit(module, tmp_path, LightningCallback([other], tune=grid), *monitors)
+    trials = json.loads((tmp_path / "merged" / "tuning.json").read_text())["trials"]
+    scores = [trial["score"] for trial in trials]
+    assert len(trials) == 4
+    column = f"merged_{monitor or 'val_loss'}"
+    assert rows(tmp_path, column) == {4: pytest.approx(max(scores) if monitor else min(scores), abs=1e-5)}
+    assert load_recipe(tmp_path / "merged" / "recipe.yaml").tuned_on == "evaluation set of the training"
+    saved = measure(classifier(tmp_path / "trained"))
+    assert measure(module.network) == pytest.approx(saved, abs=1e-6), "the model has its own weights again"
+
+
 def test_strategies_that_cannot_give_whole_weights_are_refused():
     with pytest.raises(MergeError, match='state_dict_type="full"'):
-        _is_sharded(pl.strategies.FSDPStrategy(state_dict_type="sharded"))
-    assert _is_sharded(pl.strategies.FSDPStrategy(state_dict_type="full"))
+        is_sharded(pl.strategies.FSDPStrategy(state_dict_type="sharded"))
+    assert is_sharded(pl.strategies.FSDPStrategy(state_dict_type="full"))
     with pytest.raises(MergeError, match="save_distributed_checkpoint=False"):
-        _is_sharded(pl.strategies.ModelParallelStrategy())
-    assert not _is_sharded(pl.strategies.DDPStrategy())
+        is_sharded(pl.strategies.ModelParallelStrategy())
+    assert not is_sharded(pl.strategies.DDPStrategy())
 
 
 def test_importing_the_package_loads_no_lightning_and_either_of_its_packages_will_do():

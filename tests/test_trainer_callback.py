@@ -5,11 +5,13 @@ import pickle
 import random
 import shlex
 import shutil
+from functools import partial
 
 import numpy as np
 import optuna
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -21,8 +23,18 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergeCallback, NeuroMergingConfig, merge
-from neuromerge_hf.callbacks.transformers_trainer import check_zero
+from neuromerge_hf import (
+    AutoMergedModel,
+    DARETIESConfig,
+    MergeError,
+    NeuroMergeCallback,
+    NeuroMergingConfig,
+    TIESConfig,
+    TuningGrid,
+    merge,
+)
+from neuromerge_hf.callbacks import publish
+from neuromerge_hf.callbacks.sharded import check_zero
 from neuromerge_hf.callbacks.weights import _check_fit
 from neuromerge_hf.cli import app
 from neuromerge_hf.recipe import load_recipe
@@ -280,6 +292,46 @@ def test_nothing_is_evaluated_where_it_is_not_wanted_or_there_is_nothing_to_eval
     assert not load_report(tmp_path / "merged").results
 
 
+GRID = TuningGrid(parallel=(0.0, 0.5), orthogonal=(0.6, 1.0), rounds=0)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+def test_the_lambdas_are_tuned_by_the_evaluation_of_the_training(models, tmp_path, adapter, metric):
+    base, other = models
+    changes = {"metric_for_best_model": metric, "eval_strategy": "epoch"}
+    recorder = Recorder()
+    model = classifier(base, adapter=adapter)
+    trainer = train(model, tmp_path, NeuroMergeCallback([other], tune=GRID), recorder, **changes)
+    (merged,) = logged(trainer, "merged_eval_loss")
+    trials = json.loads((tmp_path / "merged" / "tuning.json").read_text())["trials"]
+    scores = [trial["score"] for trial in trials]
+    assert len(trials) == 4
+    assert len(set(scores)) > 1 or metric, "the candidates are what is evaluated"
+    best = max(scores) if metric else min(scores)
+    assert merged[f"merged_eval_{metric or 'loss'}"] == pytest.approx(best, abs=1e-6)
+    assert load_recipe(tmp_path / "merged" / "recipe.yaml").tuned_on == "evaluation set of the training"
+    saved = load_adapted(base, tmp_path / "trained", CLASSIFIER) if adapter else classifier(tmp_path / "trained")
+    assert measure(model) == pytest.approx(measure(saved), abs=1e-6), "the model has its own weights again"
+    assert [len(logged(trainer, name)) for name in ("eval_loss", "merged_eval_loss")] == [1, 1]
+    if not adapter:
+        found = AutoMergedModel.from_pretrained(tmp_path / "merged", head="trained")
+        assert measure(found)["loss"] == pytest.approx(merged["merged_eval_loss"], abs=1e-6)
+
+
+def test_tuning_that_cannot_be_is_refused_before_training(models, tmp_path):
+    base, other = models
+    with pytest.raises(MergeError, match="TIESConfig has not"):
+        NeuroMergeCallback([other], config=TIESConfig(), tune=True)
+    trainer = make_trainer(classifier(base), tmp_path, NeuroMergeCallback([other], tune=True))
+    trainer.eval_dataset = None
+    with pytest.raises(MergeError, match="nothing to evaluate"):
+        trainer.train()
+    callback = NeuroMergeCallback([other], tune=GRID)
+    with pytest.raises(MergeError, match=r"tuned by eval_rhyme, .* it gives eval_loss, eval_accuracy"):
+        train(classifier(base), tmp_path, callback, metric_for_best_model="rhyme")
+
+
 def test_tensorboard_shows_the_merged_metrics_in_the_file_of_the_run(models, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -296,6 +348,12 @@ def test_tensorboard_shows_the_merged_metrics_in_the_file_of_the_run(models, tmp
 
 
 # ------------------------------------------------------------------------------------------ wrong before training
+
+
+def test_the_first_checkpoint_waits_for_another_to_be_merged_with(models, tmp_path):
+    callback = NeuroMergeCallback(checkpoints="all", when="save", evaluate=False)
+    train(classifier(models[0]), tmp_path, callback, save_strategy="steps", save_steps=2)
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["step-4"]
 
 
 def refused(model, folder, callback, match, **changes):
@@ -342,6 +400,21 @@ def test_an_earlier_merge_is_replaced(models, tmp_path):
 
 def test_checkpoints_are_refused_where_none_are_saved(models, tmp_path):
     refused(classifier(models[0]), tmp_path, NeuroMergeCallback(checkpoints="all"), "saves no checkpoints")
+    refused(classifier(models[0]), tmp_path, NeuroMergeCallback([models[1]], when="save"), "saves no checkpoints")
+
+
+@pytest.mark.parametrize("options", [{"device": "abacus"}, {"max_shard_size": "5XX"}])
+def test_what_only_the_merge_itself_needs_is_checked_before_training(models, tmp_path, options):
+    base, other = models
+    refused(classifier(base), tmp_path, NeuroMergeCallback([other], **options), next(iter(options)))
+
+
+def test_an_expert_that_the_trained_model_would_overwrite_is_refused(models, tmp_path):
+    base, other = models
+    shutil.copytree(other, tmp_path / "trained")
+    refused(classifier(base), tmp_path, NeuroMergeCallback([tmp_path / "trained"]), "would be overwritten")
+    callback = NeuroMergeCallback([other], base_model=tmp_path / "trained")
+    refused(classifier(base), tmp_path, callback, "would be overwritten")
 
 
 @pytest.mark.parametrize(
@@ -349,6 +422,8 @@ def test_checkpoints_are_refused_where_none_are_saved(models, tmp_path):
     [
         ({}, MergeError, "nothing to merge"),
         ({"models": "one/model"}, MergeError, "must be a list"),
+        ({"models": ["a"], "config": {"density": 0.1}}, MergeError, "config must be"),
+        ({"models": ["a"], "config": TIESConfig}, MergeError, "config must be"),
         ({"models": ["a"], "when": "never"}, MergeError, 'when must be "train_end"'),
         ({"models": ["a"], "checkpoints": 0}, MergeError, 'checkpoints must be "all"'),
         ({"models": ["a"], "checkpoints": True}, MergeError, 'checkpoints must be "all"'),
@@ -451,11 +526,15 @@ class Remover(TrainerCallback):
             self.folder.rename(self.folder.with_name("hidden"))
 
 
-def test_a_merge_that_fails_names_the_trained_model_and_the_command_that_tries_again(models, tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [NeuroMergingConfig(density=0.3, exclude=("*.bias", "*Norm*")), DARETIESConfig(scale=0.7, exclude=["*.bias"])],
+    ids=lambda config: config.method,
+)
+def test_a_merge_that_fails_names_the_trained_model_and_the_command_that_tries_again(models, tmp_path, config):
     base, other = models
     mine = tmp_path / "an expert's folder"
     shutil.copytree(other, mine)
-    config = NeuroMergingConfig(density=0.3, exclude=("*.bias", "*Norm*"))
     callback = NeuroMergeCallback([mine], config=config, token="hf_secret", dtype="bfloat16")
     with pytest.raises(MergeError) as raised:
         train(classifier(base), tmp_path / "run", callback, Remover(mine))
@@ -618,6 +697,13 @@ def test_a_push_that_cannot_succeed_stops_a_run_before_its_first_step(models, hu
     refused(classifier(base), tmp_path, callback, "cannot be pushed to .*-merged.*hf auth login")
     callback = NeuroMergeCallback([other], push_to_hub=True, hub_model_id="not a name")
     refused(classifier(base), tmp_path, callback, "no id of a repository")
+
+
+def test_a_hub_that_cannot_be_reached_stops_a_run_before_its_first_step(models, tmp_path, monkeypatch):
+    base, other = models
+    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9"))  # where nothing listens
+    callback = NeuroMergeCallback([other], push_to_hub=True, hub_model_id="callbacks/far", token="hf_secret")
+    assert "hf_secret" not in refused(classifier(base), tmp_path, callback, r"cannot be pushed.*refused\. Log in")
 
 
 def test_a_push_that_fails_leaves_the_merged_model_and_says_how_to_go_on(models, hub, tmp_path):
