@@ -35,6 +35,7 @@ def experts(models: Path) -> list[Path]:
 def interrupted():
     """Press Ctrl-C as soon as a file appears that fits a pattern."""
     threads = []
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 
     def press(folder: Path, pattern: str) -> None:
         def watch():
@@ -49,6 +50,7 @@ def interrupted():
     yield press
     for thread in threads:
         thread.join()
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize(
