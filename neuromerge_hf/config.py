@@ -138,7 +138,7 @@ class DARETIESConfig(MergeConfig):
 
     Args:
         drop_rate: the probability with which an entry of a task vector is dropped, 0 <= drop_rate < 1; what is kept is
-            divided by 1 - drop_rate. 0.2 is the authors' when they merge.
+            divided by 1 - drop_rate. 0.2 is that of an example of the authors'; the paper advises no single one.
         density: what TIES then keeps of each task vector, as the authors trim after dropping. 1 trims nothing, which is
             what other tools call DARE-TIES.
         scale: the weight of the merged task vector.
