@@ -84,7 +84,10 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], thre
     At most a few items are ahead of the one that is waited for. torch's own operations run on one thread meanwhile:
     threads that each take whole blocks beat one operation that is split over threads.
     """
-    with single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+    # Every thread is told: MKL counts for each thread by itself, and torch passes its own count on only in some
+    # operations, without which a thread's first matrix products would be split, with other last bits.
+    workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    with single_threaded_torch(), workers as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -100,7 +103,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], thre
 
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """torch's operations run on one thread each, in all threads that start inside."""
+    """torch's operations run on one thread each, in this thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

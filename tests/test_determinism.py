@@ -11,6 +11,7 @@ import torch
 
 from families import Relatives
 from neuromerge_hf import NeuroMergingConfig, engine, low_rank, merge, trim
+from neuromerge_hf.blocks import map_in_order
 from neuromerge_hf.layout import Layout
 from neuromerge_hf.sources.task_vector import LowRank
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama, seeded
@@ -75,6 +76,20 @@ def test_torchs_own_threads_change_nothing(threads_of_torch: int, models: list[P
     try:
         assert merged_bytes(models, tmp_path / "got", 2) == want
         assert torch.get_num_threads() == threads_of_torch
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_first_product_of_a_thread_is_not_split_over_threads() -> None:
+    with seeded(0):
+        left, right = torch.randn(6, 5), torch.randn(5, 39)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    want = left @ right
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):  # each with threads of its own
+            assert all(torch.equal(got, want) for got in map_in_order(lambda _: left @ right, range(4), 2))
     finally:
         torch.set_num_threads(before)
 
