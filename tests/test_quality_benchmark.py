@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, set_seed
 
 from neuromerge_hf import AutoMergedModel, merge
 
@@ -40,7 +40,7 @@ def bench(tmp_path, monkeypatch):
     for module in (run, scoring, summary, tasks):
         if hasattr(module, "TASKS"):
             monkeypatch.setattr(module, "TASKS", ("names", "products"))
-    monkeypatch.setattr(experts, "RATES", {"full": 5e-3, "lora": 5e-3})
+    monkeypatch.setattr(experts, "RATES", {"full": 5e-3, "lora": 5e-3, "near": 5e-3})
     monkeypatch.setattr(experts, "EPOCHS", {"names": 25, "products": 25})
     for module in (experts, run, summary):
         monkeypatch.setattr(module, "SEEDS", (0, 1))
@@ -126,12 +126,54 @@ def test_the_paper_s_variant_is_the_library_s_merge(bench, tmp_path):
         experiment = variants.Experiment(tmp_path / "cache", kind, 0)
         automatic = 1 / (1 - experiment.vectors.trimming(0.2)[1])
         theirs = merged_direction(list(experiment.folders.values()), METHODS["neuromerging"].default)
-        ours = experiment.direction(0.2, "mean")
+        ours = experiment.vectors.direction(0.2, "mean")
         assert theirs
         assert theirs.keys() <= ours.keys()
         for name, change in ours.items():
             found = theirs.get(name, torch.zeros_like(change))
             torch.testing.assert_close(found, automatic * change, rtol=1e-3, atol=1e-5)
+
+
+def test_the_open_questions_are_answered_from_training_to_table(bench, tmp_path, monkeypatch):
+    import variants
+    from methods import METHODS
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(variants, "SETS", {2: (("names", "products"),)})
+    variants.main(["--cache", str(cache), "--kinds", "full", "near", "--seeds", "0"])
+    files = {kind: variants.variants_file(cache, kind, 0, ("names", "products")) for kind in ("full", "near")}
+    made = {kind: file.read_text() for kind, file in files.items()}
+    table = (tmp_path / "results" / "variants.md").read_text()
+    variants.main(["--cache", str(cache), "--kinds", "full", "near", "--seeds", "0"])
+    assert made == {kind: file.read_text() for kind, file in files.items()}
+    assert table == (tmp_path / "results" / "variants.md").read_text()
+
+    rows = [json.loads(line) for line in made["full"].splitlines()]
+    assert len(rows) == len(variants.variants(("names", "products"), "full"))
+    ours = next(row for row in rows if row["variant"] == dataclasses.asdict(variants.Variant(0.2, "mean", "automatic")))
+    job = bench.Job("full", 0, 2, METHODS["neuromerging"].default, "validation")
+    assert ours["accuracy"] == pytest.approx(bench.Bench(cache).score(job), abs=0.05)
+    for row in rows:
+        if row["variant"]["rule"] != "automatic":
+            assert row["length"] == pytest.approx(float(row["variant"]["rule"]))
+
+
+def test_the_head_of_a_near_expert_is_fitted_to_the_base_and_stays(bench, tmp_path):
+    from experts import BASE, fit_head, sorted_batches, tokenize, train_expert
+    from scoring import encoder_of, load_base, load_expert
+    from tasks import load_splits
+    from train_experts import new_expert
+
+    splits = load_splits("products", tmp_path / "cache" / "data")
+    train_expert(splits, "near", 0, tmp_path / "expert")
+    expert = load_expert(tmp_path / "expert")
+    assert any(not torch.equal(weight, load_base()[name]) for name, weight in encoder_of(expert).items())
+
+    tokenizer = BertTokenizerFast.from_pretrained(BASE)
+    set_seed(0)
+    fitted = new_expert(splits, str(BASE), full=True)
+    fit_head(fitted, list(sorted_batches(tokenizer, tokenize(tokenizer, splits.train), 32)))
+    torch.testing.assert_close(expert.classifier.weight, fitted.classifier.weight, rtol=0.02, atol=0.02)
 
 
 def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_path):
@@ -142,7 +184,7 @@ def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_
     cache = tmp_path / "cache"
     list(bench.Bench(cache).train([(0, "full")]))
     folders = {task: expert_folder(cache, "full", 0, task) for task in ("names", "products")}
-    scorer = Scorer(folders, cache / "data", "test")
+    scorer = Scorer(folders, cache / "data", "test", "full")
     direction = merged_direction(list(folders.values()), METHODS["neuromerging"].default)
     scores = scorer.score(add(load_base(), direction, 1))
     merge(list(folders.values()), tmp_path / "merged", base_model=BASE)

