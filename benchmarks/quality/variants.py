@@ -182,7 +182,7 @@ def variants(tasks: Sequence[str], kind: str) -> list[Variant]:
     """What is tried, merges that share a direction in a row."""
     rules = ("automatic", *map(str, LENGTHS))
     if len(tasks) < len(TASKS):
-        return [Variant(density, "mean", rule) for density in (0.2, 0.5) for rule in rules]
+        return [Variant(density, "mean", rule) for density in (0.2, 1.0) for rule in rules]
     found = [Variant(1.0, AVERAGE, rule) for rule in ("automatic", "1.0", "1.4")]
     found += [Variant(density, "mean", rule) for density in DENSITIES for rule in rules]
     found += [Variant(0.2, "weighted", rule) for rule in rules]

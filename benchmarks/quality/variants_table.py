@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experts import REGIMES, SEEDS
+from experts import KINDS, REGIMES, SEEDS
 from summary import RESULTS, table
 from tasks import TASKS
 
@@ -53,6 +53,16 @@ def _minus(cells: Cells, other: Cells, kind: str) -> str:
     return f"{mean(seeds):+.1f} ({', '.join(format(value, '+.1f') for value in seeds)})" if seeds else ""
 
 
+def _overall(cells: Cells) -> float:
+    """The mean over the kinds of the mean over the seeds."""
+    return mean(mean(mean(values) for values in seeds.values()) for seeds in cells.values())
+
+
+def _least_gain(cells: Cells, other: Cells) -> float:
+    """Of any seed of any kind."""
+    return min(mean(cells[kind][seed]) - mean(other[kind][seed]) for kind in cells for seed in cells[kind])
+
+
 def _rule(rule: str) -> str:
     return rule if rule == "automatic" else f"{float(rule):g} lengths"
 
@@ -68,7 +78,8 @@ def write_report(cache: Path) -> None:
     def lines() -> Iterable[str]:
         plain = {"left": "", "parallel": 0.0}
         yield "Average validation accuracy in %, six tasks: the mean of the seeds (each seed's).\n"
-        rows = [["merge", "density", "lambda_2", *titles]]
+        averaging = scores.cells(all_tasks, elect=AVERAGE, density=1.0, rule="automatic", **plain)
+        rows = [["merge", "density", "lambda_2", *titles, "all", "least gain over averaging"]]
         merges = [(AVERAGE, 1.0), *(("mean", density) for density in DENSITIES), ("weighted", 0.2)]
         for elect, density in merges:
             for rule in rules:
@@ -76,7 +87,8 @@ def write_report(cache: Path) -> None:
                 if cells:
                     name = "average" if elect == AVERAGE else f"elect {elect}"
                     title = "1" if elect == AVERAGE and rule == "automatic" else _rule(rule)
-                    rows.append([name, f"{density:g}", title, *(_cell(cells, kind) for kind in REGIMES)])
+                    row = [name, f"{density:g}", title, *(_cell(cells, kind) for kind in REGIMES)]
+                    rows.append([*row, f"{_overall(cells):.1f}", f"{_least_gain(cells, averaging):+.1f}"])
         yield from table(rows)
 
         for column, text in (
@@ -108,12 +120,12 @@ def write_report(cache: Path) -> None:
         for size in SETS:
             if size != all_tasks:
                 yield f"\nSets of {size} tasks: {', '.join(' + '.join(tasks) for tasks in SETS[size])}.\n"
-                rows = [["density", "lambda_2", *titles]]
+                rows = [["density", "lambda_2", *(TITLES[kind] for kind in KINDS)]]
                 for density in DENSITIES:
                     for rule in rules:
                         cells = scores.cells(size, elect="mean", density=density, rule=rule, **plain)
                         if cells:
-                            rows.append([f"{density:g}", _rule(rule), *(_cell(cells, kind) for kind in REGIMES)])
+                            rows.append([f"{density:g}", _rule(rule), *(_cell(cells, kind) for kind in KINDS)])
                 yield from table(rows)
 
     RESULTS.mkdir(exist_ok=True)
