@@ -1,9 +1,7 @@
 """Finding and checking everything that a merge needs, before any weight is read."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -12,20 +10,20 @@ from transformers import PretrainedConfig
 
 from neuromerge_hf.align import adapter_rows, align, comparable, resized_base
 from neuromerge_hf.blocks import default_threads
-from neuromerge_hf.checkpoint import CHECKPOINT_FILES
 from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
-from neuromerge_hf.errors import MergeError, Problems, abridged
-from neuromerge_hf.layout import Layout
+from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.location import Location
 from neuromerge_hf.merged_head import merge_heads as merge_experts_heads
 from neuromerge_hf.models import FoundModels, ModelId, about_quantised_base, find_models, load_config, unique_names
 from neuromerge_hf.output import check_disk, check_inputs_stay, check_output
-from neuromerge_hf.plan import MergePlan, Unit
+from neuromerge_hf.plan import MergePlan
 from neuromerge_hf.skeleton import Skeleton, model_class_of
-from neuromerge_hf.sources.expert import Base, Expert, check_complete, is_mergeable, stored_form, without_tied_copies
+from neuromerge_hf.sources.base import open_base
+from neuromerge_hf.sources.expert import Base, Expert
 from neuromerge_hf.sources.full import check_architecture, has_two_matrices, open_full
 from neuromerge_hf.ties import untied
 from neuromerge_hf.tokenizer import Candidate, choose_tokenizer
+from neuromerge_hf.units import make_units, resolve_dtype
 from neuromerge_hf.vocabulary import vocabulary_size
 
 
@@ -130,7 +128,7 @@ def plan_found(
     for candidate, open_expert in zip(candidates, openers, strict=True):
         with problems:
             experts.append(open_expert(resized_base(base, candidate.rows) if alignment else base))
-    units = problems.attempt(partial(_units, base, experts, config, target_dtype))
+    units = problems.attempt(partial(make_units, base, experts, config, target_dtype))
     problems.report()
     assert choice is not None
     assert units is not None
@@ -141,7 +139,7 @@ def plan_found(
     if merge_heads:
         experts, head = merge_experts_heads(experts)
     if alignment or head:
-        units = _units(base, experts, config, target_dtype) + (head.units(target_dtype) if head else ())
+        units = make_units(base, experts, config, target_dtype) + (head.units(target_dtype) if head else ())
     plan = MergePlan(
         config,
         base,
@@ -213,68 +211,3 @@ def _download_headerless(location: Location, problems: Problems) -> list[str]:
     problems.report()
     location.fetch_weights()
     return [str(location)]
-
-
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The dtype of the output; None for "auto", each tensor's own dtype in the base."""
-    if dtype == "auto":
-        return None
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise MergeError(f'dtype must be "auto", "float32", "float16" or "bfloat16", not {dtype!r}.')
-    return resolved
-
-
-def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) -> Base:
-    """Open the base's weights, from their headers alone."""
-    main = location.find_weights()
-    if main is None:
-        raise MergeError(f"The base {location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")
-    tensors = location.open_weights(main)
-    places = skeleton.places(tensors)
-    tensors = without_tied_copies(tensors, places)
-    known = stored_form(tensors, places)
-    if not known:
-        raise MergeError(
-            f"{main} holds no parameter of the class {skeleton.model_class.__name__}. Check its config.json."
-        )
-    check_complete(location, skeleton, tensors, places, main)
-    return Base(location, config, skeleton, tensors, places, *skeleton.stored_layouts(known))
-
-
-def _units(base: Base, experts: Sequence[Expert], config: MergeConfig, dtype: torch.dtype | None) -> tuple[Unit, ...]:
-    units = []
-    problems = []
-    unused = set(config.exclude)
-    for name, tensor in sorted(base.tensors.items()):
-        place = base.places[name]
-        parameter = place.parameter if place else name
-        excluding = {
-            pattern for pattern in config.exclude if fnmatchcase(parameter, pattern) or fnmatchcase(name, pattern)
-        }
-        unused -= excluding
-        vectors = [expert.task_vectors.get(place) for expert in experts] if place else []
-        merged = is_mergeable(tensor) and not excluding and any(vectors)
-        layout = base.layouts.get(name)
-        if merged and name in base.unknown:
-            problems.append(f"{name} of {base.location} cannot be merged: {base.unknown[name]}")
-        units.append(
-            Unit(
-                tensor=tensor,
-                parameter=parameter,
-                layout=(layout or Layout.of(tensor.shape, None))
-                if merged
-                else Layout(1, 1, math.prod(tensor.shape), 1),
-                is_neuronal=merged and layout is not None,
-                task_vectors=tuple(vectors) if merged else (),
-                dtype=dtype if dtype and is_mergeable(tensor) else tensor.dtype,
-            )
-        )
-    if problems:
-        raise MergeError(abridged(problems))
-    if unused:
-        raise MergeError(
-            f"exclude={sorted(unused)} matches no parameter of {base.location}. "
-            f"Its parameters have names such as {units[0].parameter}."
-        )
-    return tuple(units)
