@@ -1,0 +1,29 @@
+"""The command line: ``neuromerge merge``, ``plan``, ``card``, ``push`` and ``compare``.
+
+The commands import what they need when they are called, so that ``--help`` answers at once.
+"""
+
+import gc
+
+import typer
+
+from neuromerge_hf.cli.compare import compare_command
+from neuromerge_hf.cli.merge import merge_command
+from neuromerge_hf.cli.plan import plan_command
+from neuromerge_hf.cli.publish import card_command, push_command
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("merge")(merge_command)
+app.command("plan")(plan_command)
+app.command("card")(card_command)
+app.command("push")(push_command)
+app.command("compare")(compare_command)
+
+
+@app.callback()
+def main(context: typer.Context) -> None:
+    """Merge fine-tunes of one base model by NeuroMerging."""
+    # Loading torch and transformers makes millions of objects that stay. Looking through them again and again for
+    # garbage takes a second, and a merge leaves none.
+    gc.disable()
+    context.call_on_close(gc.enable)
