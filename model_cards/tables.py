@@ -45,7 +45,8 @@ def settings(card: "MergeCard") -> str:
     defaults = {**default.config.to_dict(), **{name: getattr(default, name) for name in names}}
     rows = []
     for name, value in values.items():
-        used = f", which gave {card.report.lambda_orthogonal:.4g}" if value == "auto" and name.startswith("lam") else ""
+        is_rule = name == "lambda_orthogonal" and isinstance(value, str)
+        used = f", which gave {card.report.lambda_orthogonal:.4g}" if is_rule else ""
         rows.append([code(name), f"{_setting(value)}{used}", "default" if value == defaults[name] else "chosen"])
     return table(["hyper-parameter", "value", ""], rows)
 

@@ -53,7 +53,9 @@ class NeuroMergingConfig(MergeConfig):
         lambda_parallel: the paper's lambda_1, the weight of the merged parallel part.
         lambda_orthogonal: the paper's lambda_2, the weight of the merged orthogonal part and of the parameters that
             are not neuronal. "auto" is the paper's choice without validation data, 1 / (1 - sigma), where sigma is the
-            largest share of a task vector's L1 norm that was trimmed.
+            largest share of a task vector's L1 norm that was trimmed. "length" is a rule of this library: the merged
+            task vector becomes 1.4 times as long as the experts' are on average, or less where they agree (see
+            `methods.length_rule`), for one more pass over the weights.
         exclude: patterns (as in a shell: ``*``, ``?``, ``[...]``) of parameter names that stay as they are in the base.
 
     Raises:
@@ -64,18 +66,20 @@ class NeuroMergingConfig(MergeConfig):
 
     density: float = 0.2
     lambda_parallel: float = 0.0
-    lambda_orthogonal: float | Literal["auto"] = "auto"
+    lambda_orthogonal: float | Literal["auto", "length"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_density(self.density)
         _check_number("lambda_parallel", self.lambda_parallel)
-        if self.lambda_orthogonal != "auto" and not _is_number(self.lambda_orthogonal):
-            raise MergeError(f'lambda_orthogonal must be "auto" or a finite number, not {self.lambda_orthogonal!r}.')
+        if self.lambda_orthogonal not in ("auto", "length") and not _is_number(self.lambda_orthogonal):
+            raise MergeError(
+                f'lambda_orthogonal must be "auto", "length" or a finite number, not {self.lambda_orthogonal!r}.'
+            )
 
     @property
     def passes(self) -> int:
-        return 1 if self.density == 1 else 2
+        return 1 + (self.density < 1) + (self.lambda_orthogonal == "length")
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,10 @@ def test_overwrite_replaces(models, tmp_path):
         (["missing.yaml"], "Error: The recipe missing.yaml cannot be read"),
         (["{math}"], "Error: No base model"),
         (["{code}", "--density", "2"], "Error: density must be a number with 0 < density <= 1, not 2.0."),
-        (["{code}", "--lambda-orthogonal", "large"], 'Error: lambda_orthogonal must be "auto" or a finite number'),
+        (
+            ["{code}", "--lambda-orthogonal", "large"],
+            'Error: lambda_orthogonal must be "auto", "length" or a finite number',
+        ),
         (["{code}", "--dtype", "int8"], "Error: dtype must be"),
         (["./a", "./b"], "Error: 2 problems were found:\n  * ./a"),
     ],

@@ -95,11 +95,11 @@ METHODS = {
         _grid("neuromerging", [0.2, 0.5], [0.7, 1, 1.5]),
         scale="share of the automatic lambda_2",
     ),
-    # Not a default: chosen on the validation texts of LoRA adapters, see "Open questions" in the README.
-    "neuromerging_untrimmed": Method(
-        "NeuroMerging, untrimmed",
-        lambda density: NeuroMergingConfig(density=density),
-        Setting("neuromerging_untrimmed", 1.0, 1.45),
+    # Not the default: chosen on the validation texts of LoRA adapters, see "Open questions" in the README.
+    "neuromerging_length": Method(
+        "NeuroMerging by length",
+        lambda density: NeuroMergingConfig(density=density, lambda_orthogonal="length"),
+        Setting("neuromerging_length", 1.0, 1),
         (),
     ),
 }

@@ -52,8 +52,8 @@ def method_config(method: str, **settings: Any) -> "MergeConfig":
     return config(**given)
 
 
-def number_or_auto(value: str | None) -> Any:
+def number_or_rule(value: str | None) -> Any:
     try:
         return None if value is None else float(value)
     except ValueError:
-        return value  # the config says what is wrong, unless it is "auto"
+        return value  # the config says what is wrong, unless it is "auto" or "length"

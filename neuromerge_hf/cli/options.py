@@ -23,7 +23,8 @@ LambdaParallel = Annotated[
     float | None, typer.Option(help="neuromerging: the weight of the parallel part, lambda_1.", show_default="0")
 ]
 LambdaOrthogonal = Annotated[
-    str | None, typer.Option(help="neuromerging: the weight of the orthogonal part, lambda_2.", show_default="auto")
+    str | None,
+    typer.Option(help="neuromerging: the weight of the orthogonal part, lambda_2; or length.", show_default="auto"),
 ]
 Scale = Annotated[
     float | None,

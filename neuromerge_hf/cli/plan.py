@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import errors_in_a_sentence, is_recipe, method_config, number_or_auto
+from neuromerge_hf.cli.common import errors_in_a_sentence, is_recipe, method_config, number_or_rule
 from neuromerge_hf.cli.options import (
     BaseModel,
     ChatTemplate,
@@ -64,7 +64,7 @@ def plan_command(
                 method,
                 density=density,
                 lambda_parallel=lambda_parallel,
-                lambda_orthogonal=number_or_auto(lambda_orthogonal),
+                lambda_orthogonal=number_or_rule(lambda_orthogonal),
                 scale=scale,
                 drop_rate=drop_rate,
                 seed=seed,

@@ -1,5 +1,6 @@
 """NeuroMerging (Fang et al., arXiv:2503.05320); its mathematics is in `neuromerge_hf.kernel`."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from neuromerge_hf.interference import sum_entries, sum_neurons
 from neuromerge_hf.kernel import Election, merge_elementwise, merge_low_rank, merge_neurons, trim
 from neuromerge_hf.layout import Block
 from neuromerge_hf.low_rank import Factors, find_factors
+from neuromerge_hf.methods.length_rule import find_lambda_by_length
 from neuromerge_hf.methods.method import Method, Recorder
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.trim import Trimming, find_trimmings
@@ -20,14 +22,20 @@ class NeuroMerging(Method[NeuroMergingConfig]):
 
     Attributes:
         sigma: the largest of the experts' sigmas.
-        lambda_orthogonal: the paper's lambda_2, resolved.
+        lambda_orthogonal: the paper's lambda_2, as it came out.
+
+    Args:
+        by_length: lambda_2, where the configuration asks for it "by length".
     """
 
-    def __init__(self, config: NeuroMergingConfig, trimmings: list[Trimming]):
+    def __init__(self, config: NeuroMergingConfig, trimmings: list[Trimming], by_length: float | None = None):
         super().__init__(config, trimmings)
         self.sigma = max(trimming.sigma for trimming in trimmings)
         if config.lambda_orthogonal == "auto":
             self.lambda_orthogonal = 1 / (1 - self.sigma)
+        elif config.lambda_orthogonal == "length":
+            assert by_length is not None, "see `fit`"
+            self.lambda_orthogonal = by_length
         else:
             self.lambda_orthogonal = config.lambda_orthogonal
         self._lambdas = config.lambda_parallel, self.lambda_orthogonal
@@ -42,7 +50,11 @@ class NeuroMerging(Method[NeuroMergingConfig]):
         threads: int,
         advance: Callable[[int], object],
     ) -> "NeuroMerging":
-        return cls(config, find_trimmings(plan, config.density, device, threads, advance))
+        trimmings = find_trimmings(plan, config.density, device, threads, advance)
+        if config.lambda_orthogonal != "length":
+            return cls(config, trimmings)
+        at_one = cls(dataclasses.replace(config, lambda_parallel=1.0, lambda_orthogonal=1.0), trimmings)
+        return cls(config, trimmings, find_lambda_by_length(plan, at_one, device, threads, advance))
 
     def merge_block(self, x: Tensor, unit: Unit, block: Block, record: Recorder) -> Tensor:
         trim_block(x, unit, self._thresholds)
