@@ -164,9 +164,10 @@ def draw(scores: Scores, path: Path) -> None:
     for kind, bars, lines in zip(KINDS, *axes, strict=True):
         names = list(METHODS)
         for shift, suffix, label in ((-0.2, "", "default"), (0.2, " tuned", "tuned on validation")):
-            averages = [scores.averages(kind, name + suffix) for name in names]
+            shown = [i for i, name in enumerate(names) if not suffix or METHODS[name].tried]
+            averages = [scores.averages(kind, names[i] + suffix) for i in shown]
             bars.bar(
-                [i + shift for i in range(len(names))],
+                [i + shift for i in shown],
                 [mean(values) for values in averages],
                 width=0.4,
                 yerr=[stdev(values) for values in averages],
@@ -176,7 +177,7 @@ def draw(scores: Scores, path: Path) -> None:
         bars.axhline(experts, color="black", linewidth=1, label="experts' own")
         bars.axhline(base, color="gray", linewidth=1, linestyle=":", label="base")
         bars.set_ylim(base - 3, experts + 3)
-        bars.set_xticks(range(len(names)), [METHODS[name].title for name in names], rotation=20)
+        bars.set_xticks(range(len(names)), [METHODS[name].title for name in names], rotation=20, ha="right")
         bars.set_title(TITLES[kind])
         bars.set_ylabel("test accuracy, %")
         bars.legend(fontsize=8)
