@@ -47,6 +47,8 @@ def settings(card: "MergeCard") -> str:
     for name, value in values.items():
         is_rule = name == "lambda_orthogonal" and isinstance(value, str)
         used = f", which gave {card.report.lambda_orthogonal:.4g}" if is_rule else ""
+        if is_rule and value == "length":
+            used = f" (a rule of neuromerge_hf, not the paper's){used}"
         rows.append([code(name), f"{_setting(value)}{used}", "default" if value == defaults[name] else "chosen"])
     return table(["hyper-parameter", "value", ""], rows)
 

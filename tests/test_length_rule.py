@@ -109,7 +109,8 @@ def test_recipe_report_and_card_name_the_rule_and_what_it_gave(models, tmp_path:
     assert yaml.safe_load(recipe.read_text())["config"]["lambda_orthogonal"] == "length"
     assert report.settings["lambda_orthogonal"] == report.lambda_orthogonal
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert f"| `lambda_orthogonal` | `length`, which gave {report.lambda_orthogonal:.4g} | chosen |" in card
+    rule = "`length` (a rule of neuromerge_hf, not the paper's)"
+    assert f"| `lambda_orthogonal` | {rule}, which gave {report.lambda_orthogonal:.4g} | chosen |" in card
     merge_recipe(recipe, tmp_path / "again", **CPU)
     assert contents(tmp_path / "again") == contents(tmp_path / "merged")
 
