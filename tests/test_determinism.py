@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from families import Relatives
-from neuromerge_hf import NeuroMergingConfig, engine, low_rank, merge, trim
+from neuromerge_hf import NeuroMergingConfig, low_rank, merge, trim
 from neuromerge_hf.blocks import map_in_order
 from neuromerge_hf.layout import Layout
+from neuromerge_hf.methods import block_merger
 from neuromerge_hf.sources.task_vector import LowRank
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama, seeded
 
@@ -50,7 +51,7 @@ def merged_bytes(
 def test_any_number_of_threads_gives_the_same_bytes(
     threads: int, models: list[Path], tmp_path: Path, monkeypatch
 ) -> None:
-    for module in (engine, trim):
+    for module in (block_merger, trim):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 150)  # so that threads have something to share
     want = merged_bytes(models, tmp_path / "want")
     assert merged_bytes(models, tmp_path / "got", threads) == want
@@ -101,7 +102,7 @@ def test_any_size_of_blocks_gives_the_same_bytes(
 ) -> None:
     family = {"rows": models, "columns": transposed}[kind]
     want = merged_bytes(family, tmp_path / "want")
-    for module in (engine, trim):
+    for module in (block_merger, trim):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
     assert merged_bytes(family, tmp_path / "got", threads=2) == want
 

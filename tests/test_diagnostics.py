@@ -19,9 +19,10 @@ from torch import Tensor
 
 import reference
 from families import Relatives
-from neuromerge_hf import MergeReport, NeuroMergingConfig, engine, low_rank, merge
+from neuromerge_hf import MergeReport, NeuroMergingConfig, low_rank, merge
 from neuromerge_hf.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
 from neuromerge_hf.layers import find_layers
+from neuromerge_hf.methods import block_merger
 from neuromerge_hf.model_cards.picture import draw
 from neuromerge_hf.report import load_report
 from reference import Neurons
@@ -319,7 +320,7 @@ def test_neither_threads_nor_blocks_matter(
 ) -> None:
     merged = {"full": experts, "LoRA": [experts[2], save_adapter(base, tmp_path / "other", seed=4, r=3)]}[kinds]
     want = diagnose(base, merged, tmp_path / "want")
-    for module in (engine, low_rank):
+    for module in (block_merger, low_rank):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 150)
     for threads in (1, 3):
         assert diagnose(base, merged, tmp_path / f"threads-{threads}", threads) == want

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from neuromerge_hf import MergeError, NeuroMergingConfig, engine, low_rank, merge, merge_recipe, plan_merge, trim
+from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe, plan_merge, trim
 from neuromerge_hf.cli import app
-from neuromerge_hf.methods import length_rule
+from neuromerge_hf.methods import block_merger
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama
 
 CPU = {"device": "cpu", "threads": 2}
@@ -94,11 +94,10 @@ def test_an_expert_that_changes_nothing_does_not_shorten_the_merge(models, tmp_p
 def test_threads_and_blocks_change_no_byte(names, density: float, models, tmp_path: Path, monkeypatch) -> None:
     experts, config = [models[name] for name in names], NeuroMergingConfig(density, lambda_orthogonal="length")
     merge(experts, tmp_path / "want", base_model=models["base"], config=config, device="cpu", threads=1)
-    for module in (engine, trim, length_rule):
+    for module in (block_merger, trim):
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 150)
     merge(experts, tmp_path / "got", base_model=models["base"], config=config, device="cpu", threads=3)
     assert contents(tmp_path / "got") == contents(tmp_path / "want")
-    monkeypatch.setattr(low_rank, "BLOCK_ENTRIES", 1 << 20)
 
 
 def test_recipe_report_and_card_name_the_rule_and_what_it_gave(models, tmp_path: Path) -> None:

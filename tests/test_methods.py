@@ -20,7 +20,6 @@ from neuromerge_hf import (
     PCBConfig,
     TaskArithmeticConfig,
     TIESConfig,
-    engine,
     merge,
     merge_recipe,
     plan_merge,
@@ -28,6 +27,7 @@ from neuromerge_hf import (
 )
 from neuromerge_hf.cli import app
 from neuromerge_hf.config import CONFIGS, MergeConfig
+from neuromerge_hf.methods import block_merger
 from neuromerge_hf.methods.dare import dropped
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama
 
@@ -174,7 +174,7 @@ def test_threads_and_blocks_change_no_byte(
     base, *experts = models
     want = None
     for threads, entries in ((1, sys.maxsize), (3, 150)):
-        for module in (engine, trim):
+        for module in (block_merger, trim):
             monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
         output = tmp_path / str(threads)
         merge(experts, output, base_model=base, config=config, device="cpu", threads=threads)

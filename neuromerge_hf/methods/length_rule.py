@@ -6,16 +6,15 @@ there at density 0.2, is too large below it, and too small above.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from neuromerge_hf import low_rank
-from neuromerge_hf.blocks import BLOCK_ENTRIES, Memory, load_base, load_block, map_in_order, non_finite
+from neuromerge_hf.blocks import map_in_order
 from neuromerge_hf.interference import Sums
 from neuromerge_hf.layout import Block
-from neuromerge_hf.low_rank import Factors
+from neuromerge_hf.methods.block_merger import BlockMerger, Item
 from neuromerge_hf.methods.method import Config, Method
 from neuromerge_hf.plan import MergePlan, Unit
 from neuromerge_hf.tally import Tally
@@ -57,27 +56,21 @@ def find_lambda_by_length(
     Raises:
         MergeError: if a weight is NaN or infinite.
     """
-    memory = Memory()
-    names = [expert.name for expert in plan.experts]
+    merger = BlockMerger(plan, method, device)
 
-    def measure(item: tuple[Unit, Block, Factors | None]) -> tuple[Unit, Block, Tensor, list[Sums]]:
+    def measure(item: Item) -> tuple[Unit, Block, Tensor, list[Sums]]:
         unit, block, factors = item
         sums: list[Sums] = []
-        try:
-            if factors:  # which are not trimmed
-                base = load_base(unit, block, memory, device)
-                method.merge_factors(base, factors.rows(unit, block), factors, sums.append)
-                energy = sum((found.gram.diagonal()[1:] for found in sums), torch.zeros(()))
-            else:
-                x = load_block(unit, block, memory, device)
-                energy = torch.linalg.vector_norm(x[1:], dim=(1, 2), dtype=torch.float64).square().cpu()
-                method.merge_block(x, unit, block, sums.append)
-        except FloatingPointError:
-            raise non_finite(unit, block, names, device) from None
-        return unit, block, energy, sums
+        energies: list[Tensor] = []
+        merger.merge(item, sums.append, lambda x: energies.append(_energy(x)))
+        if factors:  # which are not trimmed
+            energies = [found.gram.diagonal()[1:] for found in sums]
+        return unit, block, torch.stack(energies).sum(0), sums
 
-    total, squares = Tally(len(names)), torch.zeros(len(names), dtype=torch.float64)
-    for unit, block, energy, found in map_in_order(measure, _items(plan, method, device), threads):
+    experts = len(plan.experts)
+    total, squares = Tally(experts), torch.zeros(experts, dtype=torch.float64)
+    units = (unit for unit in plan.units if unit.task_vectors)
+    for unit, block, energy, found in map_in_order(measure, merger.items(units), threads):
         squares[unit.changing] += energy
         for sums in found:
             total.add(sums, unit.changing, unit.layout.width)
@@ -85,10 +78,6 @@ def find_lambda_by_length(
     return lambda_by_length(squares.sqrt(), total.products, total.merged.sqrt().item())
 
 
-def _items(
-    plan: MergePlan, method: Method[Config], device: torch.device
-) -> Iterator[tuple[Unit, Block, Factors | None]]:
-    for unit in map(Unit.opened, (unit for unit in plan.units if unit.task_vectors)):
-        factors = method.find_factors(unit, device)
-        for block in unit.layout.blocks(low_rank.BLOCK_ENTRIES if factors else BLOCK_ENTRIES):
-            yield unit, block, factors
+def _energy(x: Tensor) -> Tensor:
+    """The squared norms of the task vectors x[1:] of a block, (T,) float64 on the CPU."""
+    return torch.linalg.vector_norm(x[1:], dim=(1, 2), dtype=torch.float64).square().cpu()
