@@ -1,13 +1,12 @@
 """Turns the scores of the variants into results/variants.md."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experts import KINDS, REGIMES, SEEDS
+from experts import KINDS, REGIMES
 from summary import RESULTS, table
 from tasks import TASKS
 
@@ -25,11 +24,11 @@ class Scores:
 
     def cells(self, size: int, column: str = "accuracy", **wanted: Any) -> Cells:
         """The accuracies (or another column) of the variants that are like `wanted`."""
-        found: Cells = defaultdict(lambda: defaultdict(list))
+        found: Cells = {}
         for row in self.rows:
             if row["size"] == size and all(row["variant"][key] == value for key, value in wanted.items()):
                 value = 100 * mean(row["accuracy"].values()) if column == "accuracy" else row[column]
-                found[row["kind"]][row["seed"]].append(value)
+                found.setdefault(row["kind"], {}).setdefault(row["seed"], []).append(value)
         return found
 
 
@@ -41,7 +40,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _cell(cells: Cells, kind: str, form: str = ".1f") -> str:
     """The mean over the seeds, and each seed's."""
-    seeds = [mean(cells[kind][seed]) for seed in SEEDS if cells[kind][seed]]
+    seeds = [mean(values) for _, values in sorted(cells.get(kind, {}).items())]
     if not seeds:
         return ""
     each = ", ".join(format(value, form) for value in seeds)
@@ -49,7 +48,7 @@ def _cell(cells: Cells, kind: str, form: str = ".1f") -> str:
 
 
 def _minus(cells: Cells, other: Cells, kind: str) -> str:
-    seeds = [mean(cells[kind][seed]) - mean(other[kind][seed]) for seed in SEEDS if cells[kind][seed]]
+    seeds = [mean(values) - mean(other[kind][seed]) for seed, values in sorted(cells.get(kind, {}).items())]
     return f"{mean(seeds):+.1f} ({', '.join(format(value, '+.1f') for value in seeds)})" if seeds else ""
 
 
