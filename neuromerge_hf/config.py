@@ -53,9 +53,9 @@ class NeuroMergingConfig(MergeConfig):
         lambda_parallel: the paper's lambda_1, the weight of the merged parallel part.
         lambda_orthogonal: the paper's lambda_2, the weight of the merged orthogonal part and of the parameters that
             are not neuronal. "auto" is the paper's choice without validation data, 1 / (1 - sigma), where sigma is the
-            largest share of a task vector's L1 norm that was trimmed. "length" is a rule of this library: the merged
-            task vector becomes 1.4 times as long as the experts' are on average, or less where they agree (see
-            `methods.length_rule`), for one more pass over the weights.
+            largest share of a task vector's L1 norm that was trimmed. "length" is a rule of this library, for one more
+            pass over the weights: the merged task vector becomes 1.4 times as long as the experts' are on average, or
+            less where they agree (see `methods.length_rule`).
         exclude: patterns (as in a shell: ``*``, ``?``, ``[...]``) of parameter names that stay as they are in the base.
 
     Raises:

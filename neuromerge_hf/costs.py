@@ -28,7 +28,8 @@ def memory_needed(plan: MergePlan) -> int:
     expert, the counters and the sample that predicts the threshold, which is copied twice while it is sorted. The
     largest head is held while it is written. What preparing an adapter takes is not counted.
     """
-    experts = len(plan.experts) if getattr(plan.config, "density", 1) < 1 else 0
+    untrimmed = isinstance(plan.config, NeuroMergingConfig) and plan.config.density == 1
+    experts = 0 if untrimmed or plan.config.passes == 1 else len(plan.experts)
     trimming = experts * (8 * BINS + 4 * SAMPLE_ENTRIES) + (8 * SAMPLE_ENTRIES if experts else 0)
     blocks = plan.threads * max(map(_block_memory, plan.units))
     if not isinstance(plan.config, NeuroMergingConfig):

@@ -24,7 +24,10 @@ LambdaParallel = Annotated[
 ]
 LambdaOrthogonal = Annotated[
     str | None,
-    typer.Option(help="neuromerging: the weight of the orthogonal part, lambda_2; or length.", show_default="auto"),
+    typer.Option(
+        help="neuromerging: the weight of the orthogonal part, lambda_2: a number, auto (the paper's), length (ours).",
+        show_default="auto",
+    ),
 ]
 Scale = Annotated[
     float | None,
