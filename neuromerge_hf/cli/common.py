@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import typer
 
-from neuromerge_hf.cli.options import IN_RECIPE
+from neuromerge_hf.cli.options import IN_RECIPE, OF_METHODS
 
 if TYPE_CHECKING:
     from neuromerge_hf.config import MergeConfig
@@ -38,22 +38,18 @@ def is_recipe(context: typer.Context, models: list[str]) -> bool:
     return True
 
 
-def method_config(method: str, **settings: Any) -> "MergeConfig":
-    """The configuration of a method from the options that were given."""
+def method_config(context: typer.Context) -> "MergeConfig":
+    """The configuration of the method that was asked for, from those of its options that were given."""
     from neuromerge_hf.config import config_class
     from neuromerge_hf.errors import MergeError
 
+    method = context.params["method"]
     config = config_class(method)
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: context.params[name] for name in OF_METHODS if context.params[name] is not None}
     strange = given.keys() - {field.name for field in dataclasses.fields(config)}
     if strange:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(strange))
         raise MergeError(f"--method {method} has no {options}: leave it out, or choose another method.")
+    with suppress(KeyError, ValueError):  # of the name of a rule, or of what the config says is wrong
+        given["lambda_orthogonal"] = float(given["lambda_orthogonal"])
     return config(**given)
-
-
-def number_or_rule(value: str | None) -> Any:
-    try:
-        return None if value is None else float(value)
-    except ValueError:
-        return value  # the config says what is wrong, unless it is "auto" or "length"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import errors_in_a_sentence, is_recipe, method_config, number_or_rule
+from neuromerge_hf.cli.common import errors_in_a_sentence, is_recipe, method_config
 from neuromerge_hf.cli.options import (
     BaseModel,
     ChatTemplate,
@@ -81,16 +81,7 @@ def merge_command(
         else:
             settings: dict[str, Any] = {
                 "base_model": base_model,
-                "config": method_config(
-                    method,
-                    density=density,
-                    lambda_parallel=lambda_parallel,
-                    lambda_orthogonal=number_or_rule(lambda_orthogonal),
-                    scale=scale,
-                    drop_rate=drop_rate,
-                    seed=seed,
-                    exclude=exclude,
-                ),
+                "config": method_config(context),
                 "dtype": dtype,
                 "tokenizer": tokenizer,
                 "chat_template": chat_template,

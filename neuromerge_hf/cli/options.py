@@ -58,18 +58,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a director
 Token = Annotated[str | None, typer.Option(help="For private and gated models.", envvar="HF_TOKEN")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the repositories.")]
 
+OF_METHODS = ("density", "lambda_parallel", "lambda_orthogonal", "scale", "drop_rate", "seed", "exclude")
+"""The options that are hyper-parameters of a method."""
+
 IN_RECIPE = (
     "base_model",
     "method",
-    "density",
-    "lambda_parallel",
-    "lambda_orthogonal",
-    "scale",
-    "drop_rate",
-    "seed",
+    *OF_METHODS,
     "tune",
     "tune_density",
-    "exclude",
     "dtype",
     "tokenizer",
     "chat_template",
