@@ -33,7 +33,8 @@ class MergingCallback:
         checkpoints: merge checkpoints of the training itself as well: "all", or how many of the last ones.
         tune: choose the lambdas by the evaluation of the merged model on the trainer's `eval_dataset`: by
             ``args.metric_for_best_model`` (in Lightning, what a `ModelCheckpoint` monitors), else by the loss. Or a
-            `TuningGrid` of what to try. On one process alone.
+            `TuningGrid` of what to try. On one process alone. One evaluation before the training shows that it gives
+            the metric.
         **options: what else `neuromerge_hf.merge` takes: ``dtype``, ``tokenizer``, ``device``, ``token``, ...
 
     Raises:

@@ -16,7 +16,7 @@ from neuromerge_hf.callbacks.command import merge_command
 from neuromerge_hf.callbacks.processes import is_distributed, on_first_process
 from neuromerge_hf.callbacks.publish import check_access, publish
 from neuromerge_hf.callbacks.training import TRAINED, Training
-from neuromerge_hf.callbacks.tune import check_tunable, tune
+from neuromerge_hf.callbacks.tune import check_metric, check_tunable, tune
 from neuromerge_hf.callbacks.weights import merged_weights, network_of, untouched_randomness
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
@@ -97,6 +97,9 @@ class MergeRun:
         if self.evaluate and (reason := _why_not_evaluated(training)):
             logger.warning("The merged model will not be evaluated. %s Pass evaluate=False if you know.", reason)
         self.base = on_first_process(partial(self._plan, training))
+        if self.tune:
+            with untouched_randomness():
+                check_metric(training)
 
     def _plan(self, training: Training) -> str:
         """Returns the base at its present commit, since the training may outlast that."""

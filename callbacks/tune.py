@@ -1,6 +1,5 @@
 """The lambdas of a merge, chosen by the evaluation of the training itself."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,20 +31,12 @@ def tune(
         **options: what else `tune_lambdas` takes.
 
     Raises:
-        MergeError: if the training has no such metric, or its model cannot hold the merged weights.
+        MergeError: if a candidate's metric is not finite, or the trained model cannot hold the merged weights.
     """
 
     def evaluate(candidate: Any) -> float:
         with other_weights(training.model, candidate.state_dict()):
-            metrics = training.evaluate()
-        value = metrics.get(training.metric, math.nan)
-        if not math.isfinite(value):
-            raise MergeError(
-                f"The lambdas are tuned by {training.metric}, which the evaluation does not give; it gives "
-                f"{', '.join(metrics)}. Name another with metric_for_best_model in the TrainingArguments, or in "
-                "Lightning with ModelCheckpoint(monitor=...)."
-            )
-        return value
+            return training.evaluate()[training.metric]
 
     tune_lambdas(
         experts,
@@ -56,6 +47,17 @@ def tune(
         auto_class=None if head_of else class_of(network_of(training.model)),
         **{"tuned_on": TASK, **options},
     )
+
+
+def check_metric(training: Training) -> None:
+    """Raise a `MergeError` if the evaluation, run for once, does not give what the lambdas are to be chosen by."""
+    metrics = training.evaluate()
+    if training.metric not in metrics:
+        raise MergeError(
+            f"The lambdas are tuned by {training.metric}, which the evaluation does not give; it gives "
+            f"{', '.join(metrics)}. Name another with metric_for_best_model in the TrainingArguments, or in "
+            "Lightning with ModelCheckpoint(monitor=...)."
+        )
 
 
 def check_tunable(config: object, tuned: bool | TuningGrid) -> None:

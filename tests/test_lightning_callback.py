@@ -253,6 +253,15 @@ def test_the_lambdas_are_tuned_by_the_validation_of_the_training(models, tmp_pat
     assert measure(module.network) == pytest.approx(saved, abs=1e-6), "the model has its own weights again"
 
 
+def test_a_metric_that_the_validation_does_not_give_is_refused_before_training(models, tmp_path):
+    base, other = models
+    module = Classifier(classifier(base))
+    monitor = ModelCheckpoint(tmp_path / "kept", monitor="val_rhyme")
+    with pytest.raises(MergeError, match=r"tuned by val_rhyme, .* it gives .*val_loss"):
+        fit(module, tmp_path, LightningCallback([other], tune=True), monitor)
+    assert module.trainer.global_step == 0
+
+
 def test_strategies_that_cannot_give_whole_weights_are_refused():
     with pytest.raises(MergeError, match='state_dict_type="full"'):
         is_sharded(pl.strategies.FSDPStrategy(state_dict_type="sharded"))

@@ -328,8 +328,10 @@ def test_tuning_that_cannot_be_is_refused_before_training(models, tmp_path):
     with pytest.raises(MergeError, match="nothing to evaluate"):
         trainer.train()
     callback = NeuroMergeCallback([other], tune=GRID)
+    trainer = make_trainer(classifier(base), tmp_path, callback, metric_for_best_model="rhyme")
     with pytest.raises(MergeError, match=r"tuned by eval_rhyme, .* it gives eval_loss, eval_accuracy"):
-        train(classifier(base), tmp_path, callback, metric_for_best_model="rhyme")
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_tensorboard_shows_the_merged_metrics_in_the_file_of_the_run(models, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from neuromerge_hf.callbacks import run
 from tiny_training import classifier, logged, make_trainer, train
 
-TIMEOUT = 7  # seconds
+TIMEOUT = 15  # seconds
 
 
 def main(base: str, other: str, folder: Path) -> None:
