@@ -13,7 +13,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
 from neuromerge_hf import __version__
-from neuromerge_hf.checkpoint import companion_files, tokenizer_files
+from neuromerge_hf.checkpoint import TERMS, companion_files, tokenizer_files
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.licences import remarks
@@ -40,6 +40,7 @@ class MergeCard:
         report: what the merge did.
         config: the merged model's ``config.json``.
         weights: the sha256 of every weight file, by its path in the folder.
+        terms: the names of files with the parents' licences and notices.
         has_tokenizer: whether the folder has a tokenizer.
         has_chat: whether it has a chat template.
         has_code: whether it has code of its own.
@@ -53,6 +54,7 @@ class MergeCard:
     report: MergeReport
     config: dict[str, Any]
     weights: dict[str, str]
+    terms: list[str]
     has_tokenizer: bool
     has_chat: bool
     has_code: bool
@@ -77,6 +79,7 @@ class MergeCard:
             report=report,
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
             weights=_hashes(folder),
+            terms=[path.name for path in companion_files(folder, TERMS)],
             has_tokenizer=bool(tokenizer_files(folder)),
             has_chat=_has_chat(folder),
             has_code=bool(companion_files(folder, ("*.py",))),

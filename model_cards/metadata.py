@@ -1,8 +1,10 @@
 """The YAML at the top of a card, for the Hub: ids on the Hub only, and only what the parents agree on."""
 
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -30,7 +32,7 @@ def metadata(card: "MergeCard") -> ModelCardData:
     on_hub = list(dict.fromkeys(ingredient.repo for ingredient in card.ingredients if ingredient.revision))
     parents = card.report.parents
     results = _results(card)
-    licence: dict[str, Any] = common_license(parents)
+    licence: dict[str, Any] = _licence(card)
     return ModelCardData(
         model_name=plain(card.name) if results else None,
         base_model=on_hub or None,
@@ -43,6 +45,20 @@ def metadata(card: "MergeCard") -> ModelCardData:
         eval_results=results or None,
         **licence,
     )
+
+
+def _licence(card: "MergeCard") -> dict[str, str]:
+    """The entries of the licence that the parents share. A link to a file in their folders leads to the base's."""
+    entries, base = common_license(card.report.parents), card.recipe.base_model
+    link = entries.get("license_link")
+    if link is None or link.startswith(("https://", "http://")):
+        return entries
+    if base.revision:
+        folder = base.id.removeprefix(base.repo).strip("/")
+        path = quote(posixpath.join(folder, link))
+        return entries | {"license_link": f"https://huggingface.co/{quote(base.repo)}/blob/{base.revision}/{path}"}
+    del entries["license_link"]
+    return {} if entries["license"] == "other" else entries  # which needs its link
 
 
 def _results(card: "MergeCard") -> list[EvalResult]:

@@ -47,6 +47,9 @@ TOKENIZER_FILES = (
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "*processor_config.json", "*.py")
 """The files beside the weights that a merged model takes from its base: tokenizer, processor, generation, code."""
 
+TERMS = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "USE_POLICY*")
+"""A model's licence, and what else its owners ask to go along with what is made of it."""
+
 
 def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
     """The companions that are in a model's folder."""

@@ -117,7 +117,11 @@ def push(
     files: dict[str, Path | bytes] = {**files_to_push(folder)}
     files[RECIPE_NAME] = published_recipe(folder, load_report(folder).model_names).encode()
     stale = [path for path in _paths(found) if path not in files and is_stale(path)]
-    with failing(is_unchanged=lambda: api.model_info(repo_id, revision=revision).sha == found.sha):
+
+    def is_unchanged() -> bool:  # a pull request would be a branch of its own
+        return not create_pr and api.model_info(repo_id, revision=revision).sha == found.sha
+
+    with failing(is_unchanged=is_unchanged):
         return api.create_commit(
             repo_id,
             [

@@ -28,7 +28,8 @@ def failures_in_a_sentence(
         folder: where the model is on this machine.
         command: what goes on with the push.
         token: kept out of the message.
-        is_unchanged: asks the Hub, if the answer to a commit got lost, whether the repository is as it was.
+        is_unchanged: asks the Hub, if the answer to a commit got lost, whether the repository is as it was; false if
+            that cannot be told.
     """
     try:
         yield
@@ -38,7 +39,7 @@ def failures_in_a_sentence(
         outcome = "Nothing was published."
         if is_unchanged and _may_be_committed(error) and not _holds(is_unchanged):
             outcome = (
-                "Whether the commit was taken is not known: look at the repository. "
+                "Whether the commit was taken is not known: look at the repository, and at its pull requests. "
                 "What it has already is not sent a second time."
             )
         message = (

@@ -17,13 +17,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from neuromerge_hf.checkpoint import CHECKPOINT_FILES, COMPANIONS, open_file, open_weights, weight_files
+from neuromerge_hf.checkpoint import CHECKPOINT_FILES, COMPANIONS, TERMS, open_file, open_weights, weight_files
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.remote import list_sizes, open_remote
 from neuromerge_hf.tensors import StoredTensor
 
-METADATA = ["*.json", *COMPANIONS, "README.md", "recipe.yaml"]
-"""Small files: configurations, tokenizers, indexes, recipes."""
+METADATA = ["*.json", *COMPANIONS, *TERMS, "README.md", "recipe.yaml"]
+"""Small files: configurations, tokenizers, indexes, recipes, licences."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from neuromerge_hf.checkpoint import (
     CHECKPOINT_FILES,
     COMPANIONS,
     HEADS,
+    TERMS,
     TOKENIZER_FILES,
     find_weights,
     open_weights,
@@ -19,7 +20,7 @@ from neuromerge_hf.report import REPORT_NAME
 
 CARD = "README.md"
 
-BESIDE_CARD = ("*.png", "LICENSE*", "NOTICE*")
+BESIDE_CARD = ("*.png", *TERMS)
 """Pictures of the card, and the parents' terms, which have to go with the weights."""
 
 BESIDE_WEIGHTS = ("config.json", *COMPANIONS, RECIPE_NAME, REPORT_NAME, CARD, *BESIDE_CARD)

@@ -141,6 +141,11 @@ class MergePlan:
         return [unit for unit in self.units if not unit.task_vectors and unit.tensor.name not in head]
 
     @property
+    def model_names(self) -> list[str]:
+        """Different names for the base and then the experts."""
+        return different_names(self.base.location.name, [expert.name for expert in self.experts])
+
+    @property
     def architecture(self) -> str | None:
         """The merged model's class, if not the base's: the experts', where they agree and none has its own head."""
         if self.head:
@@ -237,6 +242,13 @@ class MergePlan:
                 f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"
             )
         return "\n".join(lines)
+
+
+def different_names(base: str, experts: list[str]) -> list[str]:
+    """The names of the base and of the experts, that of the base with an ending if an expert has it too."""
+    while base in experts:
+        base += "-base"
+    return [base, *experts]
 
 
 def readable_size(count: float) -> str:

@@ -16,7 +16,7 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.methods.method import Method
 from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.parents import Parent
-from neuromerge_hf.plan import MergePlan, Unit, VocabularyReport, readable_size
+from neuromerge_hf.plan import MergePlan, Unit, VocabularyReport, different_names, readable_size
 from neuromerge_hf.recipe import PACKAGES
 from neuromerge_hf.results import Result, check_results
 
@@ -141,9 +141,8 @@ class MergeReport:
     @property
     def model_names(self) -> list[str]:
         """Different names for the base and then the experts, as folders are called in what is published."""
-        experts = [expert.name for expert in self.experts]
         base = self.base_model.partition("@")[0].rpartition("/")[2]
-        return [f"{base}-base" if base in experts else base, *experts]
+        return different_names(base, [expert.name for expert in self.experts])
 
     def add_results(self, results: Iterable[Result | Mapping[str, Any]]) -> None:
         """Add measurements to the report and the card in `output_dir`; newer ones replace older ones of the same.

@@ -362,6 +362,47 @@ def test_a_licence_with_a_name_of_its_own_needs_its_link_in_the_metadata(merged)
     assert "license" not in with_parents(merged, no_link, no_link, no_link)[0]
 
 
+def test_a_licence_in_a_file_of_the_parents_is_linked_to_in_the_base(merged):
+    own = Parent(license="other", license_name="tongue", license_link="LICENSE")
+    recipe = yaml.safe_load((merged / "recipe.yaml").read_text())
+    assert "license" not in with_parents(merged, own, own, own)[0], "no page has the file of a folder"
+    open_one = dataclasses.replace(own, license="mit")
+    metadata = with_parents(merged, open_one, open_one, open_one)[0]
+    assert metadata["license"] == "mit"
+    assert "license_link" not in metadata
+    for place, path in {"org/base": "LICENSE", "org/base/small model": "small%20model/LICENSE"}.items():
+        recipe["base_model"] = {"id": place, "revision": "1234abcd"}
+        (merged / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        metadata = with_parents(merged, own, own, own)[0]
+        assert metadata["license"] == "other"
+        assert metadata["license_link"] == f"https://huggingface.co/org/base/blob/1234abcd/{path}"
+
+
+def test_licences_and_notices_of_all_parents_go_along(models, tmp_path, hub):
+    for name in ("base", "math", "code"):
+        shutil.copytree(models / name, tmp_path / "parents" / name)
+    base, math, code = (tmp_path / "parents" / name for name in ("base", "math", "code"))
+    (base / "LICENSE").write_text("the base's licence")
+    (base / "NOTICE.txt").write_text("the base's notice")
+    (math / "license.md").write_text("the licence of math")
+    (math / "license.py").write_text("code")
+    hub.add_folder("org/with-licence", math)
+    merge(["org/with-licence", code], tmp_path / "merged", base_model=base)
+    terms = {
+        "LICENSE-base": "the base's licence",
+        "NOTICE-base.txt": "the base's notice",
+        "license-with-licence.md": "the licence of math",
+    }
+    kept = {path.name: path.read_text() for path in (tmp_path / "merged").iterdir() if "ICE" in path.name.upper()}
+    assert kept == terms
+    section = card_of(tmp_path / "merged")[1].partition("## Licences")[2].partition("## ")[0]
+    assert "is in `LICENSE-base`, `NOTICE-base.txt` and `license-with-licence.md`." in section
+    AutoMergedModel.from_pretrained(tmp_path / "merged").push_to_hub("me/with-licences")
+    assert terms.keys() <= hub.files("me/with-licences").keys()
+    merge(["me/with-licences"], tmp_path / "again", base_model=base)
+    assert (tmp_path / "again" / "license-with-licence-with-licences.md").read_text() == "the licence of math"
+
+
 def test_gated_parents_are_named(merged):
     _, body = with_parents(merged, Parent(license="mit", gated=True), Parent(license="mit"), Parent(license="mit"))
     assert "Access to `base` is gated" in body
@@ -572,7 +613,7 @@ def test_no_name_breaks_the_yaml_or_the_markdown(name, merged):
             expert |= {"name": f"{word} {place}", "kind": word, "ignored": [word]}
             for expert in content["diagnostics"]["experts"]:
                 expert["name"] = word
-        licence = {"license": "other", "license_name": word, "license_link": word}
+        licence = {"license": "other", "license_name": word, "license_link": f"https://example.org/{word}"}
         content["parents"] = [{**licence, "task": word, "datasets": ["org/words", f"{word}/"]}] * 3
         content["notes"] = [word]
         content["tokenizer"] = word

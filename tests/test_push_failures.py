@@ -154,6 +154,13 @@ def test_a_commit_whose_answer_is_lost_is_not_said_to_be_none(hub, merged):
     assert hub.repos["failing/lost"].resolve("main") == commit, "it was there already"
 
 
+def test_a_pull_request_whose_answer_is_lost_is_not_said_to_be_none(hub, merged):
+    fail(hub, COMMIT, "answer", times=1)
+    with pytest.raises(MergeError, match="not known: look at the repository, and at its pull requests"):
+        push(merged, "failing/lost-request", create_pr=True)
+    assert hub.files("failing/lost-request", "refs/pr/1")
+
+
 def test_offline_mode_is_named(hub, merged, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MergeError, match="HF_HUB_OFFLINE is set"):
