@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from transformers.dynamic_module_utils import custom_object_save
 
 from neuromerge_hf.callbacks.weights import HuggingFaceModel, class_of, network_of, own_weights
 from neuromerge_hf.checkpoint import ADAPTER_FILES, CHECKPOINT_FILES
@@ -116,9 +117,11 @@ def save_outline(model: HuggingFaceModel, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(str(folder))
         return
     network = network_of(model)
-    config = copy.deepcopy(network.config)
+    config: Any = copy.deepcopy(network.config)
     config.architectures = [class_of(network).__name__]
     config.save_pretrained(folder)
+    if network._auto_class:  # its class is in files of its own
+        custom_object_save(network, str(folder), config=config)
     skeleton = Skeleton(class_of(network), config)  # unlike the model, it is whole on every process
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     size = 0

@@ -124,7 +124,12 @@ def _load(folder: Path, expert: str, model_class: type[PreTrainedModel]) -> dict
     head = expert if (folder / HEADS / expert).is_dir() else None
     with TemporaryDirectory() as cache:
         loaded: Any = AutoMergedModel.from_pretrained(
-            folder, head=head, auto_class=model_class, cache_dir=cache, output_loading_info=True
+            folder,
+            head=head,
+            auto_class=model_class,
+            cache_dir=cache,
+            output_loading_info=True,
+            trust_remote_code=bool(model_class._auto_class),  # its own code runs here already
         )
     missing = set(loaded[1]["missing_keys"])
     return {name: tensor for name, tensor in loaded[0].state_dict().items() if name not in missing}

@@ -21,7 +21,7 @@ from neuromerge_hf.model_cards.limits import limits
 from neuromerge_hf.model_cards.methods import METHODS, MethodText
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
-from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of
+from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of, task_of_own_class
 from neuromerge_hf.plan import readable_size
 from neuromerge_hf.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
 from neuromerge_hf.report import ExpertReport, MergeReport, load_report
@@ -88,7 +88,8 @@ class MergeCard:
     @cached_property
     def task(self) -> Task | None:
         """What the merged model's class is for."""
-        return task_of((self.config.get("architectures") or [None])[0])
+        known = task_of((self.config.get("architectures") or [None])[0])
+        return known or (task_of_own_class(self.config) if self.has_code else None)
 
     @property
     def load_as(self) -> str:
@@ -145,8 +146,7 @@ class MergeCard:
 
     @property
     def quick_start(self) -> str | None:
-        """Code that loads the model, if transformers knows its class."""
-        own_code = self.has_code and "auto_map" in self.config
+        """Code that loads the model, if an Auto class of transformers does."""
         task = self.task
         if task is None:
             return None
@@ -155,14 +155,19 @@ class MergeCard:
             self.load_as,
             has_tokenizer=self.has_tokenizer and takes_text_alone(self.config),
             has_chat=self.has_chat,
-            own_code=own_code,
+            own_code=self._own_code,
         )
 
     @property
     def head_start(self) -> str | None:
         """Code that loads it with an expert's own head, if there are any."""
         heads = [expert.name for expert in self.report.experts if expert.head and not self.report.loaded_head]
-        return head_start(self.load_as, heads[0]) if heads else None
+        return head_start(self.load_as, heads[0], own_code=self._own_code) if heads else None
+
+    @property
+    def _own_code(self) -> bool:
+        """Whether loading it runs code that is beside its weights."""
+        return self.has_code and "auto_map" in self.config
 
     def render(self, template: str | os.PathLike[str] | None = None) -> str:
         """The whole card, without its metadata.

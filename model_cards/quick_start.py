@@ -41,7 +41,7 @@ def quick_start(task: Task, model: str, *, has_tokenizer: bool, has_chat: bool =
         own_code: whether the model's class is in its own folder.
     """
     name = quoted(model)
-    trust = ", trust_remote_code=True" if own_code else ""
+    trust = _trust(own_code)
     if has_tokenizer and task.pipeline_tag in PIPELINES:
         call, example = PIPELINES[task.pipeline_tag]
         return "\n".join(
@@ -73,15 +73,20 @@ def quick_start(task: Task, model: str, *, has_tokenizer: bool, has_chat: bool =
     )
 
 
-def head_start(model: str, head: str) -> str:
+def head_start(model: str, head: str, *, own_code: bool = False) -> str:
     """The lines that load the merged weights under one expert's own head."""
+    where = f"{quoted(model)}, head={quoted(head)}{_trust(own_code)}"
     return "\n".join(
         [
             "from neuromerge_hf import AutoMergedModel  # pip install neuromerge-hf",
             "",
-            f"model = AutoMergedModel.from_pretrained({quoted(model)}, head={quoted(head)})",
+            f"model = AutoMergedModel.from_pretrained({where})",
         ]
     )
+
+
+def _trust(own_code: bool) -> str:
+    return ", trust_remote_code=True" if own_code else ""
 
 
 def quoted(text: str) -> str:

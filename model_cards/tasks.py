@@ -53,9 +53,20 @@ def task_of(model_class: str | None) -> Task | None:
     return next((Task(name, None) for name in _other_auto_classes() if model_class in _class_names(name)), None)
 
 
+def task_of_own_class(config: Mapping[str, Any]) -> Task | None:
+    """The task of a class that a model's own code defines, by the Auto class that its configuration names for it."""
+    model_class = (config.get("architectures") or [""])[0]
+    references = config.get("auto_map", {}).items()
+    named = [auto_class for auto_class, reference in references if str(reference).rpartition(".")[2] == model_class]
+    found = next((auto_class for auto_class in (*TASKS, *_other_auto_classes()) if auto_class in named), None)
+    return Task(found, TASKS.get(found)) if found else None
+
+
 def takes_text_alone(config: Mapping[str, Any]) -> bool:
     """Whether a model of transformers that has this configuration can be called with nothing but a text."""
-    model_class = getattr(transformers, config["architectures"][0])
+    model_class = getattr(transformers, config["architectures"][0], None)
+    if model_class is None:  # which inputs its own code takes is not known
+        return False
     needs_decoder_text = config.get("is_encoder_decoder") and task_of(model_class.__name__) == BACKBONE
     return model_class.input_modalities in ("text", ("text",)) and not needs_decoder_text
 

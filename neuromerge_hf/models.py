@@ -105,6 +105,11 @@ def load_config(location: Location, trust_remote_code: bool = False) -> "Pretrai
     try:
         config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise MergeError(
+                f"{location} has a class of its own, whose code lies beside its weights. Read that code; if you trust "
+                "it, let it run with trust_remote_code=True (--trust-remote-code)."
+            ) from error
         raise MergeError(f"{location.folder / 'config.json'} cannot be read: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization:
