@@ -38,6 +38,7 @@ def main(base: str, other: str, folder: Path) -> None:
         weights = sum(whole(tensor).double().sum().item() for tensor in model.state_dict().values())
         seen = {"merges": len(merged_by), "metrics": metrics, "weights": weights, "training": model.training}
         (folder / name / f"rank-{rank}.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()  # else gloo's threads can abort a process that ends (pytorch #190489)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
