@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.hub import push
+from neuromerge_hf.hub import check_repo_id, push
 from neuromerge_hf.report import load_report
 from neuromerge_hf.results import Result
 
@@ -26,11 +24,9 @@ LESS_IS_BETTER = ("loss", "perplexity")
 
 def check_access(repo_id: str, token: str | bool | None) -> None:
     """Raise a `MergeError` if nothing can be pushed there, as far as that is known beforehand."""
+    check_repo_id(repo_id, "hub_model_id")
     try:
-        validate_repo_id(repo_id)
         HfApi(token=token).whoami()
-    except HFValidationError as error:
-        raise MergeError(f"hub_model_id={repo_id!r} is no id of a repository on the Hub: {error}") from error
     except Exception as error:  # the client's own exceptions, which depend on its version
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MergeError(

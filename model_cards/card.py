@@ -13,7 +13,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
 from neuromerge_hf import __version__
-from neuromerge_hf.checkpoint import TERMS, companion_files, tokenizer_files
+from neuromerge_hf.checkpoint import companion_files, term_files, tokenizer_files
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.licences import remarks
@@ -79,7 +79,7 @@ class MergeCard:
             report=report,
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
             weights=_hashes(folder),
-            terms=[path.name for path in companion_files(folder, TERMS)],
+            terms=[path.name for path in term_files(folder)],
             has_tokenizer=bool(tokenizer_files(folder)),
             has_chat=_has_chat(folder),
             has_code=bool(companion_files(folder, ("*.py",))),
@@ -155,17 +155,17 @@ class MergeCard:
             self.load_as,
             has_tokenizer=self.has_tokenizer and takes_text_alone(self.config),
             has_chat=self.has_chat,
-            own_code=self._own_code,
+            own_code=self.own_code,
         )
 
     @property
     def head_start(self) -> str | None:
         """Code that loads it with an expert's own head, if there are any."""
         heads = [expert.name for expert in self.report.experts if expert.head and not self.report.loaded_head]
-        return head_start(self.load_as, heads[0], own_code=self._own_code) if heads else None
+        return head_start(self.load_as, heads[0], own_code=self.own_code) if heads else None
 
     @property
-    def _own_code(self) -> bool:
+    def own_code(self) -> bool:
         """Whether loading it runs code that is beside its weights."""
         return self.has_code and "auto_map" in self.config
 

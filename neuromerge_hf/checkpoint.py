@@ -50,6 +50,9 @@ COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "*processor_config.jso
 TERMS = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "USE_POLICY*")
 """A model's licence, and what else its owners ask to go along with what is made of it."""
 
+TEXTS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
+"""Of other files that are called after a licence, some are code, or weights."""
+
 
 def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
     """The companions that are in a model's folder."""
@@ -58,6 +61,11 @@ def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> lis
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
     ]
+
+
+def term_files(folder: Path) -> list[Path]:
+    """The files in a model's folder that say under which terms it is given."""
+    return [path for path in companion_files(folder, TERMS) if path.suffix.lower() in TEXTS]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

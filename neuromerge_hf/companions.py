@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from neuromerge_hf.checkpoint import TERMS, companion_files, tokenizer_files
+from neuromerge_hf.checkpoint import companion_files, term_files, tokenizer_files
 from neuromerge_hf.plan import MergePlan
 from neuromerge_hf.token_ids import renumbered, with_ids_of, with_vocabulary_size
 from neuromerge_hf.tokenizer import extended_tokenizer
@@ -14,9 +14,6 @@ GENERATION = "generation_config.json"
 
 PLACES = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 """Settings of a tokenizer that older transformers wrote, and nothing reads: where files were on somebody's machine."""
-
-TEXTS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
-"""Of other files that are called after a licence, some are code, or weights."""
 
 
 def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
@@ -48,9 +45,8 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
         _rewrite_tokenizer_config(folder, without=("chat_template",))
     locations = [plan.base.location, *(expert.location for expert in plan.experts)]
     for name, location in zip(plan.model_names, locations, strict=True):
-        for path in companion_files(location.folder, TERMS):
-            if path.suffix.lower() in TEXTS:
-                shutil.copyfile(path, folder / f"{path.stem}-{name}{path.suffix}")
+        for path in term_files(location.folder):
+            shutil.copyfile(path, folder / f"{path.stem}-{name}{path.suffix}")
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:

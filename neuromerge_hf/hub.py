@@ -136,12 +136,14 @@ def push(
         )
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Raise a `MergeError` if this cannot be the id of a repository."""
+def check_repo_id(repo_id: str, parameter: str = "repo_id") -> None:
+    """Raise a `MergeError`, which names the parameter, if this cannot be the id of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise MergeError(f"{repo_id!r} is no id of a repository on the Hub, such as 'owner/name': {error}") from error
+        raise MergeError(
+            f"{parameter}={repo_id!r} is no id of a repository on the Hub, such as 'owner/name': {error}"
+        ) from error
 
 
 def _find(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> tuple[ModelInfo | None, bool]:

@@ -41,11 +41,15 @@ def interrupt():
         program = [sys.executable, "-c", "from neuromerge_hf.cli import app; app()"]
         arguments = [*experts(models), "--base-model", models / "base", "--output", output, "--threads", "1", *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen([*program, "merge", *arguments], **pipes) as process:
-            while not any(output.parent.glob(pattern)) and process.poll() is None:
-                time.sleep(0.001)
-            process.send_signal(signal.SIGINT)
+        process = subprocess.Popen([*program, "merge", *arguments], **pipes)
+        deadline = time.monotonic() + 60
+        while not any(output.parent.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        try:
             out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130, err
         assert "Merged" not in out
 

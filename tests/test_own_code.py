@@ -179,7 +179,16 @@ def test_an_own_head_is_put_on_as_the_card_says(models, tmp_path, monkeypatch):
     assert torch.equal(names["model"].volume.weight, load(math).volume.weight)
 
 
-def test_methods_are_compared_and_lambdas_tuned(models):
+def test_the_card_says_how_to_make_it_again(merged, tmp_path, monkeypatch):
+    block = (merged / "README.md").read_text().partition("## Make it again")[2].split("```")[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes((merged / "recipe.yaml").read_bytes())
+    command = block.strip().splitlines()[-1].split()
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+
+
+def test_methods_are_compared_and_lambdas_tuned(models, merged):
     base, *experts = models
     grid = TuningGrid(parallel=(0.0,), orthogonal=(0.5, 1.0), rounds=0)
 
@@ -188,7 +197,8 @@ def test_methods_are_compared_and_lambdas_tuned(models):
 
     found = tune_lambdas(experts, volume, base_model=base, grid=grid, **TRUSTED)
     assert volume(found.model) == found.best.score
-    assert compare_methods(experts, volume, base_model=base, **TRUSTED)
+    compared = compare_methods(experts, volume, base_model=base, **TRUSTED)
+    assert [*compared.methods["neuromerging"].tasks.values()] == [volume(load(merged))]
 
 
 def test_the_command_line_merges_what_it_is_told_to_trust(models, merged, tmp_path):

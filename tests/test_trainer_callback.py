@@ -698,7 +698,7 @@ def test_a_push_that_cannot_succeed_stops_a_run_before_its_first_step(models, hu
     callback = NeuroMergeCallback([other], push_to_hub=True, token=False)
     refused(classifier(base), tmp_path, callback, "cannot be pushed to .*-merged.*hf auth login")
     callback = NeuroMergeCallback([other], push_to_hub=True, hub_model_id="not a name")
-    refused(classifier(base), tmp_path, callback, "no id of a repository")
+    refused(classifier(base), tmp_path, callback, "hub_model_id=.* is no id of a repository")
 
 
 def test_a_hub_that_cannot_be_reached_stops_a_run_before_its_first_step(models, tmp_path, monkeypatch):
