@@ -100,13 +100,13 @@ def ours(name: str, models: Sequence[Path], base: Path, output: Path, density: f
         [weights(model) for model in (base, *models)],
         output,
         weights(base).stat().st_size,
-        prepare=[sys.executable, "-c", "import neuromerge_hf.planner"],
+        prepare=[sys.executable, "-c", "import neuromerge_hf.planning.planner"],
     )
 
 
 def start(output: Path) -> Case:
     """What every merge begins with: Python, torch and transformers are loaded."""
-    command = [sys.executable, "-c", "import neuromerge_hf.planner"]
+    command = [sys.executable, "-c", "import neuromerge_hf.planning.planner"]
     return Case("neuromerge, loading Python and torch only", command, [], output, 0, prepare=command)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromerge_hf import NeuroMergingConfig, merge, tune_lambdas
-from neuromerge_hf.evaluation import run_evaluation
+from neuromerge_hf.tuning.evaluation import run_evaluation
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from neuromerge_hf.callbacks.callback import MergingCallback
+from neuromerge_hf.callbacks.common.callback import MergingCallback
 from neuromerge_hf.callbacks.lightning_package import Callback
 from neuromerge_hf.callbacks.lightning_trainer import LightningTraining
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.models import ModelId
-from neuromerge_hf.tuning_search import TuningGrid
+from neuromerge_hf.planning.resolve import ModelId
+from neuromerge_hf.tuning.search import TuningGrid
 
 logger = logging.getLogger(__name__)
 

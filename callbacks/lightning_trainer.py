@@ -11,12 +11,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neuromerge_hf.callbacks.base import clear, expert_folder, save_task_config
+from neuromerge_hf.callbacks.common.processes import on_first_process
+from neuromerge_hf.callbacks.common.sharded import is_sharded
+from neuromerge_hf.callbacks.common.trained_model import clear, expert_folder, save_task_config
+from neuromerge_hf.callbacks.common.training import TRAINED
+from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, replaced
 from neuromerge_hf.callbacks.lightning_package import DummyLogger
-from neuromerge_hf.callbacks.processes import on_first_process
-from neuromerge_hf.callbacks.sharded import is_sharded
-from neuromerge_hf.callbacks.training import TRAINED
-from neuromerge_hf.callbacks.weights import HuggingFaceModel, replaced
 from neuromerge_hf.errors import MergeError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from neuromerge_hf.callbacks.callback import MergingCallback
+from neuromerge_hf.callbacks.common.callback import MergingCallback
 from neuromerge_hf.callbacks.transformers_trainer import TrainerTraining
 from neuromerge_hf.errors import MergeError
 

@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
-from neuromerge_hf.callbacks.base import adapter_config, clear, expert_folder, save_task_config
-from neuromerge_hf.callbacks.processes import is_distributed
-from neuromerge_hf.callbacks.sharded import check_zero
-from neuromerge_hf.callbacks.training import TRAINED
+from neuromerge_hf.callbacks.common.processes import is_distributed
+from neuromerge_hf.callbacks.common.sharded import check_zero
+from neuromerge_hf.callbacks.common.trained_model import adapter_config, clear, expert_folder, save_task_config
+from neuromerge_hf.callbacks.common.training import TRAINED
 from neuromerge_hf.errors import MergeError
 
 

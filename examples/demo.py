@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from neuromerge_hf import AutoMergedModel, MergeReport, NeuroMergingConfig, merge
-from neuromerge_hf.results import Result
+from neuromerge_hf.folder.results import Result
 
 FOLDER = Path(__file__).resolve().parent
 BASE = CACHE / "all-MiniLM-L6-v2"

@@ -13,8 +13,9 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
 from neuromerge_hf import __version__
-from neuromerge_hf.checkpoint import companion_files, term_files, tokenizer_files
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
+from neuromerge_hf.folder.report import ExpertReport, MergeReport, load_report
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.licences import remarks
 from neuromerge_hf.model_cards.limits import limits
@@ -22,9 +23,8 @@ from neuromerge_hf.model_cards.methods import METHODS, MethodText
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
 from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of, task_of_own_class
-from neuromerge_hf.plan import readable_size
-from neuromerge_hf.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
-from neuromerge_hf.report import ExpertReport, MergeReport, load_report
+from neuromerge_hf.planning.plan import readable_size
+from neuromerge_hf.storage.files import companion_files, term_files, tokenizer_files
 
 TEMPLATE = "merge.md.jinja"
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.model_cards.markdown import escaped, sentence_list
-from neuromerge_hf.parents import Parent
 
 MEANINGS = {
     r"-nc\b": "forbids commercial use",

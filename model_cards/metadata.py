@@ -8,10 +8,10 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from neuromerge_hf.folder.parents import common_license, union
+from neuromerge_hf.folder.results import MERGED, Result
 from neuromerge_hf.model_cards.markdown import plain
 from neuromerge_hf.model_cards.tasks import task_of
-from neuromerge_hf.parents import common_license, union
-from neuromerge_hf.results import MERGED, Result
 
 if TYPE_CHECKING:
     from neuromerge_hf.model_cards.card import MergeCard

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuromerge_hf.diagnostics import Diagnostics, LayerDiagnostics
+from neuromerge_hf.folder.diagnostics import Diagnostics, LayerDiagnostics
 
 if TYPE_CHECKING:  # matplotlib is loaded only where something is drawn
     from matplotlib.axes import Axes

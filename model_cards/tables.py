@@ -3,9 +3,9 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from neuromerge_hf.folder.recipe import Recipe
+from neuromerge_hf.folder.results import BASE, MERGED, Result
 from neuromerge_hf.model_cards.markdown import code, escaped, table
-from neuromerge_hf.recipe import Recipe
-from neuromerge_hf.results import BASE, MERGED, Result
 
 if TYPE_CHECKING:
     from neuromerge_hf.model_cards.card import MergeCard

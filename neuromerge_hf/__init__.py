@@ -13,9 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuromerge_hf.auto import AutoMergedModel
+    from neuromerge_hf.api import merge, merge_recipe
     from neuromerge_hf.callbacks.transformers import NeuroMergeCallback
-    from neuromerge_hf.comparison import Comparison, compare_methods
     from neuromerge_hf.config import (
         AverageConfig,
         DARETIESConfig,
@@ -25,12 +24,13 @@ if TYPE_CHECKING:
         TIESConfig,
     )
     from neuromerge_hf.errors import MergeError
-    from neuromerge_hf.merging import merge, merge_recipe
-    from neuromerge_hf.plan import MergePlan
-    from neuromerge_hf.planner import plan_merge
-    from neuromerge_hf.report import MergeReport
-    from neuromerge_hf.tuning import Tuning, tune_lambdas
-    from neuromerge_hf.tuning_search import TuningGrid
+    from neuromerge_hf.folder.report import MergeReport
+    from neuromerge_hf.loading.auto import AutoMergedModel
+    from neuromerge_hf.planning.plan import MergePlan
+    from neuromerge_hf.planning.planner import plan_merge
+    from neuromerge_hf.tuning.compare import Comparison, compare_methods
+    from neuromerge_hf.tuning.search import TuningGrid
+    from neuromerge_hf.tuning.tune import Tuning, tune_lambdas
 
 __version__ = "0.1.0"
 
@@ -58,25 +58,25 @@ __all__ = [
 
 # Importing torch and transformers takes seconds; `import neuromerge_hf` and `neuromerge --help` need neither.
 _MODULES = {
-    "AutoMergedModel": "auto",
+    "AutoMergedModel": "loading.auto",
     "AverageConfig": "config",
-    "Comparison": "comparison",
+    "Comparison": "tuning.compare",
     "DARETIESConfig": "config",
     "MergeError": "errors",
-    "MergePlan": "plan",
-    "MergeReport": "report",
+    "MergePlan": "planning.plan",
+    "MergeReport": "folder.report",
     "NeuroMergeCallback": "callbacks.transformers",
     "NeuroMergingConfig": "config",
     "PCBConfig": "config",
     "TIESConfig": "config",
     "TaskArithmeticConfig": "config",
-    "Tuning": "tuning",
-    "TuningGrid": "tuning_search",
-    "compare_methods": "comparison",
-    "merge": "merging",
-    "merge_recipe": "merging",
-    "plan_merge": "planner",
-    "tune_lambdas": "tuning",
+    "Tuning": "tuning.tune",
+    "TuningGrid": "tuning.search",
+    "compare_methods": "tuning.compare",
+    "merge": "api",
+    "merge_recipe": "api",
+    "plan_merge": "planning.planner",
+    "tune_lambdas": "tuning.tune",
 }
 
 

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from neuromerge_hf import NeuroMergingConfig
+from neuromerge_hf.folder.results import load_results
 from neuromerge_hf.model_cards.picture import NAME
-from neuromerge_hf.results import load_results
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "model_cards" / "example.md"

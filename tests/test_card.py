@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge
 from neuromerge_hf.cli import app
-from neuromerge_hf.location import locate
+from neuromerge_hf.folder.parents import Parent, is_gated
+from neuromerge_hf.folder.recipe import file_hash
+from neuromerge_hf.folder.report import load_report
+from neuromerge_hf.folder.results import Result
 from neuromerge_hf.model_cards import MergeCard, write_card
 from neuromerge_hf.model_cards.tasks import task_of
-from neuromerge_hf.parents import Parent, is_gated
-from neuromerge_hf.recipe import file_hash
-from neuromerge_hf.report import load_report
-from neuromerge_hf.results import Result
+from neuromerge_hf.storage.location import locate
 from tiny_models import save_adapter, save_bert, save_fine_tune, save_llama, save_tokenizer
 
 SECTIONS = [

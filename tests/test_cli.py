@@ -210,7 +210,7 @@ def settings():
 import accelerate, peft
 torch.set_num_threads(2)
 before = settings()
-import neuromerge_hf.merging  # must not hide the function
+import neuromerge_hf.api  # must not hide the function
 from neuromerge_hf import *
 from neuromerge_hf import merge
 for name in neuromerge_hf.__all__:

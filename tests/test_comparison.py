@@ -20,11 +20,11 @@ from neuromerge_hf import (
     merge,
     tune_lambdas,
 )
-from neuromerge_hf.bootstrap import differences
 from neuromerge_hf.cli import app
-from neuromerge_hf.comparison import judge, label_of
 from neuromerge_hf.config import CONFIGS
-from neuromerge_hf.evaluation import Scores
+from neuromerge_hf.tuning.bootstrap import differences
+from neuromerge_hf.tuning.compare import judge, label_of
+from neuromerge_hf.tuning.evaluation import Scores
 from tiny_models import load, load_adapted, logits, save_adapter, save_bert, save_fine_tune, save_llama
 
 CPU = {"device": "cpu", "threads": 1}

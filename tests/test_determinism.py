@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from families import Relatives
-from neuromerge_hf import NeuroMergingConfig, low_rank, merge, trim
-from neuromerge_hf.blocks import map_in_order
-from neuromerge_hf.layout import Layout
-from neuromerge_hf.methods import block_merger
+from neuromerge_hf import NeuroMergingConfig, merge
+from neuromerge_hf.engine import block_merger, low_rank
+from neuromerge_hf.engine import thresholds as trim
+from neuromerge_hf.engine.passes import map_in_order
 from neuromerge_hf.sources.task_vector import LowRank
+from neuromerge_hf.storage.layout import Layout
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama, seeded
 
 BOTH_PARTS = NeuroMergingConfig(density=0.3, lambda_parallel=0.5)

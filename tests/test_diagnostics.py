@@ -19,12 +19,12 @@ from torch import Tensor
 
 import reference
 from families import Relatives
-from neuromerge_hf import MergeReport, NeuroMergingConfig, low_rank, merge
-from neuromerge_hf.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
-from neuromerge_hf.layers import find_layers
-from neuromerge_hf.methods import block_merger
+from neuromerge_hf import MergeReport, NeuroMergingConfig, merge
+from neuromerge_hf.engine import block_merger, low_rank
+from neuromerge_hf.folder.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
+from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.model_cards.picture import draw
-from neuromerge_hf.report import load_report
+from neuromerge_hf.skeleton.layers import find_layers
 from reference import Neurons
 from tiny_models import save_adapter, save_fine_tune, save_llama
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuromerge_hf import AutoMergedModel, MergeError, merge
-from neuromerge_hf.merging import directory_in_the_making
+from neuromerge_hf.api import directory_in_the_making
 from tiny_models import contents, load, logits, save_bert, save_fine_tune, save_llama
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neuromerge_hf.layout import Block, Layout
+from neuromerge_hf.storage.layout import Block, Layout
 
 modest = settings(deadline=None, max_examples=150, derandomize=True)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(tuple)

@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from transformers import AutoConfig
 
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergeCallback, TuningGrid, merge
+from neuromerge_hf.callbacks.common.sharded import is_sharded
 from neuromerge_hf.callbacks.lightning import NeuroMergeCallback as LightningCallback
-from neuromerge_hf.callbacks.sharded import is_sharded
-from neuromerge_hf.recipe import load_recipe
-from neuromerge_hf.report import load_report
+from neuromerge_hf.folder.recipe import load_recipe
+from neuromerge_hf.folder.report import load_report
 from tiny_lightning import Classifier, loader, module_class
 from tiny_models import contents, load_adapted, save_bert, save_fine_tune
 from tiny_training import CLASSIFIER, classifier, measure

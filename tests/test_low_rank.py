@@ -11,10 +11,10 @@ from torch import Tensor
 
 import reference
 from neuromerge_hf import MergeError, plan_merge
-from neuromerge_hf.blocks import Memory, load_block
-from neuromerge_hf.interference import Sums, sum_neurons
+from neuromerge_hf.engine.interference import Sums, sum_neurons
+from neuromerge_hf.engine.passes import Memory, load_block
 from neuromerge_hf.kernel import merge_low_rank, merge_neurons
-from neuromerge_hf.layout import Block
+from neuromerge_hf.storage.layout import Block
 from tiny_models import save_adapter, save_llama
 
 NEURONS = 300

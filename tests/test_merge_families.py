@@ -19,7 +19,7 @@ from torch import Tensor
 
 from families import FAMILIES, GIVES_BACK, Relatives, assert_merged_as_reference, assert_same_bits, state
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge
-from neuromerge_hf.heads import task_class
+from neuromerge_hf.sources.heads import task_class
 from tiny_models import contents, load, load_adapted
 
 KINDS = ("full", "lora")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from neuromerge_hf import AutoMergedModel, MergeError, merge
 from neuromerge_hf.cli import app
-from neuromerge_hf.report import load_report
+from neuromerge_hf.folder.report import load_report
 from tiny_models import contents, disturb, load, logits, save_adapter, save_bert, save_fine_tune, save_llama
 
 

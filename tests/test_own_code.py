@@ -22,7 +22,7 @@ from neuromerge_hf import (
     tune_lambdas,
 )
 from neuromerge_hf.cli import app
-from neuromerge_hf.hub import push
+from neuromerge_hf.hub.push import push
 from reference import EMBEDDING, LINEAR, merge_model
 from tiny_models import disturb, logits, save_bert, seeded
 from tiny_training import logged, measure, train

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from neuromerge_hf import MergeError, merge
 from neuromerge_hf.cli import app
-from neuromerge_hf.hub import push
+from neuromerge_hf.hub.push import push
 from tiny_models import load, logits, save_adapter, save_bert, save_fine_tune, save_llama
 
 

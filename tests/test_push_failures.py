@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from neuromerge_hf import MergeError, merge
 from neuromerge_hf.cli import app
-from neuromerge_hf.hub import push
+from neuromerge_hf.hub.push import push
 from tiny_models import contents, load, logits, save_fine_tune, save_llama
 
 COMMIT, BATCH, PUT = "POST .*/commit/", "POST .*/objects/batch", "PUT /lfs/"

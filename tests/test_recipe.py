@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe
-from neuromerge_hf.location import Location
-from neuromerge_hf.recipe import Ingredients, file_hash, published_recipe
-from neuromerge_hf.report import load_report
+from neuromerge_hf.folder.recipe import Ingredients, file_hash, published_recipe
+from neuromerge_hf.folder.report import load_report
+from neuromerge_hf.storage.location import Location
 from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama, save_tokenizer
 
 

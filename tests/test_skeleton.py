@@ -28,9 +28,9 @@ from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, Relatives
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.layout import Layout
 from neuromerge_hf.skeleton import NeuronAxis, Skeleton
 from neuromerge_hf.skeleton.neurons import neuron_axis
+from neuromerge_hf.storage.layout import Layout
 from reference import Neurons
 
 ROUTED = transformers.MixtralConfig(hidden_size=6, intermediate_size=4, num_local_experts=3)

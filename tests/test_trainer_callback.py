@@ -33,12 +33,12 @@ from neuromerge_hf import (
     TuningGrid,
     merge,
 )
-from neuromerge_hf.callbacks import publish
-from neuromerge_hf.callbacks.sharded import check_zero
-from neuromerge_hf.callbacks.weights import _check_fit
+from neuromerge_hf.callbacks.common import publish
+from neuromerge_hf.callbacks.common.sharded import check_zero
+from neuromerge_hf.callbacks.common.weights import _check_fit
 from neuromerge_hf.cli import app
-from neuromerge_hf.recipe import load_recipe
-from neuromerge_hf.report import load_report
+from neuromerge_hf.folder.recipe import load_recipe
+from neuromerge_hf.folder.report import load_report
 from tiny_models import contents, load_adapted, save_bert, save_fine_tune
 from tiny_training import CLASSIFIER, Texts, classifier, logged, make_trainer, measure, train
 

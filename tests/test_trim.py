@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neuromerge_hf import MergeError, NeuroMergingConfig, merge, plan_merge, trim
-from neuromerge_hf.trim import Trimming, find_trimmings, trim_rank
+from neuromerge_hf import MergeError, NeuroMergingConfig, merge, plan_merge
+from neuromerge_hf.engine import thresholds as trim
+from neuromerge_hf.engine.thresholds import Trimming, find_trimmings, trim_rank
 from tiny_models import save_adapter, save_fine_tune, save_llama
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from neuromerge_hf import AutoMergedModel, NeuroMergeCallback, merge
-from neuromerge_hf.report import load_report
+from neuromerge_hf.folder.report import load_report
 from tiny_models import load, save_fine_tune, save_llama, seeded
 from tiny_training import logged
 

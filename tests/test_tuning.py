@@ -15,18 +15,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from families import Relatives
-from neuromerge_hf import (
-    MergeError,
-    NeuroMergingConfig,
-    TIESConfig,
-    TuningGrid,
-    merge,
-    merge_recipe,
-    tune_lambdas,
-    tuning,
-)
+from neuromerge_hf import MergeError, NeuroMergingConfig, TIESConfig, TuningGrid, merge, merge_recipe, tune_lambdas
 from neuromerge_hf.cli import app
-from neuromerge_hf.tuning_search import around
+from neuromerge_hf.tuning import tune as tuning
+from neuromerge_hf.tuning.search import around
 from tiny_models import contents, load, logits, save_adapter, save_fine_tune, save_llama
 
 CPU = {"device": "cpu", "threads": 1}

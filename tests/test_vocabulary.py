@@ -287,8 +287,8 @@ def test_the_order_of_an_experts_tokens_does_not_matter(tmp_path):
 def test_neither_blocks_nor_threads_change_a_byte(models, tmp_path, monkeypatch):
     experts = [models / "shuffled", models / "tools", models / "plain"]
     for name, entries, threads in (("one", 1 << 20, 1), ("many", 48, 3)):
-        monkeypatch.setattr("neuromerge_hf.methods.block_merger.BLOCK_ENTRIES", entries)
-        monkeypatch.setattr("neuromerge_hf.trim.BLOCK_ENTRIES", entries)
+        monkeypatch.setattr("neuromerge_hf.engine.block_merger.BLOCK_ENTRIES", entries)
+        monkeypatch.setattr("neuromerge_hf.engine.thresholds.BLOCK_ENTRIES", entries)
         options = {"base_model": models / "base", "tokenizer": "union", "threads": threads, "device": "cpu"}
         config = NeuroMergingConfig(exclude=("lm_head.*",))
         merge(experts, tmp_path / name, config=config, **options)
@@ -410,7 +410,7 @@ def test_tokenizers_that_are_the_bases_are_not_read(models, tmp_path, monkeypatc
     plain = shutil.copytree(models / "plain", tmp_path / "plain")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile((models / "base") / name, plain / name)
-    monkeypatch.setattr("neuromerge_hf.tokenizer.load_tokenizer", None)
+    monkeypatch.setattr("neuromerge_hf.vocabulary.tokenizer.load_tokenizer", None)
     assert plan_merge([plain], base_model=models / "base").tokenizer.alignment is None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from neuromerge_hf.callbacks import run
+from neuromerge_hf.callbacks.common import run
 from tiny_training import classifier, logged, make_trainer, train
 
 TIMEOUT = 15  # seconds

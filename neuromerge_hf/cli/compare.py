@@ -41,9 +41,9 @@ def compare_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge with each method, evaluate each merge, the base and every expert, and print one table."""
-    from neuromerge_hf.comparison import compare_methods
     from neuromerge_hf.config import config_class
-    from neuromerge_hf.evaluation import load_function
+    from neuromerge_hf.tuning.compare import compare_methods
+    from neuromerge_hf.tuning.evaluation import load_function
 
     with errors_in_a_sentence():
         comparison = compare_methods(

@@ -30,7 +30,7 @@ from neuromerge_hf.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from neuromerge_hf.report import MergeReport
+    from neuromerge_hf.folder.report import MergeReport
 
 
 def merge_command(
@@ -62,8 +62,8 @@ def merge_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge fine-tunes and adapters into their base, or make a model again from its recipe."""
+    from neuromerge_hf.api import merge, merge_recipe
     from neuromerge_hf.errors import MergeError
-    from neuromerge_hf.merging import merge, merge_recipe
 
     with errors_in_a_sentence():
         if tune_density and not tune:
@@ -100,9 +100,9 @@ def merge_command(
 def _tuned(
     models: list[str], output: Path, tune: str, densities: list[float] | None, settings: dict[str, Any]
 ) -> "MergeReport":
-    from neuromerge_hf.evaluation import load_function
-    from neuromerge_hf.tuning import tune_lambdas
-    from neuromerge_hf.tuning_table import to_markdown
+    from neuromerge_hf.tuning.evaluation import load_function
+    from neuromerge_hf.tuning.tune import tune_lambdas
+    from neuromerge_hf.tuning.tuning_table import to_markdown
 
     evaluate = load_function(tune)
     found = tune_lambdas(models, evaluate, densities=densities, tuned_on=tune, output_dir=output, **settings)

@@ -53,8 +53,8 @@ def plan_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say what a merge will do and need, or everything that is wrong with it, without downloading the weights."""
-    from neuromerge_hf.planner import plan_merge
-    from neuromerge_hf.recipe import load_recipe
+    from neuromerge_hf.folder.recipe import load_recipe
+    from neuromerge_hf.planning.planner import plan_merge
 
     with errors_in_a_sentence():
         settings: dict[str, Any] = {

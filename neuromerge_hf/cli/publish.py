@@ -20,9 +20,9 @@ def card_command(
     template: Annotated[Path | None, typer.Option(help="A Jinja template that replaces sections of the card.")] = None,
 ) -> None:
     """Write or refresh the model card of a merged model."""
+    from neuromerge_hf.folder.report import load_report
+    from neuromerge_hf.folder.results import load_results
     from neuromerge_hf.model_cards import write_card
-    from neuromerge_hf.report import load_report
-    from neuromerge_hf.results import load_results
 
     with errors_in_a_sentence():
         if results:
@@ -45,7 +45,7 @@ def push_command(
     token: Token = None,
 ) -> None:
     """Upload a merged model with its card, as one commit. Files that are there already are not sent again."""
-    from neuromerge_hf.hub import push
+    from neuromerge_hf.hub.push import push
 
     with errors_in_a_sentence():
         commit = push(

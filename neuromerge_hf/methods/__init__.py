@@ -18,14 +18,14 @@ from neuromerge_hf.config import (
     TaskArithmeticConfig,
     TIESConfig,
 )
+from neuromerge_hf.engine.method import Method
 from neuromerge_hf.methods.average import Average
 from neuromerge_hf.methods.dare import DARETIES
-from neuromerge_hf.methods.method import Method
 from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.methods.pcb import PCB
 from neuromerge_hf.methods.task_arithmetic import TaskArithmetic
-from neuromerge_hf.methods.ties_merging import TIES
-from neuromerge_hf.plan import MergePlan
+from neuromerge_hf.methods.ties import TIES
+from neuromerge_hf.planning.plan import MergePlan
 
 METHODS: dict[type[MergeConfig], type[Method[Any]]] = {
     NeuroMergingConfig: NeuroMerging,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.config import DARETIESConfig
-from neuromerge_hf.layout import Block
-from neuromerge_hf.methods.method import Method, Recorder, add_change
+from neuromerge_hf.engine.method import Method, Recorder, add_change
+from neuromerge_hf.engine.thresholds import find_trimmings
 from neuromerge_hf.methods.neuromerging import trim_block
-from neuromerge_hf.methods.ties_merging import disjoint_mean, elect_sign
-from neuromerge_hf.plan import MergePlan, Unit
-from neuromerge_hf.trim import find_trimmings
+from neuromerge_hf.methods.ties import disjoint_mean, elect_sign
+from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.storage.layout import Block
 
 PER_COUNT = 4
 """How many random numbers Philox makes each time it counts."""

@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from neuromerge_hf.blocks import map_in_order
-from neuromerge_hf.interference import Sums
-from neuromerge_hf.layout import Block
-from neuromerge_hf.methods.block_merger import BlockMerger, Item
-from neuromerge_hf.methods.method import Config, Method
-from neuromerge_hf.plan import MergePlan, Unit
-from neuromerge_hf.tally import Tally
+from neuromerge_hf.engine.block_merger import BlockMerger, Item
+from neuromerge_hf.engine.interference import Sums
+from neuromerge_hf.engine.method import Config, Method
+from neuromerge_hf.engine.passes import map_in_order
+from neuromerge_hf.engine.tally import Tally
+from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.storage.layout import Block
 
 DIGITS = 6
 """The sums' last bits depend on the size of the blocks; lambda_2 shall not."""

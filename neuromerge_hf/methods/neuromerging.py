@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.config import NeuroMergingConfig
-from neuromerge_hf.interference import sum_entries, sum_neurons
+from neuromerge_hf.engine.interference import sum_entries, sum_neurons
+from neuromerge_hf.engine.low_rank import Factors, find_factors
+from neuromerge_hf.engine.method import Method, Recorder
+from neuromerge_hf.engine.thresholds import Trimming, find_trimmings
 from neuromerge_hf.kernel import Election, merge_elementwise, merge_low_rank, merge_neurons, trim
-from neuromerge_hf.layout import Block
-from neuromerge_hf.low_rank import Factors, find_factors
 from neuromerge_hf.methods.length_rule import find_lambda_by_length
-from neuromerge_hf.methods.method import Method, Recorder
-from neuromerge_hf.plan import MergePlan, Unit
-from neuromerge_hf.trim import Trimming, find_trimmings
+from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.storage.layout import Block
 
 
 class NeuroMerging(Method[NeuroMergingConfig]):

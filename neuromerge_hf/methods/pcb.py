@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.config import PCBConfig
-from neuromerge_hf.layout import Block
-from neuromerge_hf.methods.method import Method, Recorder, add_change, summed
-from neuromerge_hf.plan import MergePlan, Unit
-from neuromerge_hf.trim import Rank, Trimming, count_entries, find_ranked, trim_rank
+from neuromerge_hf.engine.method import Method, Recorder, add_change, summed
+from neuromerge_hf.engine.thresholds import Rank, Trimming, count_entries, find_ranked, trim_rank
+from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.storage.layout import Block
 
 EXTREME = 1e-4
 """Magnitudes below this quantile are raised to it, and those above one minus it are lowered."""

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from neuromerge_hf.config import TaskArithmeticConfig
-from neuromerge_hf.layout import Block
-from neuromerge_hf.methods.method import Method, Recorder, add_change, summed
-from neuromerge_hf.plan import Unit
+from neuromerge_hf.engine.method import Method, Recorder, add_change, summed
+from neuromerge_hf.planning.plan import Unit
+from neuromerge_hf.storage.layout import Block
 
 
 def add_tasks(task_vectors: Tensor, scale: float) -> Tensor:

@@ -11,9 +11,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.layout import Layout
 from neuromerge_hf.skeleton.conversion import Conversions, Place, Shape, StoredForm
 from neuromerge_hf.skeleton.neurons import NeuronAxis, neuron_axis
+from neuromerge_hf.storage.layout import Layout
 
 
 class Skeleton:

@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.layout import Layout
+from neuromerge_hf.storage.layout import Layout
 
 
 @dataclass(frozen=True)

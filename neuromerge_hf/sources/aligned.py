@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neuromerge_hf.layout import Block, Layout
 from neuromerge_hf.sources.task_vector import TaskVector
-from neuromerge_hf.tensors import StoredTensor
+from neuromerge_hf.storage.layout import Block, Layout
+from neuromerge_hf.storage.tensors import StoredTensor
 
 
 @dataclass(frozen=True)

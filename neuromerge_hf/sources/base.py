@@ -2,11 +2,11 @@
 
 from transformers import PretrainedConfig
 
-from neuromerge_hf.checkpoint import CHECKPOINT_FILES
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Skeleton
 from neuromerge_hf.sources.expert import Base, check_complete, stored_form, without_tied_copies
+from neuromerge_hf.storage.files import CHECKPOINT_FILES
+from neuromerge_hf.storage.location import Location
 
 
 def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) -> Base:

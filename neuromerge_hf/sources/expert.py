@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.heads import Head
-from neuromerge_hf.layout import Block, Layout
-from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton, StoredForm
-from neuromerge_hf.sources.prepared import Preparation
+from neuromerge_hf.sources.computed import Preparation
+from neuromerge_hf.sources.heads import Head
 from neuromerge_hf.sources.task_vector import TaskVector
-from neuromerge_hf.tensors import MERGEABLE, StoredTensor, is_remote, read_rows, read_whole
+from neuromerge_hf.storage.layout import Block, Layout
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.tensors import MERGEABLE, StoredTensor, is_remote, read_rows, read_whole
 
 COMPARED_AT_ONCE = 1 << 20
 

@@ -2,12 +2,8 @@
 
 from transformers import PretrainedConfig
 
-from neuromerge_hf.checkpoint import CHECKPOINT_FILES
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.heads import Head
-from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place, Skeleton, model_class_of
-from neuromerge_hf.sources.converted import to_base_form
 from neuromerge_hf.sources.expert import (
     VOCABULARY_REMEDY,
     Base,
@@ -17,9 +13,13 @@ from neuromerge_hf.sources.expert import (
     mismatch,
     without_tied_copies,
 )
+from neuromerge_hf.sources.heads import Head
+from neuromerge_hf.sources.stored_forms import to_base_form
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
-from neuromerge_hf.tensors import StoredTensor
-from neuromerge_hf.ties import missing_copies, renamed, separable
+from neuromerge_hf.sources.untying import missing_copies, renamed, separable
+from neuromerge_hf.storage.files import CHECKPOINT_FILES
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.tensors import StoredTensor
 
 
 def check_architecture(

@@ -11,12 +11,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.layout import Block, Layout
-from neuromerge_hf.location import Location
 from neuromerge_hf.skeleton import Place
 from neuromerge_hf.sources.expert import Base
 from neuromerge_hf.sources.task_vector import LowRank, TaskVector
-from neuromerge_hf.tensors import StoredTensor, read_whole
+from neuromerge_hf.storage.layout import Block, Layout
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 
 NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of LoraConfig.init_lora_weights that leave the base's weights as they are."""

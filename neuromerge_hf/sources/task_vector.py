@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neuromerge_hf.layout import Block, Layout
-from neuromerge_hf.tensors import StoredTensor, read_rows
+from neuromerge_hf.storage.layout import Block, Layout
+from neuromerge_hf.storage.tensors import StoredTensor, read_rows
 
 TILE = 64
 """How many rows of a low-rank product are formed at a time, counted from the tensor's first.

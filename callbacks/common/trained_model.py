@@ -1,0 +1,163 @@
+"""What a training started from, and what its model looks like before it is trained."""
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, class_of, network_of, own_weights
+from neuromerge_hf.engine.writer import FORMAT_NAMES
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.planning.resolve import ModelId
+from neuromerge_hf.skeleton import Skeleton
+from neuromerge_hf.storage.files import ADAPTER_FILES, CHECKPOINT_FILES
+
+SAVED_BY_RUN = re.compile(r"checkpoint-\d+|trained")
+"""The folders of models that a training saves."""
+
+COMPARED = 1 << 20
+"""How many entries of one weight are compared with the base's."""
+
+RELATED = 0.5
+"""The cosine above which two weights are of the same model: near 1 for fine-tunes, near 0 for others."""
+
+REMEDY = (
+    "Pass base_model=, the model that training started from. If that is no saved model, because the weights were "
+    "random, save it before training with model.save_pretrained(DIR), and pass base_model=DIR."
+)
+
+
+def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) -> str:
+    """The base of the model in training: a folder or an id, with the revision if it is known.
+
+    Args:
+        given: the user's; if None, what transformers and PEFT noted when they loaded the model.
+        run_folder: where the training saves models, none of which is its base.
+
+    Raises:
+        MergeError: if it is not known.
+    """
+    name = str(given) if given is not None else _noted_base(model)
+    if not name:
+        raise MergeError(
+            f"What the model in training, a {type(network_of(model)).__name__}, started from is not known. {REMEDY}"
+        )
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    is_in_run = folder.resolve().parent == run_folder.resolve()
+    if given is None and is_in_run and SAVED_BY_RUN.fullmatch(folder.name):
+        raise MergeError(f"The model in training was loaded from {folder}, which this training saved itself. {REMEDY}")
+    return str(folder.absolute())
+
+
+def _noted_base(model: HuggingFaceModel) -> str | None:
+    config = network_of(model).config
+    adapter = adapter_config(model)
+    if adapter is None or not adapter.base_model_name_or_path:
+        return config._name_or_path  # transformers notes no revision
+    name = adapter.base_model_name_or_path
+    return f"{name}@{adapter.revision}" if adapter.revision and not Path(name).expanduser().is_dir() else name
+
+
+def adapter_config(model: HuggingFaceModel) -> PeftConfig | None:
+    """The configuration of the adapter that is trained; None if the whole model is.
+
+    Raises:
+        MergeError: if several adapters are active, which is no expert.
+    """
+    if isinstance(model, PeftModel):
+        active = model.active_adapters
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        active = model.active_adapters()
+    else:
+        return None
+    if len(active) != 1:
+        raise MergeError(f"The model in training has the active adapters {active}. Only one of them can be an expert.")
+    config: Any = model.peft_config[active[0]]
+    return config
+
+
+def expert_folder(model: HuggingFaceModel, saved: Path) -> Path:
+    """Where in the folder of a saved model the expert is: PEFT gives a folder to adapters with names of their own."""
+    name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
+    return saved if name == "default" else saved / name
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of an earlier model that could be taken for a part of the one that is saved here next."""
+    for name in ("config.json", "adapter_config.json", *ADAPTER_FILES, *CHECKPOINT_FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save_task_config(model: HuggingFaceModel, folder: Path) -> None:
+    """Save the configuration beside an adapter, as PEFT does not: it names the labels of the head."""
+    network = network_of(model)
+    if adapter_config(model) and not getattr(network, "hf_quantizer", None):
+        config = copy.deepcopy(network.config)
+        config.architectures = [class_of(network).__name__]
+        config.save_pretrained(folder)
+
+
+def save_outline(model: HuggingFaceModel, tokenizer: Any, folder: Path) -> None:
+    """Save what a plan looks at: an adapter as it is, of a full model all but the weights.
+
+    The file of the weights has its header, and holes where the weights would be.
+    """
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if adapter_config(model):
+        model.save_pretrained(str(folder))
+        return
+    network = network_of(model)
+    config: Any = copy.deepcopy(network.config)
+    config.architectures = [class_of(network).__name__]
+    config.save_pretrained(folder)
+    if network._auto_class:  # its class is in files of its own
+        custom_object_save(network, str(folder), config=config)
+    skeleton = Skeleton(class_of(network), config)  # unlike the model, it is whole on every process
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    size = 0
+    for name, tensor in skeleton.model.state_dict().items():
+        if name not in skeleton.ties:
+            end = size + math.prod(tensor.shape) * tensor.dtype.itemsize
+            shape = list(tensor.shape)
+            header[name] = {"dtype": FORMAT_NAMES[tensor.dtype], "shape": shape, "data_offsets": [size, end]}
+            size = end
+    encoded = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + size)
+
+
+def check_related(model: HuggingFaceModel, plan: MergePlan) -> None:
+    """Raise a `MergeError` if the model in training does not have the weights of its base.
+
+    transformers notes where a configuration came from, also for a model that was made from it with random weights.
+    Compared is the first weight that both have in one shape, if it is on this machine.
+    """
+    prefix = f"{network_of(model).base_model_prefix}."
+    live = own_weights(model)
+    for unit in plan.units:
+        if not unit.is_neuronal or not unit.tensor.path.is_file():
+            continue
+        names = (unit.parameter, prefix + unit.parameter, unit.parameter.removeprefix(prefix))
+        ours = next((live[name] for name in names if name in live), None)
+        if ours is None or tuple(ours.shape) != tuple(unit.tensor.shape) or not ours.is_floating_point():
+            continue
+        theirs = torch.empty(min(ours.numel(), COMPARED), dtype=unit.tensor.dtype)
+        unit.tensor.read(0, theirs.numel(), theirs)
+        entries = ours.detach().flatten()[: theirs.numel()].to("cpu", torch.float32)
+        if torch.cosine_similarity(entries, theirs.float(), dim=0) < RELATED:
+            raise MergeError(
+                f"The weights of the model in training are not those of {plan.base.location}: {unit.parameter} is "
+                f"unrelated. {REMEDY}"
+            )
+        return

@@ -1,0 +1,95 @@
+"""The files beside the merged weights: configuration, tokenizer, generation settings, processor, code, licences."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.storage.files import companion_files, term_files, tokenizer_files
+from neuromerge_hf.vocabulary.token_ids import renumbered, with_ids_of, with_vocabulary_size
+from neuromerge_hf.vocabulary.tokenizer import extended_tokenizer
+
+GENERATION = "generation_config.json"
+
+PLACES = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
+"""Settings of a tokenizer that older transformers wrote, and nothing reads: where files were on somebody's machine."""
+
+
+def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
+    """Write them: the base's, those of the tokenizer from the model whose tokenizer is chosen, and everyone's terms."""
+    base, tokenizer = plan.base.location.folder, plan.tokenizer
+    _write(folder / "config.json", _config(plan))
+    for path in companion_files(base):
+        if trust_remote_code or path.suffix != ".py":
+            shutil.copyfile(path, folder / path.name)
+    if tokenizer.additions or tokenizer.is_expert:
+        for path in tokenizer_files(base):
+            (folder / path.name).unlink()
+    if tokenizer.additions:
+        extended_tokenizer(
+            plan.base.location, plan.base.config, tokenizer.additions, trust_remote_code
+        ).save_pretrained(folder)
+        _rewrite_tokenizer_config(folder, without=("is_local", "local_files_only"))  # how it was loaded here
+    if tokenizer.is_expert:
+        chosen = tokenizer.location.folder
+        own = chosen / GENERATION
+        for path in [*tokenizer_files(chosen), *([own] if own.is_file() else [])]:
+            shutil.copyfile(path, folder / path.name)
+        if tokenizer.alignment and not own.is_file() and (base / GENERATION).is_file():
+            settings = renumbered(_read(base / GENERATION), tokenizer.alignment.base, tokenizer.alignment)
+            _write(folder / GENERATION, settings)
+    _rewrite_tokenizer_config(folder, without=PLACES)
+    if tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
+        _rewrite_tokenizer_config(folder, without=("chat_template",))
+    locations = [plan.base.location, *(expert.location for expert in plan.experts)]
+    for name, location in zip(plan.model_names, locations, strict=True):
+        for path in term_files(location.folder):
+            shutil.copyfile(path, folder / f"{path.stem}-{name}{path.suffix}")
+
+
+def _config(plan: MergePlan) -> dict[str, Any]:
+    config = _without_name(_read(plan.base.location.folder / "config.json"))
+    if plan.base.copies:
+        config["tie_word_embeddings"] = False
+    if plan.architecture:
+        config["architectures"] = [plan.architecture]
+    if plan.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.dtype
+    if plan.head:
+        config |= plan.head.labels
+    chosen = plan.tokenizer.location.folder / "config.json"
+    if plan.tokenizer.is_expert and chosen.is_file():
+        config = with_ids_of(config, _read(chosen))
+    elif plan.tokenizer.alignment:
+        config = renumbered(config, plan.tokenizer.alignment.base, plan.tokenizer.alignment)
+    if plan.tokenizer.alignment:
+        config = with_vocabulary_size(config, plan.base.config, plan.tokenizer.alignment.target.rows)
+    return config
+
+
+def _without_name(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside of it, without the place that it was loaded from."""
+    return {
+        key: _without_name(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "_name_or_path"
+    }
+
+
+def _rewrite_tokenizer_config(folder: Path, without: tuple[str, ...]) -> None:
+    path = folder / "tokenizer_config.json"
+    settings = _read(path) if path.is_file() else {}
+    if settings.keys() & set(without):
+        _write(path, {key: value for key, value in settings.items() if key not in without})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Passes over the inputs, block by block: thresholds, merging, statistics, and writing."""

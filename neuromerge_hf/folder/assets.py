@@ -1,0 +1,112 @@
+"""Which files of a folder are a merged model: to be copied, or uploaded, or deleted when it is replaced."""
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.recipe import RECIPE_NAME
+from neuromerge_hf.folder.report import REPORT_NAME
+from neuromerge_hf.storage.files import (
+    CHECKPOINT_FILES,
+    COMPANIONS,
+    HEADS,
+    TERMS,
+    TOKENIZER_FILES,
+    find_weights,
+    open_weights,
+    weight_files,
+)
+
+CARD = "README.md"
+
+BESIDE_CARD = ("*.png", *TERMS)
+"""Pictures of the card, and the parents' terms, which have to go with the weights."""
+
+BESIDE_WEIGHTS = ("config.json", *COMPANIONS, RECIPE_NAME, REPORT_NAME, CARD, *BESIDE_CARD)
+"""The files of a merge at the top of its folder. There can be more: a trainer's state, logs, private notes."""
+
+IN_HEADS = (f"{HEADS}/*/*.json", f"{HEADS}/*/*.safetensors")
+
+WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+
+LOADED = (*WEIGHTS, *TOKENIZER_FILES, "generation_config.json", f"{HEADS}/*")
+"""What transformers or `AutoMergedModel` would load together with the weights, whichever merge it came from."""
+
+
+def merged_files(folder: Path) -> dict[str, Path]:
+    """The files of a merged model by their path in its folder, links to files among them.
+
+    Raises:
+        MergeError: if it has no weights, or not all.
+    """
+    main = find_weights(folder, CHECKPOINT_FILES[:2])
+    if main is None:
+        raise MergeError(f"{folder} is not a merged model: it has no model.safetensors.")
+    beside = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS)]
+    heads = [path for pattern in IN_HEADS for path in folder.glob(pattern)]
+    paths = {path for path in (main, *weight_files(main), *beside, *heads) if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    return {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+
+
+def files_to_push(folder: Path) -> dict[str, Path]:
+    """The files of a merged model by their path in its repository.
+
+    Links are left out: they can lead anywhere on this machine.
+
+    Raises:
+        MergeError: if the folder is no complete merge.
+    """
+    if not folder.is_dir():
+        raise MergeError(f"{folder} is not a folder. Give the output directory of a merge.")
+    files = merged_files(folder)
+    missing = [name for name in ("config.json", RECIPE_NAME, REPORT_NAME) if name not in files]
+    if missing:
+        raise MergeError(
+            f"{folder} is not a complete merge: it has no {' and no '.join(missing)}. "
+            "Give the output directory of `neuromerge merge`, or merge again."
+        )
+    main = find_weights(folder, CHECKPOINT_FILES[:2])
+    assert main is not None
+    for path in (main, *weight_files(main), *(files[name] for name in ("config.json", RECIPE_NAME, REPORT_NAME))):
+        if path.is_symlink():
+            raise MergeError(f"{path} is a link, and links are not uploaded: push the folder where the files are.")
+    open_weights(main)  # finds a truncated file before it is sent
+    return {name: path for name, path in files.items() if not path.is_symlink()}
+
+
+def is_stale(name: str) -> bool:
+    """Whether a file in the repository would be taken for one of the merge, if the merge has none of this name."""
+    return any(fnmatch(name, pattern) for pattern in LOADED)
+
+
+def copy_merge(source: Path, target: Path) -> None:
+    """Copy a merged model. A card that is in the target stays, to be continued."""
+    files = merged_files(source)
+    for name, path in files.items():
+        if name != CARD or not (target / CARD).exists():
+            copy_file(path, target / name)
+    _remove_other_weights(target, files)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, unless it is the same."""
+    if not (target.exists() and target.samefile(source)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # were it a link, what it leads to would be overwritten
+        shutil.copyfile(source, target)
+
+
+def remove_older_weights(folder: Path) -> None:
+    """Remove what an earlier save left: transformers reads ``model.safetensors`` before shards with an index."""
+    mains = [folder / name for name in CHECKPOINT_FILES[:2] if (folder / name).is_file()]
+    if mains:
+        newest = max(mains, key=lambda path: path.stat().st_mtime_ns)
+        _remove_other_weights(folder, {path.name: path for path in (newest, *weight_files(newest))})
+
+
+def _remove_other_weights(folder: Path, files: dict[str, Path]) -> None:
+    for path in folder.iterdir():
+        if path.name not in files and any(fnmatch(path.name, pattern) for pattern in WEIGHTS):
+            path.unlink()

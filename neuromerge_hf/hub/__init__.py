@@ -1,0 +1,1 @@
+"""Publishing a merged model."""

@@ -1,0 +1,1 @@
+"""What a merge will do, found and checked from metadata alone."""

@@ -1,0 +1,68 @@
+"""What happens to each stored tensor of the base: merged, or copied."""
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.errors import MergeError, abridged
+from neuromerge_hf.planning.plan import Unit
+from neuromerge_hf.sources.expert import Base, Expert, is_mergeable
+from neuromerge_hf.storage.layout import Layout
+
+
+def make_units(
+    base: Base, experts: Sequence[Expert], config: MergeConfig, dtype: torch.dtype | None
+) -> tuple[Unit, ...]:
+    """A unit for every stored tensor of the base, by name.
+
+    Raises:
+        MergeError: for tensors whose neurons are not known, and patterns of `config.exclude` that match nothing.
+    """
+    units = []
+    problems = []
+    unused = set(config.exclude)
+    for name, tensor in sorted(base.tensors.items()):
+        place = base.places[name]
+        parameter = place.parameter if place else name
+        excluding = {
+            pattern for pattern in config.exclude if fnmatchcase(parameter, pattern) or fnmatchcase(name, pattern)
+        }
+        unused -= excluding
+        vectors = [expert.task_vectors.get(place) for expert in experts] if place else []
+        merged = is_mergeable(tensor) and not excluding and any(vectors)
+        layout = base.layouts.get(name)
+        if merged and name in base.unknown:
+            problems.append(f"{name} of {base.location} cannot be merged: {base.unknown[name]}")
+        units.append(
+            Unit(
+                tensor=tensor,
+                parameter=parameter,
+                layout=(layout or Layout.of(tensor.shape, None))
+                if merged
+                else Layout(1, 1, math.prod(tensor.shape), 1),
+                is_neuronal=merged and layout is not None,
+                task_vectors=tuple(vectors) if merged else (),
+                dtype=dtype if dtype and is_mergeable(tensor) else tensor.dtype,
+            )
+        )
+    if problems:
+        raise MergeError(abridged(problems))
+    if unused:
+        raise MergeError(
+            f"exclude={sorted(unused)} matches no parameter of {base.location}. "
+            f"Its parameters have names such as {units[0].parameter}."
+        )
+    return tuple(units)
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype of the output; None for "auto", each tensor's own dtype in the base."""
+    if dtype == "auto":
+        return None
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise MergeError(f'dtype must be "auto", "float32", "float16" or "bfloat16", not {dtype!r}.')
+    return resolved

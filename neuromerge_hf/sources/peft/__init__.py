@@ -1,0 +1,1 @@
+"""Experts that are PEFT adapters of any type."""

@@ -1,0 +1,191 @@
+"""Experts that are PEFT adapters: what each of their tensors is, and how its task vector is found."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+from neuromerge_hf.errors import MergeError, abridged
+from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.sources import lora
+from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch, missing_parameter, same_values
+from neuromerge_hf.sources.heads import Head, task_class, task_config
+from neuromerge_hf.sources.peft import effective, tuner
+from neuromerge_hf.sources.task_vector import Difference, TaskVector
+from neuromerge_hf.storage.files import ADAPTER_FILES
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.tensors import StoredTensor
+
+WRAPPERS = (".base_layer.", ".modules_to_save.", ".token_adapter.")
+"""PEFT's modules around those of the model, in the names of biases (bias="all") and of adapted embeddings."""
+
+TOKENS = "trainable_tokens_delta"
+"""The name of the rows of an embedding that trainable tokens replace."""
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """What a file of adapter weights holds.
+
+    Attributes:
+        tuned: the tuner's tensors of each module that it changes, by their names without "base_model.model.".
+        tokens: the new rows of modules of which only some tokens were trained.
+        stored: parameters that are stored whole.
+    """
+
+    file: Path
+    tuned: dict[str, dict[str, StoredTensor]] = field(default_factory=lambda: defaultdict(dict))
+    tokens: dict[str, StoredTensor] = field(default_factory=dict)
+    stored: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+def read_adapter(location: Location, config: tuner.AnyConfig, ties: Mapping[str, str]) -> AdapterTensors:
+    """The tensors of an adapter, from their headers alone.
+
+    Args:
+        ties: the base's tied parameters, with the parameter that each shares.
+
+    Raises:
+        MergeError: if a file is missing or damaged.
+    """
+    main = location.find_weights()
+    if main is None:
+        raise MergeError(f"{location} has no weights: it holds none of {', '.join(ADAPTER_FILES)}.")
+    adapter = AdapterTensors(main)
+    prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    for key, tensor in location.open_weights(main).items():
+        name = key.removeprefix("base_model.model.")
+        if ".original_module." in name:  # bias="all" stores what modules_to_save has replaced
+            continue
+        if name.startswith("base_model."):  # what the tuner's layers share
+            continue
+        if name.endswith(f".{TOKENS}"):
+            adapter.tokens[name.removesuffix(f".{TOKENS}").removesuffix(".token_adapter")] = tensor
+        elif prefix in name:
+            adapter.tuned[name.partition(prefix)[0].replace(".base_layer", "")][name] = tensor
+        else:
+            for wrapper in WRAPPERS:
+                name = name.replace(wrapper, ".")
+            adapter.stored[name] = tensor
+    if tuner.type_of(config) == "TRAINABLE_TOKENS":  # it also stores the tokens of what is tied to its embedding
+        for name in list(adapter.tokens):
+            if ties.get(f"{name}.weight", "").removesuffix(".weight") in adapter.tokens:
+                del adapter.tokens[name]
+    return adapter
+
+
+def changes_one_of_two(location: Location, config: tuner.AnyConfig, base: Base) -> bool:
+    """Whether an adapter changes one of two tied embeddings and not the other."""
+    with suppress(MergeError):  # which is reported when the adapter is opened
+        adapter = read_adapter(location, config, base.ties)
+        saved = [name for name in adapter.stored if _is_saved_module(name, config)]
+        tokens = [f"{module}.weight" for module in adapter.tokens]
+        if len(tokens) == 1 and tokens[0] not in base.ties:  # PEFT changes the other embedding as well
+            tokens = []
+        names = [*saved, *tokens, *(f"{module}.weight" for module in adapter.tuned)]
+        return any(place and base.is_tied(place) for place in base.skeleton.places(names).values())
+    return False
+
+
+def _is_saved_module(parameter: str, config: tuner.AnyConfig) -> bool:
+    """Whether a stored parameter is of modules_to_save, and not PEFT's copy of the embeddings."""
+    module = parameter.rpartition(".")[0]
+    return any(
+        module == saved or module.endswith(f".{saved}") for saved in getattr(config, "modules_to_save", None) or ()
+    )
+
+
+def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: Base, notes: list[str]) -> Expert:
+    """Open an adapter, from the headers of its files.
+
+    Args:
+        notes: what the report shall say of it.
+
+    Raises:
+        MergeError: if a file is missing or damaged, or the adapter does not fit the base.
+    """
+    adapter = read_adapter(location, config, base.ties)
+    places = base.skeleton.places(adapter.stored)
+    problems = [
+        f"{adapter.file} changes {module} in two ways, of which only one can be merged. Leave the adapter out."
+        for module in adapter.tuned.keys() & adapter.tokens.keys()
+    ]
+    stored: dict[Place, StoredTensor] = {}
+    shared: dict[Place, StoredTensor] = {}
+    head: dict[str, StoredTensor] = {}
+    for key, tensor in adapter.stored.items():
+        place = places[key]
+        found = base.at(place)
+        if (place is None or found is None) and base.has_module(key.rpartition(".")[0]):
+            problems.append(
+                f"{adapter.file} holds {key}, which is neither a parameter of the base {base.location} nor known of an "
+                f"adapter of type {tuner.type_of(config)}. Check base_model, or upgrade: pip install -U peft."
+            )
+        elif place is None or found is None:
+            head[key] = tensor
+        elif found[0].shape != tensor.shape:
+            problems.append(mismatch(key, found[0], tensor, base.skeleton, place))
+        elif _is_saved_module(key, config) or not base.was_tied(place):
+            stored[place] = tensor
+        elif not same_values(tensor, shared.setdefault(base.tied_places(place)[0], tensor)):
+            problems.append(
+                f"{adapter.file} stores embeddings that its base ties as two that differ, {key} and another, and does "
+                "not name them in modules_to_save. Save the adapter again."
+            )
+        elif not same_values(tensor, found[0]):  # PEFT's save_embedding_layers stores embeddings that nobody changed
+            stored |= dict.fromkeys(base.tied_places(place), tensor)
+    task_vectors: dict[Place, TaskVector] = {
+        place: Difference(tensor, found[1])
+        for place, tensor in stored.items()
+        if (found := base.at(place)) and is_mergeable(tensor)
+    }
+
+    model_class = task_class(config.task_type, base.config)
+    head_config = task_config(base.config, location.folder, model_class, head) if head else None
+    preparation = None
+    if isinstance(config, LoraConfig) and lora.is_plain(config):
+        factors, found_problems = lora.open_factors(location, adapter.file, adapter.tuned, config, base, task_vectors)
+        task_vectors |= factors
+        problems += found_problems
+        tuned: Mapping[str, dict[str, StoredTensor]] = {}
+    else:
+        tuned = adapter.tuned or tuner.targets(config, base)
+    if tuned or adapter.tokens:
+        changes, found_problems = tuner.find_changes(location, config, tuned, adapter.tokens, base)
+        problems += found_problems
+        if not problems:
+            preparation, vectors = effective.prepare(location, adapter.file, config, changes, base, stored, head_config)
+            task_vectors |= vectors
+    if problems:
+        raise MergeError(abridged(problems))
+
+    if model_class and model_class is not base.skeleton.model_class and not head:
+        skeleton = Skeleton(model_class, base.config)
+        missing = missing_parameter(skeleton, skeleton.places(base.tensors))
+        if missing:
+            raise MergeError(
+                f"{location} was trained as {model_class.__name__} (task_type={str(config.task_type)!r}), whose "
+                f"{missing} is in neither the adapter nor the base {base.location}. "
+                "Check base_model: it must be the model that the adapter was trained on, with its head."
+            )
+    return Expert(
+        name=name,
+        location=location,
+        kind=_kind(config, task_vectors),
+        model_class_name=model_class.__name__ if model_class else None,
+        task_vectors=task_vectors,
+        head=Head(head_config, head) if head_config else None,
+        preparation=preparation,
+        notes=notes,
+    )
+
+
+def _kind(config: tuner.AnyConfig, task_vectors: Mapping[Place, TaskVector]) -> str:
+    """What the report calls an adapter."""
+    if not isinstance(config, LoraConfig) or tuner.type_of(config) != "LORA":
+        return tuner.type_of(config)
+    return " ".join(["LoRA", *lora.variants(config), *lora.ranks(task_vectors)])

@@ -1,0 +1,160 @@
+"""What an adapter of any type changes, known from its configuration and the names of its tensors."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from neuromerge_hf.skeleton import Place
+from neuromerge_hf.sources.aligned import AlignedTensor
+from neuromerge_hf.sources.expert import Base
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.tensors import StoredTensor
+
+SHARING = ("FROD", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
+"""Types whose layers share state, so that a module alone cannot be computed; newer PEFT says so of its own."""
+
+AnyConfig: TypeAlias = Any
+"""A `PeftConfig`. Each type of adapter has options of its own."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A module that an adapter changes.
+
+    Attributes:
+        module: its name in the adapter.
+        own: its name in the base's class.
+        parameters: which of its parameters change, by their names in it.
+        tensors: the tuner's tensors, by their names in the adapter.
+        tokens: the new rows, where only some tokens were trained.
+        together: whether what is tied to it changes with it.
+    """
+
+    module: str
+    own: str
+    parameters: tuple[str, ...]
+    tensors: Mapping[str, StoredTensor]
+    tokens: StoredTensor | None = None
+    together: bool = False
+
+    def full_name(self, parameter: str, base: Base) -> str:
+        """The name of one of its parameters in the base's class."""
+        name = f"{self.own}.{parameter}"
+        return base.skeleton.ties.get(name, name)
+
+
+def type_of(config: AnyConfig) -> str:
+    """The name of an adapter's type, as it is in its configuration."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def needs_whole_model(config: AnyConfig) -> bool:
+    """Whether the layers of an adapter share state, or PEFT loads them together."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    resized = type_of(config) == "ADALORA" and bool(config.rank_pattern)
+    return resized or type_of(config) in SHARING or getattr(tuner, "uses_shared_state", False)
+
+
+def targets(config: AnyConfig, base: Base) -> dict[str, dict[str, StoredTensor]]:
+    """The modules that an adapter changes which stores nothing but what its layers share."""
+    if not needs_whole_model(config):
+        return {}
+    modules = (name for name, _ in base.skeleton.model.named_modules() if name)
+    return {name: {} for name in modules if check_target_module_exists(config, name)}
+
+
+def find_changes(
+    location: Location,
+    config: AnyConfig,
+    tuned: Mapping[str, Mapping[str, StoredTensor]],
+    tokens: Mapping[str, StoredTensor],
+    base: Base,
+) -> tuple[list[Change], list[str]]:
+    """What an adapter changes, and the problems that were found."""
+    changes, problems = [], []
+    if needs_whole_model(config) and any(isinstance(tensor, AlignedTensor) for tensor in base.tensors.values()):
+        problems.append(
+            f"{location} is of type {type_of(config)}, which PEFT computes in the whole model at once, and has another "
+            f"number of tokens than the base {base.location}. Put it into its resized base with PEFT's "
+            "merge_and_unload(), save that model with its tokenizer, and give it in place of the adapter."
+        )
+    for module, tensors in [*tuned.items(), *((module, {}) for module in tokens)]:
+        own = _own_name(module, config, base)
+        if own is None:
+            problems.append(base.lacks(location, module))
+            continue
+        rows = tokens.get(module)
+        parameters = (
+            ("weight",) if rows else _changed_parameters(config, module, base.skeleton.model.get_submodule(own))
+        )
+        together = rows is not None and len(tokens) == 1 and f"{own}.weight" not in base.ties
+        changes.append(Change(module, own, parameters, tensors, rows, together))
+        for parameter in parameters:
+            place = Place(f"{own}.{parameter}")
+            if place.parameter not in base.skeleton.shapes:
+                problems.append(
+                    f"{location} adds {place.parameter}, which the base {base.location} does not have. "
+                    "Merge it into a model with this parameter, with zeros in it, or leave it out."
+                )
+            elif not together and (base.was_tied(place) if needs_whole_model(config) else base.is_tied(place)):
+                problems.append(base.cannot_untie(location, module))
+    return changes, problems
+
+
+def _own_name(module: str, config: AnyConfig, base: Base) -> str | None:
+    """The name of an adapter's module in the base's class."""
+    parameters = [target.rpartition(".")[2] for target in getattr(config, "target_parameters", None) or ()]
+    names = [f"{module}.{parameter}" for parameter in ("weight", *parameters)]
+    for name, place in base.skeleton.places(names).items():
+        if place and place.piece is None:
+            parameter = name.rpartition(".")[2]
+            tied = [alias for alias, owner in base.skeleton.ties.items() if owner == place.parameter]
+            own = next((alias for alias in tied if alias.endswith(name)), place.parameter)
+            return own.removesuffix(f".{parameter}")
+    return None
+
+
+def _changed_parameters(config: AnyConfig, module: str, layer: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that a tuner changes, by their names in it. Checked when they are computed."""
+    targets = target_parameters(config, module, layer)
+    if targets:
+        return targets
+    kind = type_of(config)
+    has_bias = getattr(layer, "bias", None) is not None
+    if kind == "BEFT":
+        return ("bias",)
+    if kind == "LN_TUNING":
+        return tuple(name for name, _ in layer.named_parameters())
+    if isinstance(config, LoraConfig) and config.lora_bias:
+        return ("weight", "bias")
+    if kind == "IA3":
+        has_bias &= not _is_feedforward(config, module)
+    elif kind == "GLORA":
+        has_bias &= config.config_C != "none" or config.config_D_E != "none"
+    elif kind not in ("ADAMSS", "ROAD"):
+        has_bias = False
+    return ("weight", "bias") if has_bias else ("weight",)
+
+
+def _is_feedforward(config: AnyConfig, module: str) -> bool:
+    """Whether IA3 scales the inputs of a module, and not its outputs."""
+    patterns = config.feedforward_modules or ()
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
+
+
+def target_parameters(config: AnyConfig, module: str, layer: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that LoRA's target_parameters name, by their names in it."""
+    targets = getattr(config, "target_parameters", None) or ()
+    return tuple(
+        name
+        for name, _ in layer.named_parameters(recurse=False)
+        if any(f".{module}.{name}".endswith(f".{target}") for target in targets)
+    )

@@ -1,0 +1,54 @@
+"""Bases whose embeddings are tied, opened untied for experts that change one of them: two matrices from one."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+from neuromerge_hf.skeleton import Skeleton
+from neuromerge_hf.sources.expert import Base, stored_form
+from neuromerge_hf.storage.tensors import StoredTensor
+
+
+def untied(base: Base) -> Base:
+    """The base as if it stored its tied embeddings under each of their names, or unchanged if it cannot be untied."""
+    skeleton = untied_skeleton(base.skeleton)
+    copies = separable(base.skeleton)
+    if not copies:
+        return base
+    tensors = dict(base.tensors)
+    for name, original in missing_copies(tensors, skeleton, copies).items():
+        tensors[name] = renamed(tensors[original], name)
+    places = skeleton.places(tensors)
+    layouts, unknown = skeleton.stored_layouts(stored_form(tensors, places))
+    return Base(base.location, skeleton.model.config, skeleton, tensors, places, layouts, unknown, copies)
+
+
+def untied_skeleton(skeleton: Skeleton) -> Skeleton:
+    """The same model with tie_word_embeddings off."""
+    config = copy.deepcopy(skeleton.model.config)
+    config.tie_word_embeddings = False
+    return Skeleton(skeleton.model_class, config)
+
+
+def separable(skeleton: Skeleton) -> dict[str, str]:
+    """The tied parameters that can have values of their own, with the parameter that each shares.
+
+    Models with an encoder have none: some scale their output only where it is tied.
+    """
+    if not skeleton.ties or skeleton.model.config.is_encoder_decoder:
+        return {}
+    still_tied = untied_skeleton(skeleton).ties
+    return {name: owner for name, owner in skeleton.ties.items() if name not in still_tied}
+
+
+def missing_copies(
+    tensors: Mapping[str, StoredTensor], skeleton: Skeleton, copies: Mapping[str, str]
+) -> dict[str, str]:
+    """The copies that a tied checkpoint does not store, with the name of the tensor that each is a copy of."""
+    stored = {place.parameter: name for name, place in skeleton.places(tensors).items() if place}
+    return {name: stored[owner] for name, owner in copies.items() if owner in stored and name not in stored}
+
+
+def renamed(tensor: StoredTensor, name: str) -> StoredTensor:
+    """The same tensor under another name."""
+    return dataclasses.replace(tensor, name=name)  # type: ignore[type-var]  # all stored tensors are dataclasses

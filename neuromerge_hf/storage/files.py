@@ -1,0 +1,161 @@
+"""The weight files of a folder, as one dictionary of stored tensors."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.storage.tensors import StoredTensor, open_pickle, open_safetensors
+
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers looks for, in its order."""
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT looks for, in its order."""
+
+OPENED_AT_ONCE = 8
+"""How many files are opened at once: the headers of files on the Hub are waited for."""
+
+HEADS = "heads"
+"""The folder of a merged model in which the experts' heads lie, one folder for each expert."""
+
+HEAD_WEIGHTS = "head.safetensors"
+"""The file of a head's tensors, by their names in the expert's task model."""
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "*.model",
+    "*.spm",
+    "*.codes",
+    "*.tiktoken",
+    "chat_template*",
+)
+
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "*processor_config.json", "*.py")
+"""The files beside the weights that a merged model takes from its base: tokenizer, processor, generation, code."""
+
+TERMS = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "USE_POLICY*")
+"""A model's licence, and what else its owners ask to go along with what is made of it."""
+
+TEXTS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
+"""Of other files that are called after a licence, some are code, or weights."""
+
+
+def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
+    """The companions that are in a model's folder."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
+
+
+def term_files(folder: Path) -> list[Path]:
+    """The files in a model's folder that say under which terms it is given."""
+    return [path for path in companion_files(folder, TERMS) if path.suffix.lower() in TEXTS]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a model's folder; none if there is no more than a chat template."""
+    files = companion_files(folder, TOKENIZER_FILES)
+    return files if any(not path.name.startswith("chat_template") for path in files) else []
+
+
+def find_weights(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of `names` that is in the folder."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def weight_files(main: Path, is_file: Callable[[Path], bool] = Path.is_file) -> list[Path]:
+    """The files that hold the tensors: `main` itself, or those that it lists if it is an index.
+
+    Args:
+        main: a weight file or an index, see `find_weights`.
+        is_file: whether a file is there.
+
+    Raises:
+        MergeError: if the index is damaged, names a file outside its folder, or a file is missing.
+    """
+    if not main.name.endswith(".index.json"):
+        return [main]
+    files = _indexed_files(main)
+    for file in files:
+        if not is_file(file):
+            raise MergeError(f"{file} is missing, but {main.name} lists it. Download the model again.")
+    return files
+
+
+def _indexed_files(main: Path) -> list[Path]:
+    """The files that an index lists, whether they are there or not.
+
+    Raises:
+        MergeError: if the index is damaged, or names a file outside its folder.
+    """
+    try:
+        names = sorted({os.fspath(name) for name in json.loads(main.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise MergeError(
+            f"{main} is not a valid index of a sharded checkpoint ({error!r}). Download it again."
+        ) from error
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise MergeError(
+                f"{main} names the file {name!r}, which is outside its folder. "
+                "Such an index could read any file of this machine; do not use this checkpoint."
+            )
+    return [main.parent / name for name in names]
+
+
+def open_file(path: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of one weight file by name.
+
+    Raises:
+        MergeError: if it is truncated or damaged.
+    """
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+
+
+def open_weights(
+    main: Path,
+    is_file: Callable[[Path], bool] = Path.is_file,
+    open_file: Callable[[Path], Mapping[str, StoredTensor]] = open_file,
+) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint or adapter by name, in the order of the files, from their headers alone.
+
+    Args:
+        main: a weight file or an index, see `find_weights`.
+        is_file: whether a file is there.
+        open_file: opens one; called on several threads.
+
+    Raises:
+        MergeError: if a file is missing, truncated or damaged.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        for opened in pool.map(open_file, weight_files(main, is_file)):
+            tensors.update(opened)
+    if main.name.endswith(".index.json"):
+        missing = sorted(set(json.loads(main.read_text())["weight_map"]) - set(tensors))
+        if missing:
+            raise MergeError(
+                f"{main} lists the tensor {missing[0]}{_more(missing)}, but its file does not hold it. "
+                "Download the model again."
+            )
+    return tensors
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,0 +1,71 @@
+"""Weight files on the Hub of which nothing but the size and the header is fetched."""
+
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported lazily
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.storage.tensors import RemoteTensor, read_header
+
+FIRST_BYTES = 100_000
+"""How much of a large file is asked for at first: most headers are shorter. Of a smaller file, a thousandth."""
+
+
+def list_sizes(repo: str, folder: str, commit: str, token: str | bool | None) -> dict[str, int] | None:
+    """The files of a folder of a repository by name, with their sizes in bytes; None if the Hub cannot be asked.
+
+    Args:
+        folder: with a slash at its end; "" for the repository's own.
+    """
+    try:
+        entries = list(HfApi(token=token).list_repo_tree(repo, folder.rstrip("/") or None, revision=commit))
+    except Exception:  # offline, unreachable, or no access any more: what is in the cache may still do
+        return None
+    return {PurePosixPath(entry.path).name: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def open_remote(path: Path, url: str, size: int, token: str | bool | None) -> dict[str, RemoteTensor]:
+    """The tensors of a safetensors file on the Hub, from its header alone.
+
+    Args:
+        path: where the file will be.
+        url: where it is.
+        size: its size in bytes.
+
+    Raises:
+        MergeError: if the header cannot be had, or the file is truncated or is not a safetensors file.
+    """
+    first_bytes = max(8, min(FIRST_BYTES, size // 1000))
+    content = b""
+
+    def read(start: int, stop: int) -> bytes:
+        nonlocal content
+        if len(content) < stop:
+            content += _fetch(url, token, len(content), max(stop, first_bytes))
+        return content[start:stop]
+
+    try:
+        header = read_header(path, size, read)
+    except MergeError:
+        raise
+    except Exception as error:  # the client's own exceptions, which depend on its version
+        raise MergeError(f"The header of {url} cannot be read: {error}. Check the network and try again.") from error
+    return {name: RemoteTensor(name, dtype, shape, path) for name, (dtype, shape, _) in header.items()}
+
+
+def _fetch(url: str, token: str | bool | None, start: int, stop: int) -> bytes:
+    """The bytes [start, stop) of a file."""
+    headers = build_hf_headers(token=token) | {"Range": f"bytes={start}-{stop - 1}"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
+        hf_raise_for_status(response)
+        if response.status_code != 206:
+            raise OSError("the server gives only whole files")
+        content: bytes = response.read()
+        return content

@@ -1,0 +1,115 @@
+"""Which lambdas are tried: a coarse grid around the automatic rule, then finer steps around the best."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from transformers import PreTrainedModel
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.methods.neuromerging import NeuroMerging
+from neuromerge_hf.tuning.components import Parts
+from neuromerge_hf.tuning.evaluation import Scores
+from neuromerge_hf.tuning.tuning_table import Trial
+
+DIGITS = 4
+"""Of the lambdas that are tried, but for the rule's own."""
+
+
+@dataclass(frozen=True)
+class TuningGrid:
+    """Which lambdas are tried: first all pairs of these, then finer around the best.
+
+    Args:
+        parallel: values of lambda_1.
+        orthogonal: values of lambda_2, as multiples of the automatic rule's 1 / (1 - sigma).
+        rounds: how often the steps are halved around the best pair; each adds up to 8 candidates.
+    """
+
+    parallel: Sequence[float] = (0.0, 0.5, 1.0)
+    orthogonal: Sequence[float] = (0.4, 0.6, 0.8, 1.0, 1.2)
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.parallel or not self.orthogonal or self.rounds < 0:
+            raise MergeError(f"{self} has no candidates: give at least one value of each lambda, and rounds >= 0.")
+
+
+class Search:
+    """Tries candidates on one live model, and keeps what they scored."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        evaluate: Callable[[PreTrainedModel], Scores],
+        metric: str | None,
+        greater_is_better: bool,
+        kwargs: dict[str, Any],
+    ):
+        self.trials: list[Trial] = []
+        self.seconds = 0.0
+        self._parts = parts
+        self._evaluate = evaluate
+        self._metric = metric
+        self._sign = 1 if greater_is_better else -1
+        self._kwargs = kwargs
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The live model, loaded when the parts are there."""
+        if self._model is None:
+            self._model = self._parts.load_base(**self._kwargs)
+        return self._model
+
+    @property
+    def best(self) -> Trial:
+        """The first of the best, so that the rule wins where no other is better."""
+        return max(self.trials, key=lambda trial: self._sign * trial.score)
+
+    def run(self, density: float, fitted: NeuroMerging, grid: TuningGrid) -> None:
+        """Try the rule, the grid, and then finer steps around the best, at one density."""
+        rule = 1 / (1 - fitted.sigma)
+        first = [(0.0, rule), (fitted.config.lambda_parallel, fitted.lambda_orthogonal)]
+        multiples = [rule if multiple == 1 else float(f"{multiple * rule:.{DIGITS}g}") for multiple in grid.orthogonal]
+        tried: dict[tuple[float, float], Trial] = {}
+
+        def try_all(candidates: Iterable[tuple[float, float]]) -> None:
+            new = [pair for pair in dict.fromkeys(candidates) if pair not in tried]
+            for pair in tqdm(new, desc=f"Tuning at density {density:g}", name="neuromerge_hf.tuning"):
+                tried[pair] = self._try(density, *pair, is_rule=pair == first[0])
+
+        try_all([*first, *itertools.product(grid.parallel, multiples)])
+        for _ in range(grid.rounds):
+            best = max(tried.values(), key=lambda trial: self._sign * trial.score)
+            around_parallel = around(best.lambda_parallel, [pair[0] for pair in tried])
+            around_orthogonal = around(best.lambda_orthogonal, [pair[1] for pair in tried])
+            try_all(itertools.product(around_parallel, around_orthogonal))
+
+    def _try(self, density: float, parallel: float, orthogonal: float, *, is_rule: bool) -> Trial:
+        self._parts.put(self.model, parallel, orthogonal)
+        started = time.perf_counter()
+        with torch.no_grad():
+            scores = self._evaluate(self.model)
+        self.seconds += time.perf_counter() - started
+        self.model.eval()
+        if self._metric is not None and self._metric not in scores.tasks:
+            raise MergeError(f"metric={self._metric!r} is not among what was evaluated: {', '.join(scores.tasks)}.")
+        score = scores.average if self._metric is None else scores.tasks[self._metric]
+        trial = Trial(density, parallel, orthogonal, score, scores.tasks, is_rule)
+        self.trials.append(trial)
+        return trial
+
+
+def around(value: float, tried: Iterable[float]) -> list[float]:
+    """A value and two others, half way to the nearest that were tried on both sides, or as far where there is none."""
+    below = [value - other for other in tried if other < value]
+    above = [other - value for other in tried if other > value]
+    if not below and not above:
+        return [value]
+    down, up = min(below or above), min(above or below)
+    return [value, float(f"{value - down / 2:.{DIGITS}g}"), float(f"{value + up / 2:.{DIGITS}g}")]

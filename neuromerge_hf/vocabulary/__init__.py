@@ -1,0 +1,1 @@
+"""Models with different tokens: whose tokenizer is taken, and how the rows of embeddings are aligned."""

@@ -1,0 +1,211 @@
+"""Bringing the base and the experts to one vocabulary, once they are opened."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.sources.aligned import AlignedTensor, AlignedVector
+from neuromerge_hf.sources.expert import Base, Expert
+from neuromerge_hf.sources.heads import Head
+from neuromerge_hf.sources.task_vector import Difference, TaskVector
+from neuromerge_hf.storage.files import tokenizer_files
+from neuromerge_hf.storage.layout import Layout
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.vocabulary.token_ids import renumber_config
+from neuromerge_hf.vocabulary.vocabulary import Alignment, resized, vocabulary_size
+
+
+def comparable(base: Skeleton, base_location: Location, expert: Location, config: PretrainedConfig) -> Skeleton:
+    """The base's skeleton, with an expert's number of tokens if the tokenizers can tell which tokens those are."""
+    rows = vocabulary_size(config)
+    readable = tokenizer_files(base_location.folder) and tokenizer_files(expert.folder)
+    if rows is None or rows == vocabulary_size(base.model.config) or not readable:
+        return base
+    return Skeleton(base.model_class, resized(base.model.config, rows))
+
+
+def adapter_rows(location: Location, base: Base) -> int | None:
+    """How many rows an adapter's embeddings have: those it stores, or the base's."""
+    rows = vocabulary_size(base.config)
+    main = location.find_weights()
+    if main is None or rows is None or not tokenizer_files(location.folder):
+        return rows
+    modules = [name.rpartition(".")[0] for name in vocabulary_parameters(base.skeleton)]
+    for key, tensor in location.open_weights(main).items():
+        stored = key.removesuffix(".weight").removesuffix(".base_layer").removesuffix(".modules_to_save")
+        if key.endswith(".weight") and any(module and stored.endswith(f".{module}") for module in modules):
+            return tensor.shape[0]
+    return rows
+
+
+def vocabulary_parameters(skeleton: Skeleton) -> set[str]:
+    """The parameters that have a row for each token: those that grow with the vocabulary.
+
+    Raises:
+        MergeError: if one has its tokens along another axis than the first.
+    """
+    rows = vocabulary_size(skeleton.model.config)
+    if rows is None:
+        return set()
+    larger = Skeleton(skeleton.model_class, resized(skeleton.model.config, rows + 1)).shapes
+    found = set()
+    for name, shape in skeleton.shapes.items():
+        growing = [axis for axis, size in enumerate(shape) if larger[name][axis] != size]
+        if not growing:
+            continue
+        if len(growing) > 1 or prod(shape[: growing[0]]) > 1 or shape[growing[0]] != rows:
+            raise MergeError(
+                f"The vocabularies differ, and {name} {shape} has no row for each token, so that it cannot be aligned. "
+                "Give all models the same tokenizer."
+            )
+        found.add(skeleton.ties.get(name, name))
+    return found
+
+
+def resized_base(base: Base, rows: int | None) -> Base:
+    """The base with the number of rows of an expert's embeddings: cut, or zeros added, as PEFT and resizing do it."""
+    own = vocabulary_size(base.config)
+    if rows is None or own is None or rows == own:
+        return base
+    numbers = torch.arange(rows)
+    return _with_rows(base, {name: AlignedRows(numbers.where(numbers < own, -1)) for name in _names(base)}, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedRows:
+    """Which of a tensor's own rows another vocabulary has where, and the experts' vectors for those it lacks."""
+
+    rows: Tensor
+    experts: tuple[AlignedVector, ...] = ()
+
+
+def align(
+    base: Base, experts: Sequence[Expert], are_adapters: Sequence[bool], alignment: Alignment
+) -> tuple[Base, list[Expert]]:
+    """The base and the experts with the rows of all vocabulary parameters in the order of the target.
+
+    A token's row of the base is the base's, a row that the base lacks is the mean over the experts that have it, and an
+    expert has a task vector only in the rows of tokens that both it and the base have.
+
+    Raises:
+        MergeError: if an expert's embeddings cannot be read in another order, or no model has a row for a token.
+    """
+    problems: list[str] = []
+    aligned: dict[str, AlignedRows] = {}
+    vectors: list[dict[Place, TaskVector]] = [dict(expert.task_vectors) for expert in experts]
+    base_rows = alignment.base_rows
+    expert_rows = [alignment.expert_rows(number) for number in range(len(experts))]
+    numbers = torch.arange(alignment.target.rows)
+    for name, place in _names(base).items():
+        given: list[AlignedVector] = []
+        for number, (expert, is_adapter) in enumerate(zip(experts, are_adapters, strict=True)):
+            rows = expert_rows[number]
+            vector = expert.task_vectors.get(place)
+            layout = _layout(base, name, alignment.experts[number].rows)
+            if is_adapter and not _is_stored(vector):
+                moved = (rows >= 0) & (base_rows >= 0) & (rows != base_rows)
+                new = (rows >= 0) & (base_rows < 0)
+                if moved.any() or (vector and new.any()):
+                    token = alignment.target.texts.get(int((moved | new).nonzero()[0]), "padding")
+                    problems.append(_not_stored(expert, place, token))
+                if vector is None:  # its new tokens are on padding of the base, which it leaves as it is
+                    vector = Difference(base.tensors[name], layout)
+                    given.append(AlignedVector(vector, layout, rows.where(new & (rows < alignment.base.rows), -1)))
+                    continue
+            if vector is None:
+                continue
+            if not torch.equal(rows, numbers) or not torch.equal(base_rows, numbers):
+                vectors[number][place] = AlignedVector(vector, layout, rows.where(base_rows >= 0, -1))
+                given.append(AlignedVector(vector, layout, rows.where(base_rows < 0, -1)))
+        lacking = base_rows < 0
+        for source in given:
+            lacking &= source.rows < 0
+        if lacking.any():
+            row = int(lacking.nonzero()[0])
+            text = alignment.target.texts.get(row)
+            what = f"the token {text!r}" if text else f"the padding in row {row}"
+            problems.append(
+                f"The base {base.location} lacks {what}, and no expert that has it stores {place.parameter}. "
+                'Choose tokenizer="base".'
+            )
+        aligned[name] = AlignedRows(base_rows, tuple(source for source in given if (source.rows >= 0).any()))
+    if problems:
+        raise MergeError(problems)
+    new_experts = [
+        dataclasses.replace(expert, task_vectors=changed, head=_aligned_head(expert, number, alignment))
+        for number, (expert, changed) in enumerate(zip(experts, vectors, strict=True))
+    ]
+    return _with_rows(base, aligned, alignment.target.rows), new_experts
+
+
+def _names(base: Base) -> dict[str, Place]:
+    """The base's stored vocabulary parameters, by their names in the file."""
+    parameters = vocabulary_parameters(base.skeleton)
+    return {
+        name: place
+        for name, place in base.places.items()
+        if name in base.tensors and place is not None and place.parameter in parameters
+    }
+
+
+def _layout(base: Base, name: str, rows: int) -> Layout:
+    """The layout of a vocabulary parameter with another number of rows."""
+    layout = base.layouts[name]
+    if layout is None:
+        return Layout.of((rows,), None)
+    return dataclasses.replace(layout, neurons=rows)
+
+
+def _with_rows(base: Base, aligned: dict[str, AlignedRows], rows: int) -> Base:
+    config = resized(base.config, rows)
+    tensors, layouts = dict(base.tensors), dict(base.layouts)
+    own = vocabulary_size(base.config)
+    for name, found in aligned.items():
+        tensor = tensors[name]
+        axis = tensor.shape.index(own)
+        shape = *tensor.shape[:axis], rows, *tensor.shape[axis + 1 :]
+        tensors[name] = AlignedTensor(tensor, shape, found.rows, found.experts)
+        layouts[name] = _layout(base, name, rows) if layouts[name] else None
+    skeleton = Skeleton(base.skeleton.model_class, config)
+    return dataclasses.replace(base, config=config, skeleton=skeleton, tensors=tensors, layouts=layouts)
+
+
+def _is_stored(vector: TaskVector | None) -> bool:
+    """Whether a task vector is made from weights that are stored whole, and not from the base's."""
+    return isinstance(getattr(vector, "stored", vector), Difference)
+
+
+def _not_stored(expert: Expert, place: Place, token: str) -> str:
+    return (
+        f"{expert.location} does not store {place.parameter} whole, so that its rows are those of its base, but "
+        f"its tokenizer puts the token {token!r} on another row. Save the adapter with save_embedding_layers=True, "
+        "or remove its tokenizer files if it has the base's vocabulary."
+    )
+
+
+def _aligned_head(expert: Expert, number: int, alignment: Alignment) -> Head | None:
+    """An expert's own head beside the merged vocabulary.
+
+    Raises:
+        MergeError: if it has a row for each of the expert's own tokens, and the merged model has others.
+    """
+    if expert.head is None:
+        return None
+    vocabulary = alignment.experts[number]
+    if vocabulary != alignment.target:
+        for name, tensor in expert.head.tensors.items():
+            if vocabulary.rows in tensor.shape:
+                raise MergeError(
+                    f"{expert.location} has a head of its own with a row for each of its tokens ({name} "
+                    f"{tensor.shape}), but the merged model has another vocabulary. Use "
+                    f"tokenizer={expert.name!r}, or leave the head out of the expert."
+                )
+    config = renumber_config(copy.deepcopy(expert.head.config), vocabulary, alignment)
+    return dataclasses.replace(expert.head, config=resized(config, alignment.target.rows))
