@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
-from neuromerge_hf import __version__
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
 from neuromerge_hf.folder.report import ExpertReport, MergeReport, load_report
@@ -23,8 +22,9 @@ from neuromerge_hf.model_cards.methods import METHODS, MethodText
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
 from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of, task_of_own_class
-from neuromerge_hf.planning.plan import readable_size
-from neuromerge_hf.storage.files import companion_files, term_files, tokenizer_files
+from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
+from neuromerge_hf.text import readable_size
+from neuromerge_hf.version import __version__
 
 TEMPLATE = "merge.md.jinja"
 
@@ -79,7 +79,7 @@ class MergeCard:
             report=report,
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
             weights=_hashes(folder),
-            terms=[path.name for path in term_files(folder)],
+            terms=[path.name for path in licence_files(folder)],
             has_tokenizer=bool(tokenizer_files(folder)),
             has_chat=_has_chat(folder),
             has_code=bool(companion_files(folder, ("*.py",))),

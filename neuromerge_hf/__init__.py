@@ -12,6 +12,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from neuromerge_hf.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from neuromerge_hf.api import merge, merge_recipe
     from neuromerge_hf.callbacks.transformers import NeuroMergeCallback
@@ -28,11 +30,10 @@ if TYPE_CHECKING:
     from neuromerge_hf.loading.auto import AutoMergedModel
     from neuromerge_hf.planning.plan import MergePlan
     from neuromerge_hf.planning.planner import plan_merge
-    from neuromerge_hf.tuning.compare import Comparison, compare_methods
+    from neuromerge_hf.tuning.compare import compare_methods
+    from neuromerge_hf.tuning.comparison import Comparison
     from neuromerge_hf.tuning.search import TuningGrid
     from neuromerge_hf.tuning.tune import Tuning, tune_lambdas
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AutoMergedModel",
@@ -60,7 +61,7 @@ __all__ = [
 _MODULES = {
     "AutoMergedModel": "loading.auto",
     "AverageConfig": "config",
-    "Comparison": "tuning.compare",
+    "Comparison": "tuning.comparison",
     "DARETIESConfig": "config",
     "MergeError": "errors",
     "MergePlan": "planning.plan",

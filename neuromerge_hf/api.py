@@ -1,29 +1,28 @@
 """`merge`: from ids and paths to a complete directory."""
 
-import errno
 import os
-import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from huggingface_hub.utils.tqdm import tqdm
 
+from neuromerge_hf.assembly.report import make_report
 from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
+from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.merge import merge_weights
 from neuromerge_hf.engine.method import Method
-from neuromerge_hf.engine.tally import Record
+from neuromerge_hf.engine.statistics import StatisticsCollector
 from neuromerge_hf.engine.writer import CheckpointWriter, check_shard_size
-from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.errors import Problems
 from neuromerge_hf.folder.diagnostics import Diagnostics
-from neuromerge_hf.folder.recipe import Ingredients, Recipe, load_recipe
-from neuromerge_hf.folder.report import MergeReport, make_report
+from neuromerge_hf.folder.directory import directory_in_the_making
+from neuromerge_hf.folder.recipe import InputHasher, Recipe, load_recipe
+from neuromerge_hf.folder.report import MergeReport
 from neuromerge_hf.methods import fit_method
 from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.planning.plan import MergePlan
@@ -89,7 +88,7 @@ def merge(
     problems.attempt(partial(check_shard_size, max_shard_size))
     compute_device = problems.attempt(partial(find_device, device))
     found = find_models(models, base_model, token, problems)
-    with Ingredients(found.base, found.experts) as ingredients:
+    with InputHasher(found.base, found.experts) as ingredients:
         # These load transformers, which takes seconds.
         from neuromerge_hf.assembly.companions import write_companions
         from neuromerge_hf.model_cards import write_card
@@ -179,81 +178,13 @@ def merge_recipe(
     )
 
 
-def find_device(device: str | torch.device | None) -> torch.device:
-    """The device to compute on: the accelerator that accelerate sees, or the CPU, if none is given.
-
-    Raises:
-        MergeError: if the device is not there.
-    """
-    if device is None:
-        return PartialState().device
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's own where it is built without this kind of device
-        raise MergeError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def directory_in_the_making(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block ends well, and vanishes otherwise."""
-    missing = [parent for parent in target.parents if not parent.exists()]
-    folder = _beside(target)
-    try:
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise MergeError(f"The output directory {target} cannot be written: {error}") from error
-        yield folder
-        try:
-            if overwrite and target.is_dir():
-                _replace(target, folder)
-            else:
-                folder.rename(target)
-        except OSError as error:  # a bind mount, a layer of a container's image, or someone filled it meanwhile
-            raise MergeError(
-                f"The output directory {target} cannot be put in its place: {error.strerror}. Choose another one."
-            ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MergeError(
-                f"No space is left on the disk of {target.parent}. Free some, or choose another output directory."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not target.exists():
-            for parent in missing:
-                with suppress(OSError):  # another process may have put something there
-                    parent.rmdir()
-
-
-def _replace(target: Path, folder: Path) -> None:
-    """Put `folder` in the place of the directory `target`."""
-    old = _beside(target)
-    try:
-        target.rename(old)
-        folder.rename(target)
-    except BaseException:
-        if not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        if target.exists():  # else the old one must not be lost
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(target: Path) -> Path:
-    """A hidden path beside `target` that does not exist yet. Known before it is made, it is sure to be cleared."""
-    return target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-
-
 def _write_weights(
     plan: MergePlan, folder: Path, max_shard_size: str | int, device: torch.device, threads: int
 ) -> tuple[Method[Any], Diagnostics | None]:
     with tqdm(total=plan.bytes_read, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merging") as bar:
         method = fit_method(plan, device, threads, bar.update)
         writer = CheckpointWriter(folder, plan.units, max_shard_size)
-        record = Record(plan)
+        record = StatisticsCollector(plan)
         try:
             merge_weights(plan, method, writer, device, threads, bar.update, record.add)
         finally:

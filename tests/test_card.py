@@ -427,7 +427,7 @@ def test_a_parents_card_that_cannot_be_read_says_nothing(text, tmp_path):
 
 
 def test_citations_of_the_parents_are_carried_over_once(tmp_path, models):
-    entry = "@misc{math,\n  title = {Sums},\n}"
+    entry = "@misc{math,\n  title = {BlockStatistics},\n}"
     for name in ("math", "code"):
         shutil.copytree(models / name, tmp_path / name)
         (tmp_path / name / "README.md").write_text(f"# x\n```bibtex\n{entry}\n```\n```bibtex\n@misc{{open, {{\n```\n")

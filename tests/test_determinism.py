@@ -11,7 +11,8 @@ import torch
 
 from families import Relatives
 from neuromerge_hf import NeuroMergingConfig, merge
-from neuromerge_hf.engine import block_merger, low_rank
+from neuromerge_hf.engine import low_rank
+from neuromerge_hf.engine import merge as block_merger
 from neuromerge_hf.engine import thresholds as trim
 from neuromerge_hf.engine.passes import map_in_order
 from neuromerge_hf.sources.task_vector import LowRank

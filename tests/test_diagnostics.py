@@ -20,7 +20,8 @@ from torch import Tensor
 import reference
 from families import Relatives
 from neuromerge_hf import MergeReport, NeuroMergingConfig, merge
-from neuromerge_hf.engine import block_merger, low_rank
+from neuromerge_hf.engine import low_rank
+from neuromerge_hf.engine import merge as block_merger
 from neuromerge_hf.folder.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
 from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.model_cards.picture import draw

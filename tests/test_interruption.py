@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuromerge_hf import AutoMergedModel, MergeError, merge
-from neuromerge_hf.api import directory_in_the_making
+from neuromerge_hf.folder.directory import directory_in_the_making
 from tiny_models import contents, load, logits, save_bert, save_fine_tune, save_llama
 
 
@@ -138,7 +138,7 @@ RACE = """
 import pathlib, sys, time
 from neuromerge_hf import AutoMergedModel
 base, expert, cache = sys.argv[1:]
-import neuromerge_hf.auto
+import neuromerge_hf.loading.auto
 print("ready", flush=True)
 sys.stdin.readline()
 model = AutoMergedModel.from_pretrained([expert], base_model=base, head="topics", cache_dir=cache)

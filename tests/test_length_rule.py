@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe, plan_merge
 from neuromerge_hf.cli import app
-from neuromerge_hf.engine import block_merger
+from neuromerge_hf.engine import merge as block_merger
 from neuromerge_hf.engine import thresholds as trim
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama
 

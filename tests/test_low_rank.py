@@ -11,8 +11,8 @@ from torch import Tensor
 
 import reference
 from neuromerge_hf import MergeError, plan_merge
-from neuromerge_hf.engine.interference import Sums, sum_neurons
 from neuromerge_hf.engine.passes import Memory, load_block
+from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons
 from neuromerge_hf.kernel import merge_low_rank, merge_neurons
 from neuromerge_hf.storage.layout import Block
 from tiny_models import save_adapter, save_llama
@@ -79,11 +79,11 @@ def test_each_neuron_votes_once_however_it_is_merged(along_base: bool) -> None:
         right[0, 0] = base[100]
         base[101:130] = base[100]
         left[100:130, 0, 0] = 0.5
-    found: list[Sums] = []
+    found: list[BlockStatistics] = []
     merge_low_rank(
         base, left, right, overlap_of(right), *LAMBDAS[1], lambda election: found.append(sum_neurons(election))
     )
-    want: list[Sums] = []
+    want: list[BlockStatistics] = []
     x = torch.cat([base.unsqueeze(1), torch.einsum("ktr,trn->ktn", left, right)], dim=1)
     merge_neurons(x, *LAMBDAS[1], lambda election: want.append(sum_neurons(election)))
     assert len(found) == 1 + along_base

@@ -26,7 +26,7 @@ from neuromerge_hf import (
 )
 from neuromerge_hf.cli import app
 from neuromerge_hf.config import CONFIGS, MergeConfig
-from neuromerge_hf.engine import block_merger
+from neuromerge_hf.engine import merge as block_merger
 from neuromerge_hf.engine import thresholds as trim
 from neuromerge_hf.methods.dare import dropped
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama

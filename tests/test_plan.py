@@ -20,7 +20,7 @@ from neuromerge_hf.cli import app
 from neuromerge_hf.engine.merge import merge_weights
 from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.methods import fit_method
-from neuromerge_hf.planning.plan import readable_size
+from neuromerge_hf.text import readable_size
 from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama
 
 WEIGHTS = (".safetensors", ".bin")

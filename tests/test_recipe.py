@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe
-from neuromerge_hf.folder.recipe import Ingredients, file_hash, published_recipe
+from neuromerge_hf.folder.recipe import InputHasher, file_hash, published_recipe
 from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.storage.location import Location
 from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama, save_tokenizer
@@ -219,7 +219,7 @@ def test_a_recipe_with_a_value_out_of_range_is_refused(models, tmp_path):
 def test_a_merge_that_fails_does_not_wait_for_the_hashes(models, tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(10**12)  # hashing this hole would take ten minutes
-    with pytest.raises(MergeError), Ingredients(Location("base", models / "base"), [Location("big", tmp_path)]):
+    with pytest.raises(MergeError), InputHasher(Location("base", models / "base"), [Location("big", tmp_path)]):
         raise MergeError("something is wrong")
 
 

@@ -279,19 +279,19 @@ def test_every_stored_tensor_has_its_own_place(name: str, tmp_path: Path) -> Non
     skeleton = Skeleton(family.base_class, family.config)
     with safe_open(base / "model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    places = skeleton.places(shapes)
-    assert len(set(places.values())) == len(places)
-    named = {place.parameter for place in places.values()}
+    refs = skeleton.refs(shapes)
+    assert len(set(refs.values())) == len(refs)
+    named = {ref.parameter for ref in refs.values()}
     assert named == {skeleton.ties.get(parameter, parameter) for parameter in skeleton.shapes}
-    for key, place in places.items():
-        if place.piece is None:
-            assert skeleton.shapes[place.parameter] == shapes[key]
+    for key, ref in refs.items():
+        if ref.piece is None:
+            assert skeleton.shapes[ref.parameter] == shapes[key]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit", "mixtral"])
 def test_unknown_names_have_no_place(name: str) -> None:
     skeleton = Skeleton(FAMILIES[name].base_class, FAMILIES[name].config)
-    assert skeleton.places(["no.such.weight", "weight"]) == {"no.such.weight": None, "weight": None}
+    assert skeleton.refs(["no.such.weight", "weight"]) == {"no.such.weight": None, "weight": None}
 
 
 def test_places_do_not_depend_on_a_prefix() -> None:
@@ -302,7 +302,7 @@ def test_places_do_not_depend_on_a_prefix() -> None:
     old = name.replace("weight", "gamma")
     for skeleton, parameter in ((bare, name), (headed, f"bert.{name}")):
         spelled = [name, f"bert.{name}", old, f"bert.{old}"]
-        assert {place and place.parameter for place in skeleton.places(spelled).values()} == {parameter}
+        assert {ref and ref.parameter for ref in skeleton.refs(spelled).values()} == {parameter}
 
 
 def test_experts_stored_one_by_one_have_rows_as_neurons() -> None:
@@ -312,9 +312,9 @@ def test_experts_stored_one_by_one_have_rows_as_neurons() -> None:
         for e in range(3)
         for w in ("w1", "w2", "w3")
     }
-    places = skeleton.places(shapes)
-    assert {place.parameter.rpartition(".")[2] for place in places.values()} == {"gate_up_proj", "down_proj"}
-    layouts, unknown = skeleton.stored_layouts({name: (places[name], shape) for name, shape in shapes.items()})
+    refs = skeleton.refs(shapes)
+    assert {ref.parameter.rpartition(".")[2] for ref in refs.values()} == {"gate_up_proj", "down_proj"}
+    layouts, unknown = skeleton.stored_layouts({name: (refs[name], shape) for name, shape in shapes.items()})
     assert not unknown
     assert layouts == {name: Layout.of(shape, 0) for name, shape in shapes.items()}
 

@@ -189,7 +189,7 @@ def test_the_way_in_which_weights_are_stored_changes_nothing(case: str, relative
     for key, want in states[0].items():
         assert_same_bits(states[1][key], want, key)
         assert_same_bits(states[2][key], states[3][key], key)
-        # Sums over the model are taken in the order of the base's names.
+        # BlockStatistics over the model are taken in the order of the base's names.
         torch.testing.assert_close(states[2][key], want, rtol=1e-6, atol=1e-7)
 
 

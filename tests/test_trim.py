@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, plan_merge
-from neuromerge_hf.engine import thresholds as trim
-from neuromerge_hf.engine.thresholds import Trimming, find_trimmings, trim_rank
+from neuromerge_hf.engine import histogram
+from neuromerge_hf.engine import sample as sample_of_entries
+from neuromerge_hf.engine.histogram import Trimming
+from neuromerge_hf.engine.thresholds import find_trimmings, trim_rank
 from tiny_models import save_adapter, save_fine_tune, save_llama
 
 CPU = torch.device("cpu")
@@ -111,8 +113,8 @@ def test_a_task_vector_of_ten_entries_loses_exactly_its_share(density: float, ra
 def test_a_wrong_prediction_costs_passes_but_no_exactness(
     bins: int, sample: int, base: Path, expert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trim, "BINS", bins)
-    monkeypatch.setattr(trim, "SAMPLE_ENTRIES", sample)
+    monkeypatch.setattr(histogram, "BINS", bins)
+    monkeypatch.setattr(sample_of_entries, "SAMPLE_ENTRIES", sample)
     plan = plan_merge([expert], base_model=base)
     read: list[int] = []
     (trimming,) = find_trimmings(plan, 0.2, CPU, 1, read.append)
@@ -131,7 +133,7 @@ def test_a_good_prediction_needs_one_pass(base: Path, expert: Path) -> None:
 
 
 def test_no_sample_predicts_a_threshold_far_from_the_rest(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trim, "SAMPLE_ENTRIES", 10)
+    monkeypatch.setattr(sample_of_entries, "SAMPLE_ENTRIES", 10)
     origin = zero_base(base, tmp_path / "origin")
 
     def change(name: str, x: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ def test_no_sample_predicts_a_threshold_far_from_the_rest(base: Path, tmp_path: 
 
 
 def test_experts_are_settled_independently(base: Path, expert: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trim, "BINS", 64)
+    monkeypatch.setattr(histogram, "BINS", 64)
     origin = zero_base(base, tmp_path / "origin")
     generator = torch.Generator().manual_seed(0)
     tuned = [
@@ -168,7 +170,7 @@ def test_experts_are_settled_independently(base: Path, expert: Path, tmp_path: P
 
 @pytest.mark.parametrize("bins", [16, 1 << 16])
 def test_entries_equal_to_the_threshold_stay(bins: int, base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trim, "BINS", bins)
+    monkeypatch.setattr(histogram, "BINS", bins)
     origin = zero_base(base, tmp_path / "origin")
 
     def change(_: str, x: Tensor) -> Tensor:

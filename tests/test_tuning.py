@@ -116,13 +116,13 @@ def test_densities_are_tried_too_and_the_model_is_the_bests(models: list[Path], 
 def test_it_is_never_worse_than_the_rule_and_finds_better(models: list[Path], tmp_path: Path, monkeypatch) -> None:
     base, *experts = models
     passes = []
-    compute = tuning.Parts.compute
+    compute = tuning.LambdaComponents.compute
 
     def counted(*arguments: object) -> None:
         passes.append(1)
         compute(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tuning.Parts, "compute", counted)
+    monkeypatch.setattr(tuning.LambdaComponents, "compute", counted)
     found = tune_lambdas(experts, Recorder(load(base)), base_model=base, **CPU)
     (rule,) = [trial for trial in found.trials if trial.is_rule]
     report = merge(experts, tmp_path / "rule", base_model=base, **CPU)

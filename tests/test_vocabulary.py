@@ -287,7 +287,7 @@ def test_the_order_of_an_experts_tokens_does_not_matter(tmp_path):
 def test_neither_blocks_nor_threads_change_a_byte(models, tmp_path, monkeypatch):
     experts = [models / "shuffled", models / "tools", models / "plain"]
     for name, entries, threads in (("one", 1 << 20, 1), ("many", 48, 3)):
-        monkeypatch.setattr("neuromerge_hf.engine.block_merger.BLOCK_ENTRIES", entries)
+        monkeypatch.setattr("neuromerge_hf.engine.merge.BLOCK_ENTRIES", entries)
         monkeypatch.setattr("neuromerge_hf.engine.thresholds.BLOCK_ENTRIES", entries)
         options = {"base_model": models / "base", "tokenizer": "union", "threads": threads, "device": "cpu"}
         config = NeuroMergingConfig(exclude=("lm_head.*",))

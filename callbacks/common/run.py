@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from neuromerge_hf.api import find_device, merge
+from neuromerge_hf.api import merge
 from neuromerge_hf.callbacks.common.command import merge_command
 from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_process
 from neuromerge_hf.callbacks.common.publish import check_access, publish
@@ -26,6 +26,7 @@ from neuromerge_hf.callbacks.common.training import TRAINED, Training
 from neuromerge_hf.callbacks.common.tune import check_metric, check_tunable, tune
 from neuromerge_hf.callbacks.common.weights import merged_weights, network_of, untouched_randomness
 from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.writer import check_shard_size
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import RECIPE_NAME

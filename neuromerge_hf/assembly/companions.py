@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neuromerge_hf.planning.plan import MergePlan
-from neuromerge_hf.storage.files import companion_files, term_files, tokenizer_files
+from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
 from neuromerge_hf.vocabulary.token_ids import renumbered, with_ids_of, with_vocabulary_size
 from neuromerge_hf.vocabulary.tokenizer import extended_tokenizer
 
@@ -45,7 +45,7 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
         _rewrite_tokenizer_config(folder, without=("chat_template",))
     locations = [plan.base.location, *(expert.location for expert in plan.experts)]
     for name, location in zip(plan.model_names, locations, strict=True):
-        for path in term_files(location.folder):
+        for path in licence_files(location.folder):
             shutil.copyfile(path, folder / f"{path.stem}-{name}{path.suffix}")
 
 

@@ -101,8 +101,8 @@ def _tuned(
     models: list[str], output: Path, tune: str, densities: list[float] | None, settings: dict[str, Any]
 ) -> "MergeReport":
     from neuromerge_hf.tuning.evaluation import load_function
+    from neuromerge_hf.tuning.trials import to_markdown
     from neuromerge_hf.tuning.tune import tune_lambdas
-    from neuromerge_hf.tuning.tuning_table import to_markdown
 
     evaluate = load_function(tune)
     found = tune_lambdas(models, evaluate, densities=densities, tuned_on=tune, output_dir=output, **settings)

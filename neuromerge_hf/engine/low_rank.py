@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuromerge_hf.planning.plan import Unit
 from neuromerge_hf.sources.task_vector import LowRank
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 BLOCK_ENTRIES = 1 << 20
@@ -15,7 +15,7 @@ BLOCK_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Factors:
+class StackedFactors:
     """The stacked factors of a unit's task vectors, ``tau_t = left_t @ right_t``; see `kernel.merge_low_rank`.
 
     Attributes:
@@ -34,7 +34,7 @@ class Factors:
         return self.left[first : first + len(block)]
 
 
-def find_factors(unit: Unit, thresholds: Sequence[float], device: torch.device) -> Factors | None:
+def find_factors(unit: Unit, thresholds: Sequence[float], device: torch.device) -> StackedFactors | None:
     """The factors of a unit, if all that changes it is untrimmed LoRA."""
     vectors = [vector for vector in unit.task_vectors if isinstance(vector, LowRank) and vector.stored is None]
     if not vectors or len(vectors) < len(unit.changing) or any(thresholds[expert] > 0 for expert in unit.changing):
@@ -46,4 +46,4 @@ def find_factors(unit: Unit, thresholds: Sequence[float], device: torch.device) 
         left[:, task, : vector.left.shape[1]] = vector.left
         right[task, : vector.left.shape[1]] = vector.right[:, : unit.layout.width]
     rows = right.double().flatten(0, 1)
-    return Factors(left, right, (rows @ rows.T).view(len(vectors), rank, len(vectors), rank))
+    return StackedFactors(left, right, (rows @ rows.T).view(len(vectors), rank, len(vectors), rank))

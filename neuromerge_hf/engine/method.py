@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.config import MergeConfig
-from neuromerge_hf.engine.interference import Sums
-from neuromerge_hf.engine.low_rank import Factors
-from neuromerge_hf.engine.thresholds import Trimming, count_entries
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.engine.histogram import Trimming
+from neuromerge_hf.engine.low_rank import StackedFactors
+from neuromerge_hf.engine.statistics import BlockStatistics
+from neuromerge_hf.engine.thresholds import count_entries
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 Config = TypeVar("Config", bound=MergeConfig)
 
-Recorder = Callable[[Sums], object]
+Recorder = Callable[[BlockStatistics], object]
 
 
 class Method(ABC, Generic[Config]):
@@ -55,11 +57,11 @@ class Method(ABC, Generic[Config]):
             FloatingPointError: if an input holds a NaN or an infinity.
         """
 
-    def find_factors(self, unit: Unit, device: torch.device) -> Factors | None:
+    def find_factors(self, unit: Unit, device: torch.device) -> StackedFactors | None:
         """The factors of a unit that can be merged without forming its task vectors."""
         return None
 
-    def merge_factors(self, base: Tensor, left: Tensor, factors: Factors, record: Recorder) -> Tensor:
+    def merge_factors(self, base: Tensor, left: Tensor, factors: StackedFactors, record: Recorder) -> Tensor:
         """Merge a block from the factors of its task vectors; see `kernel.merge_low_rank`."""
         raise NotImplementedError
 

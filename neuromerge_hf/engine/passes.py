@@ -1,7 +1,6 @@
 """Reading a plan's units block by block, on several threads, in reused memory."""
 
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.planning.plan import Unit
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
 
@@ -110,8 +109,3 @@ def single_threaded_torch() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def default_threads() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

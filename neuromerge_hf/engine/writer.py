@@ -11,7 +11,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.planning.plan import Unit
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import DTYPES
 

@@ -11,16 +11,16 @@ from neuromerge_hf.storage.files import (
     CHECKPOINT_FILES,
     COMPANIONS,
     HEADS,
-    TERMS,
+    LICENCE_FILES,
     TOKENIZER_FILES,
     find_weights,
-    open_weights,
     weight_files,
 )
+from neuromerge_hf.storage.formats import open_weights
 
 CARD = "README.md"
 
-BESIDE_CARD = ("*.png", *TERMS)
+BESIDE_CARD = ("*.png", *LICENCE_FILES)
 """Pictures of the card, and the parents' terms, which have to go with the weights."""
 
 BESIDE_WEIGHTS = ("config.json", *COMPANIONS, RECIPE_NAME, REPORT_NAME, CARD, *BESIDE_CARD)

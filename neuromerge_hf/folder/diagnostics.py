@@ -1,4 +1,4 @@
-"""What a merge tells of its experts and of their conflicts. `interference.Sums` says how it is measured."""
+"""What a merge tells of its experts and of their conflicts. `interference.BlockStatistics` says how it is measured."""
 
 from dataclasses import dataclass
 from itertools import combinations

@@ -199,7 +199,7 @@ def _text(content: dict[str, Any]) -> str:
     return HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-class Ingredients:
+class InputHasher:
     """The models of a merge as its recipe records them. Local files are hashed in the background, until it is closed.
 
     A hash takes a core about as long as reading the file. Started early, it runs while transformers is loaded.
@@ -211,7 +211,7 @@ class Ingredients:
         self._base = self._pool.submit(self._ingredient, base, is_base=True)
         self._models = [self._pool.submit(self._ingredient, model) for model in models]
 
-    def __enter__(self) -> "Ingredients":
+    def __enter__(self) -> "InputHasher":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,9 +12,10 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
-from neuromerge_hf.api import directory_in_the_making, merge
+from neuromerge_hf.api import merge
 from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.directory import directory_in_the_making
 from neuromerge_hf.folder.recipe import RECIPE_NAME, fingerprint
 from neuromerge_hf.loading.merged_model import as_merged_model
 from neuromerge_hf.planning.planner import plan_found

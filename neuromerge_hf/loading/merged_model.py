@@ -28,7 +28,7 @@ TO_PUSH = ("commit_message", "commit_description", "private", "revision", "creat
 
 
 @dataclass(frozen=True)
-class Origin:
+class LoadedMerge:
     """The merge that a model was loaded from, and what the model was like then.
 
     Attributes:
@@ -51,7 +51,7 @@ class Origin:
 class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """Saves and pushes a merged model with its tokenizer, recipe, report, heads and card."""
 
-    _origin: Origin
+    _origin: LoadedMerge
 
     def save_pretrained(
         self,
@@ -227,7 +227,7 @@ def as_merged_model(
         and stored.dtype in (None, model.dtype)
         and getattr(model, "hf_quantizer", None) is None
     )
-    origin = Origin(replace(location, token=None), cache, head, is_whole, parameter_sums(model), _settings(model))
+    origin = LoadedMerge(replace(location, token=None), cache, head, is_whole, parameter_sums(model), _settings(model))
     if location.commit and location.id == location.repo and head is None:
         # PEFT writes it into adapters as their base. It is a folder of the cache otherwise.
         model.name_or_path = location.id

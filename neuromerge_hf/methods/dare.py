@@ -18,7 +18,8 @@ from neuromerge_hf.engine.method import Method, Recorder, add_change
 from neuromerge_hf.engine.thresholds import find_trimmings
 from neuromerge_hf.methods.neuromerging import trim_block
 from neuromerge_hf.methods.ties import disjoint_mean, elect_sign
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 PER_COUNT = 4

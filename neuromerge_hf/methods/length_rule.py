@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from neuromerge_hf.engine.block_merger import BlockMerger, Item
-from neuromerge_hf.engine.interference import Sums
+from neuromerge_hf.engine.merge import BlockMerger, Item
 from neuromerge_hf.engine.method import Config, Method
 from neuromerge_hf.engine.passes import map_in_order
-from neuromerge_hf.engine.tally import Tally
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.engine.statistics import BlockStatistics, InterferenceTotals
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 DIGITS = 6
@@ -58,9 +58,9 @@ def find_lambda_by_length(
     """
     merger = BlockMerger(plan, method, device)
 
-    def measure(item: Item) -> tuple[Unit, Block, Tensor, list[Sums]]:
+    def measure(item: Item) -> tuple[Unit, Block, Tensor, list[BlockStatistics]]:
         unit, block, factors = item
-        sums: list[Sums] = []
+        sums: list[BlockStatistics] = []
         energies: list[Tensor] = []
         merger.merge(item, sums.append, lambda x: energies.append(_energy(x)))
         if factors:  # which are not trimmed
@@ -68,7 +68,7 @@ def find_lambda_by_length(
         return unit, block, torch.stack(energies).sum(0), sums
 
     experts = len(plan.experts)
-    total, squares = Tally(experts), torch.zeros(experts, dtype=torch.float64)
+    total, squares = InterferenceTotals(experts), torch.zeros(experts, dtype=torch.float64)
     units = (unit for unit in plan.units if unit.task_vectors)
     for unit, block, energy, found in map_in_order(measure, merger.items(units), threads):
         squares[unit.changing] += energy

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.config import NeuroMergingConfig
-from neuromerge_hf.engine.interference import sum_entries, sum_neurons
-from neuromerge_hf.engine.low_rank import Factors, find_factors
+from neuromerge_hf.engine.histogram import Trimming
+from neuromerge_hf.engine.low_rank import StackedFactors, find_factors
 from neuromerge_hf.engine.method import Method, Recorder
-from neuromerge_hf.engine.thresholds import Trimming, find_trimmings
+from neuromerge_hf.engine.statistics import sum_entries, sum_neurons
+from neuromerge_hf.engine.thresholds import find_trimmings
 from neuromerge_hf.kernel import Election, merge_elementwise, merge_low_rank, merge_neurons, trim
 from neuromerge_hf.methods.length_rule import find_lambda_by_length
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 
@@ -64,10 +66,10 @@ class NeuroMerging(Method[NeuroMergingConfig]):
         record(sum_entries(x[:, 0], merged))
         return merged.unsqueeze(0)
 
-    def find_factors(self, unit: Unit, device: torch.device) -> Factors | None:
+    def find_factors(self, unit: Unit, device: torch.device) -> StackedFactors | None:
         return find_factors(unit, self._thresholds, device)
 
-    def merge_factors(self, base: Tensor, left: Tensor, factors: Factors, record: Recorder) -> Tensor:
+    def merge_factors(self, base: Tensor, left: Tensor, factors: StackedFactors, record: Recorder) -> Tensor:
         def observe(election: Election) -> None:
             record(sum_neurons(election))
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.config import PCBConfig
+from neuromerge_hf.engine.histogram import Rank, Trimming
 from neuromerge_hf.engine.method import Method, Recorder, add_change, summed
-from neuromerge_hf.engine.thresholds import Rank, Trimming, count_entries, find_ranked, trim_rank
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.engine.thresholds import count_entries, find_ranked, trim_rank
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 EXTREME = 1e-4

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from neuromerge_hf.config import TaskArithmeticConfig
 from neuromerge_hf.engine.method import Method, Recorder, add_change, summed
-from neuromerge_hf.planning.plan import Unit
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 

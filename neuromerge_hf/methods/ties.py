@@ -15,7 +15,8 @@ from neuromerge_hf.config import TIESConfig
 from neuromerge_hf.engine.method import Method, Recorder, add_change, summed
 from neuromerge_hf.engine.thresholds import find_trimmings
 from neuromerge_hf.methods.neuromerging import trim_block
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 

@@ -1,10 +1,12 @@
 """What a merge costs, estimated from its plan."""
 
 from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.engine.histogram import BINS
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES
-from neuromerge_hf.engine.thresholds import BINS, SAMPLE_ENTRIES
+from neuromerge_hf.engine.sample import SAMPLE_ENTRIES
 from neuromerge_hf.kernel import ALIGNMENT
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 
 START_MEMORY = 300_000_000
 """Python, torch and transformers, in bytes."""

@@ -1,99 +1,18 @@
 """What a merge will do: the units that it writes, from which tensors, and what that costs."""
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from neuromerge_hf.config import MergeConfig
-from neuromerge_hf.errors import LISTED
-from neuromerge_hf.sources.task_vector import TaskVector
-from neuromerge_hf.storage.layout import Layout
-from neuromerge_hf.storage.tensors import StoredTensor
+from neuromerge_hf.folder.report import VocabularyReport
+from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.text import counted, different_names, listed, readable_size
 
 if TYPE_CHECKING:  # they load transformers
-    from neuromerge_hf.sources.expert import Base, Expert
+    from neuromerge_hf.sources.base import Base
+    from neuromerge_hf.sources.expert import Expert
     from neuromerge_hf.sources.merged_head import MergedHead
     from neuromerge_hf.vocabulary.tokenizer import TokenizerChoice
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One stored tensor of the base and what happens to it.
-
-    Attributes:
-        tensor: the base's.
-        parameter: its name in the model; its name in the file if the model class does not know it.
-        layout: how its entries form neurons; one row if it is not neuronal, one row an entry if it is copied.
-        is_neuronal: whether it has neurons (ALGORITHM.md, section 1).
-        task_vectors: one for each expert, None for an expert that does not change it; empty if it is copied.
-        dtype: what it is written as.
-    """
-
-    tensor: StoredTensor
-    parameter: str
-    layout: Layout
-    is_neuronal: bool
-    task_vectors: tuple[TaskVector | None, ...]
-    dtype: torch.dtype
-
-    @property
-    def changing(self) -> list[int]:
-        """The experts that may change it, by their number."""
-        return [expert for expert, vector in enumerate(self.task_vectors) if vector]
-
-    @property
-    def entries(self) -> int:
-        """How many entries the tensor has."""
-        return self.layout.rows * self.layout.width
-
-    @property
-    def nbytes(self) -> int:
-        """The size that is written."""
-        return self.entries * self.dtype.itemsize
-
-    @property
-    def bytes_read(self) -> int:
-        """How much one pass over the base and the experts reads."""
-        return self.entries * self.tensor.dtype.itemsize + sum(
-            vector.bytes_read for vector in self.task_vectors if vector
-        )
-
-    def opened(self) -> "Unit":
-        """The same unit for one pass over its blocks, with what they share (the factors of adapters) in memory."""
-        vectors = tuple(vector.opened() if vector else None for vector in self.task_vectors)
-        return dataclasses.replace(self, task_vectors=vectors)
-
-
-@dataclass(frozen=True)
-class VocabularyReport:
-    """How the tokens of models with different vocabularies were brought together.
-
-    Attributes:
-        tokens: how many the merged model has.
-        rows: how many rows its embeddings have.
-        aligned: how many of the tokens the base has.
-        from_experts: how many the base lacks, so that they are the mean over the experts that have them.
-        lacked: how many of the tokens each expert lacks, by its name.
-        left_out: how many tokens of each expert the merged model lacks, by its name.
-    """
-
-    tokens: int
-    rows: int
-    aligned: int
-    from_experts: int
-    lacked: dict[str, int]
-    left_out: dict[str, int]
-
-    def __str__(self) -> str:
-        notes = [f"{name} lacks {count:,}" for name, count in self.lacked.items() if count]
-        notes += [f"{count:,} of {name} left out" for name, count in self.left_out.items() if count]
-        return (
-            f"vocabulary of {self.tokens:,} tokens in {self.rows:,} rows: {self.aligned:,} aligned with the base's, "
-            f"{self.from_experts:,} from the experts" + "".join(f"; {text}" for text in notes)
-        )
 
 
 @dataclass(frozen=True)
@@ -242,30 +161,3 @@ class MergePlan:
                 f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"
             )
         return "\n".join(lines)
-
-
-def different_names(base: str, experts: list[str]) -> list[str]:
-    """The names of the base and of the experts, that of the base with an ending if an expert has it too."""
-    while base in experts:
-        base += "-base"
-    return [base, *experts]
-
-
-def readable_size(count: float) -> str:
-    """A number of bytes with three digits: "1.24 GB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def counted(parameters: int) -> str:
-    """A number of parameters: "1 parameter"."""
-    return "1 parameter" if parameters == 1 else f"{parameters} parameters"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
-from neuromerge_hf.engine.passes import default_threads
+from neuromerge_hf.engine.device import default_threads
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay, check_output
@@ -23,14 +23,14 @@ from neuromerge_hf.planning.resolve import (
 )
 from neuromerge_hf.planning.units import make_units, resolve_dtype
 from neuromerge_hf.skeleton import Skeleton, model_class_of
-from neuromerge_hf.sources.base import open_base
-from neuromerge_hf.sources.expert import Base, Expert
+from neuromerge_hf.sources.base import Base, open_base
+from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.full import check_architecture, has_two_matrices, open_full
 from neuromerge_hf.sources.merged_head import merge_heads as merge_experts_heads
 from neuromerge_hf.sources.untying import untied
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.vocabulary.alignment import adapter_rows, align, comparable, resized_base
-from neuromerge_hf.vocabulary.tokenizer import Candidate, choose_tokenizer
+from neuromerge_hf.vocabulary.tokenizer import ExpertVocabulary, choose_tokenizer
 from neuromerge_hf.vocabulary.vocabulary import vocabulary_size
 
 
@@ -188,9 +188,9 @@ def _openers(
     fitting: Sequence[int],
     base: Base,
     trust_remote_code: bool,
-) -> tuple[list[Candidate], list[Callable[[Base], Expert]], bool]:
+) -> tuple[list[ExpertVocabulary], list[Callable[[Base], Expert]], bool]:
     """What the vocabulary of each fitting expert may be, how it is opened, and whether one unties the embeddings."""
-    candidates: list[Candidate] = []
+    candidates: list[ExpertVocabulary] = []
     openers: list[Callable[[Base], Expert]] = []
     unties = False
     names = unique_names(found.experts)
@@ -206,11 +206,11 @@ def _openers(
             notes = about_quantised_base(location, adapter, found.base)
             openers.append(partial(open_adapter, name, location, adapter, notes=notes))
             rows = found.problems.attempt(partial(adapter_rows, location, base))
-            candidates.append(Candidate(name, location, base.config, rows))
+            candidates.append(ExpertVocabulary(name, location, base.config, rows))
         elif config is not None:
             unties |= has_two_matrices(location, config, base.skeleton, trust_remote_code)
             openers.append(partial(open_full, name, location, config, trust_remote_code=trust_remote_code))
-            candidates.append(Candidate(name, location, config, vocabulary_size(config)))
+            candidates.append(ExpertVocabulary(name, location, config, vocabulary_size(config)))
     return candidates, openers, unties
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.planning.plan import MergePlan, readable_size
+from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.text import readable_size
 
 
 def check_output(target: Path, overwrite: bool) -> None:

@@ -8,8 +8,10 @@ import torch
 
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.planning.plan import Unit
-from neuromerge_hf.sources.expert import Base, Expert, is_mergeable
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.checks import is_mergeable
+from neuromerge_hf.sources.expert import Expert
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Layout
 
 
@@ -25,13 +27,13 @@ def make_units(
     problems = []
     unused = set(config.exclude)
     for name, tensor in sorted(base.tensors.items()):
-        place = base.places[name]
-        parameter = place.parameter if place else name
+        ref = base.refs[name]
+        parameter = ref.parameter if ref else name
         excluding = {
             pattern for pattern in config.exclude if fnmatchcase(parameter, pattern) or fnmatchcase(name, pattern)
         }
         unused -= excluding
-        vectors = [expert.task_vectors.get(place) for expert in experts] if place else []
+        vectors = [expert.task_vectors.get(ref) for expert in experts] if ref else []
         merged = is_mergeable(tensor) and not excluding and any(vectors)
         layout = base.layouts.get(name)
         if merged and name in base.unknown:

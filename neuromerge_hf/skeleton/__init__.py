@@ -1,8 +1,8 @@
 """The model class on the meta device: the one authority on parameter names, shapes, ties, stored forms, and neurons."""
 
 from neuromerge_hf.skeleton.classes import auto_model_class, model_class_of
-from neuromerge_hf.skeleton.conversion import Place, Shape, StoredForm
+from neuromerge_hf.skeleton.conversion import ParameterRef, Shape, StoredForm
 from neuromerge_hf.skeleton.model import Skeleton
 from neuromerge_hf.skeleton.neurons import NeuronAxis
 
-__all__ = ["NeuronAxis", "Place", "Shape", "Skeleton", "StoredForm", "auto_model_class", "model_class_of"]
+__all__ = ["NeuronAxis", "ParameterRef", "Shape", "Skeleton", "StoredForm", "auto_model_class", "model_class_of"]

@@ -23,7 +23,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterRef:
     """What a checkpoint's tensor is in the model.
 
     Attributes:
@@ -45,8 +45,8 @@ class Place:
         return (self.parameter, *self.also)
 
 
-StoredForm: TypeAlias = Mapping[str, tuple[Place, Shape]]
-"""Place and shape of stored tensors, by their name in the checkpoint."""
+StoredForm: TypeAlias = Mapping[str, tuple[ParameterRef, Shape]]
+"""The parameter and the shape of stored tensors, by their name in the checkpoint."""
 
 
 class Conversions:
@@ -65,15 +65,17 @@ class Conversions:
         self._ties = ties
         self._mapping = get_model_conversion_mapping(model)
 
-    def places(self, names: Iterable[str]) -> dict[str, Place | None]:
+    def refs(self, names: Iterable[str]) -> dict[str, ParameterRef | None]:
         """What each tensor name of a checkpoint or an adapter is in the model; None for what the model lacks."""
         mapping = copy.deepcopy(self._mapping)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         # transformers renames in this order, and some of its renamings remember what they have seen.
-        return {name: self._place(name, renamings, converters) for name in sorted(names, key=dot_natural_key)}
+        return {name: self._ref(name, renamings, converters) for name in sorted(names, key=dot_natural_key)}
 
-    def _place(self, name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> Place | None:
+    def _ref(
+        self, name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
+    ) -> ParameterRef | None:
         parameter, pattern = rename_source_key(name, renamings, converters, self._prefix, self._shapes)
         if parameter not in self._shapes and name in self._shapes:
             parameter, pattern = rename_source_key(name, [], [], self._prefix, self._shapes)
@@ -81,23 +83,23 @@ class Conversions:
             return None
         parameter = self._ties.get(parameter, parameter)
         if pattern is None:
-            return Place(parameter)
+            return ParameterRef(parameter)
         piece, _ = rename_source_key(name, renamings, [])
         first, *others = self._converters(pattern)[0].target_patterns
         also = tuple(parameter.replace(first, other) for other in others)
-        return Place(parameter, piece.removeprefix(f"{self._prefix}."), also, pattern)
+        return ParameterRef(parameter, piece.removeprefix(f"{self._prefix}."), also, pattern)
 
     def to_parameters(
         self,
         tensors: Mapping[str, Tensor],
-        places: Mapping[str, Place],
+        refs: Mapping[str, ParameterRef],
         shapes: Mapping[str, Shape] | None = None,
     ) -> dict[str, Tensor]:
         """The parameters that a checkpoint's tensors make, by their names in memory. No value is computed, only moved.
 
         Args:
             tensors: by their names in the checkpoint; all pieces of each parameter, on any device, also meta.
-            places: of each of them.
+            refs: of each of them.
             shapes: of the parameters, if not the model's own.
 
         Raises:
@@ -106,13 +108,13 @@ class Conversions:
         parameters = {}
         converters: dict[str, WeightConverter] = {}
         for name in sorted(tensors, key=dot_natural_key):
-            place = places[name]
-            if place.pattern is None:
-                parameters[place.parameter] = tensors[name]
+            ref = refs[name]
+            if ref.pattern is None:
+                parameters[ref.parameter] = tensors[name]
                 continue
-            if place.parameter not in converters:
-                converters[place.parameter] = copy.deepcopy(self._converters(place.pattern)[0])
-            _collect(converters[place.parameter], place.pattern, tensors[name])
+            if ref.parameter not in converters:
+                converters[ref.parameter] = copy.deepcopy(self._converters(ref.pattern)[0])
+            _collect(converters[ref.parameter], ref.pattern, tensors[name])
         for parameter, converter in converters.items():
             parameters |= self._convert(converter, parameter, shapes or self._shapes)
         return parameters
@@ -130,19 +132,19 @@ class Conversions:
         Raises:
             MergeError: if transformers cannot convert back, or not exactly.
         """
-        stored = {name: parameters[place.parameter] for name, (place, _) in form.items() if place.pattern is None}
+        stored = {name: parameters[ref.parameter] for name, (ref, _) in form.items() if ref.pattern is None}
         groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
-        for name, (place, _) in form.items():
-            if place.piece is not None:
-                groups[place.parameters][place.piece] = name
+        for name, (ref, _) in form.items():
+            if ref.piece is not None:
+                groups[ref.parameters][ref.piece] = name
         for group, names in groups.items():
             stored |= self._reverted({name: parameters[name] for name in group}, names, form)
         return stored
 
     def _reverted(self, parameters: dict[str, Tensor], names: dict[str, str], form: StoredForm) -> dict[str, Tensor]:
         """One group of pieces; `names` are the names in the checkpoint by piece."""
-        places = {name: form[name][0] for name in names.values()}
-        pattern = next(iter(places.values())).pattern
+        refs = {name: form[name][0] for name in names.values()}
+        pattern = next(iter(refs.values())).pattern
         assert pattern is not None
         shapes = {piece: form[name][1] for piece, name in names.items()}
         shapes |= {f"{self._prefix}.{piece}": shape for piece, shape in shapes.items()}
@@ -155,7 +157,7 @@ class Conversions:
         if {key: tuple(tensor.shape) for key, tensor in pieces.items()} != {key: shapes[key] for key in names}:
             raise MergeError(_cannot(first, "its reverse makes other tensors"))
         stored = {names[piece]: tensor for piece, tensor in pieces.items()}
-        again = self.to_parameters(stored, places)
+        again = self.to_parameters(stored, refs)
         if not all(_same_bits(again[name], tensor) for name, tensor in parameters.items()):
             raise MergeError(_cannot(first, "its reverse makes other values"))
         return stored

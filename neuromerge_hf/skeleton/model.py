@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.skeleton.conversion import Conversions, Place, Shape, StoredForm
+from neuromerge_hf.skeleton.conversion import Conversions, ParameterRef, Shape, StoredForm
 from neuromerge_hf.skeleton.neurons import NeuronAxis, neuron_axis
 from neuromerge_hf.storage.layout import Layout
 
@@ -67,28 +67,28 @@ class Skeleton:
     def _conversions(self) -> Conversions:
         return Conversions(self.model, self.shapes, self.ties)
 
-    def places(self, names: Iterable[str]) -> dict[str, Place | None]:
+    def refs(self, names: Iterable[str]) -> dict[str, ParameterRef | None]:
         """What each tensor name of a checkpoint or an adapter is in this model; None for what the model lacks."""
-        return self._conversions.places(names)
+        return self._conversions.refs(names)
 
     def misfit(self, stored: StoredForm) -> str | None:
         """The first parameter that the stored pieces of a checkpoint do not make up: some are missing, say."""
         for (parameter, converted), group in _grouped(stored).items():
             if not converted:
                 continue
-            places = {name: place for name, (place, _) in group.items()}
+            refs = {name: ref for name, (ref, _) in group.items()}
             tensors = {name: torch.empty(shape, device="meta") for name, (_, shape) in group.items()}
             try:
-                made = self.to_parameters(tensors, places)
+                made = self.to_parameters(tensors, refs)
             except MergeError:
                 return parameter
             if any(tuple(tensor.shape) != self.shapes[name] for name, tensor in made.items()):
                 return parameter
         return None
 
-    def to_parameters(self, tensors: Mapping[str, Tensor], places: Mapping[str, Place]) -> dict[str, Tensor]:
+    def to_parameters(self, tensors: Mapping[str, Tensor], refs: Mapping[str, ParameterRef]) -> dict[str, Tensor]:
         """The parameters that a checkpoint's tensors make; see `Conversions.to_parameters`."""
-        return self._conversions.to_parameters(tensors, places)
+        return self._conversions.to_parameters(tensors, refs)
 
     def to_stored(self, parameters: Mapping[str, Tensor], form: StoredForm) -> dict[str, Tensor]:
         """Parameters in the form in which a checkpoint stores them; see `Conversions.to_stored`."""
@@ -135,13 +135,13 @@ class Skeleton:
         if axis is None:
             return None
         ndim = min(len(shape) for _, shape in pieces.values())
-        places = {name: place for name, (place, _) in pieces.items()}
-        group = next(iter(places.values())).parameters
+        refs = {name: ref for name, (ref, _) in pieces.items()}
+        group = next(iter(refs.values())).parameters
         wanted = {name: _doubled(self.shapes[name], axis.axis) for name in group}
         for stored in range(ndim):
             doubled = {name: torch.empty(_doubled(shape, stored), device="meta") for name, (_, shape) in pieces.items()}
             try:
-                found = self._conversions.to_parameters(doubled, places, wanted)
+                found = self._conversions.to_parameters(doubled, refs, wanted)
             except MergeError:  # an operation that does not stretch
                 continue
             if found[parameter].shape == wanted[parameter]:
@@ -154,9 +154,9 @@ class Skeleton:
 
 def _grouped(stored: StoredForm) -> dict[tuple[str, bool], StoredForm]:
     """Stored tensors by their parameter, and whether they are pieces of it."""
-    groups: dict[tuple[str, bool], dict[str, tuple[Place, Shape]]] = defaultdict(dict)
-    for name, (place, shape) in stored.items():
-        groups[place.parameter, place.piece is not None][name] = place, shape
+    groups: dict[tuple[str, bool], dict[str, tuple[ParameterRef, Shape]]] = defaultdict(dict)
+    for name, (ref, shape) in stored.items():
+        groups[ref.parameter, ref.piece is not None][name] = ref, shape
     return dict(groups)
 
 

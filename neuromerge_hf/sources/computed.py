@@ -17,14 +17,14 @@ Form = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class PreparedTensor:
-    """A tensor of a `Preparation`; `path` is the file that it is computed from, for messages."""
+class ComputedTensor:
+    """A tensor of a `ComputedTensors`; `path` is the file that it is computed from, for messages."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     path: Path
-    preparation: "Preparation"
+    preparation: "ComputedTensors"
     offset: int
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
@@ -32,7 +32,7 @@ class PreparedTensor:
         self.preparation.file.pread(self.offset + start * self.dtype.itemsize, out)
 
 
-class Preparation:
+class ComputedTensors:
     """What has to be computed before a model can be read.
 
     Args:
@@ -49,10 +49,10 @@ class Preparation:
     ):
         self._compute = compute
         self._file: SafetensorsFile | None = None
-        self.tensors: dict[str, PreparedTensor] = {}
+        self.tensors: dict[str, ComputedTensor] = {}
         self.nbytes = 0
         for name, (dtype, shape) in forms.items():
-            self.tensors[name] = PreparedTensor(name, dtype, shape, origin, self, self.nbytes)
+            self.tensors[name] = ComputedTensor(name, dtype, shape, origin, self, self.nbytes)
             self.nbytes += prod(shape) * dtype.itemsize
 
     @property

@@ -3,16 +3,10 @@
 from transformers import PretrainedConfig
 
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.skeleton import Place, Skeleton, model_class_of
-from neuromerge_hf.sources.expert import (
-    VOCABULARY_REMEDY,
-    Base,
-    Expert,
-    check_complete,
-    is_mergeable,
-    mismatch,
-    without_tied_copies,
-)
+from neuromerge_hf.skeleton import ParameterRef, Skeleton, model_class_of
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.checks import VOCABULARY_REMEDY, check_complete, is_mergeable, mismatch, without_tied_copies
+from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.heads import Head
 from neuromerge_hf.sources.stored_forms import to_base_form
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
@@ -95,37 +89,33 @@ def open_full(
     model_class = model_class_of(config, location.folder, trust_remote_code, default=base.skeleton.model_class)
     skeleton = Skeleton(model_class, config)
     tensors = location.open_weights(main)
-    own_places = skeleton.places(tensors)
-    tensors = without_tied_copies(tensors, own_places)
-    check_complete(location, skeleton, tensors, own_places, main)
+    own_refs = skeleton.refs(tensors)
+    tensors = without_tied_copies(tensors, own_refs)
+    check_complete(location, skeleton, tensors, own_refs, main)
     for copy, original in missing_copies(tensors, base.skeleton, base.copies).items():
-        tensors[copy], own_places[copy] = renamed(tensors[original], copy), own_places[original]
-    tensors, base_places, preparation = to_base_form(tensors, base.skeleton.places(tensors), base, main)
+        tensors[copy], own_refs[copy] = renamed(tensors[original], copy), own_refs[original]
+    tensors, base_refs, preparation = to_base_form(tensors, base.skeleton.refs(tensors), base, main)
 
-    task_vectors: dict[Place, TaskVector] = {}
+    task_vectors: dict[ParameterRef, TaskVector] = {}
     head: dict[str, StoredTensor] = {}
     ignored, problems = [], []
     for key, tensor in tensors.items():
-        place = base_places[key]
-        own = own_places.get(key, place)
-        found = base.at(place)
+        ref = base_refs[key]
+        own = own_refs.get(key, ref)
+        found = base.at(ref)
         if own is None:
             ignored.append(key)
-        elif (
-            place is None
-            or found is None
-            or (base.skeleton.is_head(place.parameter) and found[0].shape != tensor.shape)
-        ):
+        elif ref is None or found is None or (base.skeleton.is_head(ref.parameter) and found[0].shape != tensor.shape):
             head[own.piece or own.parameter] = tensor
         elif found[0].shape != tensor.shape:
-            problems.append(mismatch(key, found[0], tensor, base.skeleton, place))
+            problems.append(mismatch(key, found[0], tensor, base.skeleton, ref))
         elif is_mergeable(found[0]) != is_mergeable(tensor):
             problems.append(
                 f"{key} is {tensor.dtype} in {tensor.path}, but {found[0].dtype} in the base's {found[0].path}. "
                 "Quantised weights cannot be merged: save the expert in float32, float16 or bfloat16."
             )
         elif is_mergeable(tensor):
-            task_vectors[place] = Difference(tensor, found[1])
+            task_vectors[ref] = Difference(tensor, found[1])
     if problems:
         raise MergeError(abridged(problems))
     return Expert(

@@ -11,8 +11,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.skeleton import Place
-from neuromerge_hf.sources.expert import Base
+from neuromerge_hf.skeleton import ParameterRef
+from neuromerge_hf.sources.base import Base
 from neuromerge_hf.sources.task_vector import LowRank, TaskVector
 from neuromerge_hf.storage.layout import Block, Layout
 from neuromerge_hf.storage.location import Location
@@ -49,7 +49,7 @@ def is_plain(config: LoraConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Factors:
+class StoredLoRA:
     """The task vector of a LoRA module, whose factors are read when they are needed: once for all blocks of a tensor.
 
     Attributes:
@@ -120,20 +120,20 @@ def open_factors(
     tuned: Mapping[str, dict[str, StoredTensor]],
     config: LoraConfig,
     base: Base,
-    stored: Mapping[Place, TaskVector],
-) -> tuple[dict[Place, Factors], list[str]]:
+    stored: Mapping[ParameterRef, TaskVector],
+) -> tuple[dict[ParameterRef, StoredLoRA], list[str]]:
     """The task vectors of a plain LoRA adapter, and the problems that were found.
 
     Args:
         tuned: the factors of each module.
         stored: the changes of weights that the adapter stores whole.
     """
-    places = base.skeleton.places(f"{module}.weight" for module in tuned)
-    vectors: dict[Place, Factors] = {}
+    refs = base.skeleton.refs(f"{module}.weight" for module in tuned)
+    vectors: dict[ParameterRef, StoredLoRA] = {}
     problems: list[str] = []
     for module, tensors in tuned.items():
-        place = places[f"{module}.weight"]
-        found = base.at(place)
+        ref = refs[f"{module}.weight"]
+        found = base.at(ref)
         sides = {match["side"]: tensor for key, tensor in tensors.items() if (match := FACTOR.search(key))}
         unknown = sorted(key for key in tensors if not FACTOR.search(key))
         if unknown:
@@ -145,18 +145,18 @@ def open_factors(
             problems.append(f"{file} holds only one of lora_A and lora_B of {module}. Save the adapter again.")
         elif min(len(tensor.shape) for tensor in sides.values()) < 2:
             problems.append(f"lora_A or lora_B of {module} in {file} is no matrix. Save the adapter again, gathered.")
-        elif place is None or found is None:
+        elif ref is None or found is None:
             problems.append(base.lacks(location, module))
-        elif base.is_tied(place):
+        elif base.is_tied(ref):
             problems.append(base.cannot_untie(location, module))
         else:
             a, b = sides["A"], sides["B"]
             is_embedding = any(".lora_embedding_" in key for key in tensors)
-            factors = Factors(
-                a, b, _scaling(module, a.shape[0], config), is_embedding, found[1], module, stored.get(place)
+            factors = StoredLoRA(
+                a, b, _scaling(module, a.shape[0], config), is_embedding, found[1], module, stored.get(ref)
             )
             if factors.fits():
-                vectors[place] = factors
+                vectors[ref] = factors
             else:
                 problems.append(
                     f"lora_A {a.shape} and lora_B {b.shape} of {module} in {file} do not fit. "
@@ -171,7 +171,7 @@ def _scaling(module: str, r: int, config: LoraConfig) -> float:
     return float(alpha / (r**0.5 if config.use_rslora else r))
 
 
-def ranks(task_vectors: Mapping[Place, TaskVector]) -> list[str]:
+def ranks(task_vectors: Mapping[ParameterRef, TaskVector]) -> list[str]:
     """The ranks of the factors among some task vectors, as "r=4/8"; nothing if there are none."""
-    found = sorted({vector.rank for vector in task_vectors.values() if isinstance(vector, Factors)})
+    found = sorted({vector.rank for vector in task_vectors.values() if isinstance(vector, StoredLoRA)})
     return [f"r={'/'.join(map(str, found))}"] if found else []

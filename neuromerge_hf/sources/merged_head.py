@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.planning.plan import Unit
-from neuromerge_hf.sources.expert import Expert, is_mergeable
+from neuromerge_hf.sources.checks import is_mergeable
+from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.heads import Head
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Layout
 from neuromerge_hf.storage.tensors import StoredTensor
 

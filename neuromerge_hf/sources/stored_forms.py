@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.skeleton import Place, Shape, Skeleton, StoredForm
-from neuromerge_hf.sources.computed import Form, Preparation
-from neuromerge_hf.sources.expert import Base, stored_form
+from neuromerge_hf.skeleton import ParameterRef, Shape, Skeleton, StoredForm
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.checks import stored_form
+from neuromerge_hf.sources.computed import ComputedTensors, Form
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 
 
 def to_base_form(
-    tensors: Mapping[str, StoredTensor], places: Mapping[str, Place | None], base: Base, main: Path
-) -> tuple[dict[str, StoredTensor], dict[str, Place | None], Preparation | None]:
+    tensors: Mapping[str, StoredTensor], refs: Mapping[str, ParameterRef | None], base: Base, main: Path
+) -> tuple[dict[str, StoredTensor], dict[str, ParameterRef | None], ComputedTensors | None]:
     """Replace the tensors that the base stores in another form by ones in its form, which are computed later.
 
     Args:
         tensors: a checkpoint's.
-        places: of each in the base's model.
+        refs: of each in the base's model.
         main: the checkpoint's file, for messages.
 
     Returns:
@@ -30,8 +31,8 @@ def to_base_form(
     Raises:
         MergeError: if transformers cannot convert them.
     """
-    theirs = _by_parameter(stored_form(tensors, places))
-    ours = _by_parameter(stored_form(base.tensors, base.places))
+    theirs = _by_parameter(stored_form(tensors, refs))
+    ours = _by_parameter(stored_form(base.tensors, base.refs))
     conversions = []
     for parameters in _stored_together(theirs, ours):
         source, target = (
@@ -41,7 +42,7 @@ def to_base_form(
         if source and target and set(source.values()) != set(target.values()):
             conversions.append((source, target))
     if not conversions:
-        return dict(tensors), dict(places), None
+        return dict(tensors), dict(refs), None
 
     forms: dict[str, Form] = {}
     problems = []
@@ -64,20 +65,20 @@ def to_base_form(
                 {name: read_whole(tensors[name]) for name in source}, source, target, base.skeleton
             ).items()
 
-    preparation = Preparation(forms, compute, main)
+    preparation = ComputedTensors(forms, compute, main)
     replaced = {name for source, _ in conversions for name in source}
     kept = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     return (
         kept | preparation.tensors,
-        {name: places[name] for name in kept} | {name: base.places[name] for name in forms},
+        {name: refs[name] for name in kept} | {name: base.refs[name] for name in forms},
         preparation,
     )
 
 
-def _by_parameter(form: StoredForm) -> dict[str, dict[str, tuple[Place, Shape]]]:
-    found: dict[str, dict[str, tuple[Place, Shape]]] = defaultdict(dict)
-    for name, (place, shape) in form.items():
-        found[place.parameter][name] = place, shape
+def _by_parameter(form: StoredForm) -> dict[str, dict[str, tuple[ParameterRef, Shape]]]:
+    found: dict[str, dict[str, tuple[ParameterRef, Shape]]] = defaultdict(dict)
+    for name, (ref, shape) in form.items():
+        found[ref.parameter][name] = ref, shape
     return found
 
 
@@ -86,9 +87,9 @@ def _stored_together(*sides: Mapping[str, StoredForm]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for side in sides:
         for form in side.values():
-            place, _ = next(iter(form.values()))
-            if place.piece is not None:
-                joined = sorted({*place.parameters, *(p for name in place.parameters for p in groups.get(name, []))})
+            ref, _ = next(iter(form.values()))
+            if ref.piece is not None:
+                joined = sorted({*ref.parameters, *(p for name in ref.parameters for p in groups.get(name, []))})
                 groups |= dict.fromkeys(joined, joined)
     return list({id(group): group for group in groups.values()}.values())
 
@@ -96,9 +97,9 @@ def _stored_together(*sides: Mapping[str, StoredForm]) -> list[list[str]]:
 def _convert(
     tensors: dict[str, Tensor], source: StoredForm, target: StoredForm, skeleton: Skeleton
 ) -> dict[str, Tensor]:
-    parameters = skeleton.to_parameters(tensors, {name: place for name, (place, _) in source.items()})
+    parameters = skeleton.to_parameters(tensors, {name: ref for name, (ref, _) in source.items()})
     tensors.clear()  # they may be as large as a layer
-    for name in sorted({name for place, _ in target.values() for name in place.parameters}):
+    for name in sorted({name for ref, _ in target.values() for name in ref.parameters}):
         if name not in parameters:
             raise MergeError(f"the parameter {name} is missing.")
         if tuple(parameters[name].shape) != skeleton.shapes[name]:

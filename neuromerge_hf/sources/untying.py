@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from neuromerge_hf.skeleton import Skeleton
-from neuromerge_hf.sources.expert import Base, stored_form
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.checks import stored_form
 from neuromerge_hf.storage.tensors import StoredTensor
 
 
@@ -18,9 +19,9 @@ def untied(base: Base) -> Base:
     tensors = dict(base.tensors)
     for name, original in missing_copies(tensors, skeleton, copies).items():
         tensors[name] = renamed(tensors[original], name)
-    places = skeleton.places(tensors)
-    layouts, unknown = skeleton.stored_layouts(stored_form(tensors, places))
-    return Base(base.location, skeleton.model.config, skeleton, tensors, places, layouts, unknown, copies)
+    refs = skeleton.refs(tensors)
+    layouts, unknown = skeleton.stored_layouts(stored_form(tensors, refs))
+    return Base(base.location, skeleton.model.config, skeleton, tensors, refs, layouts, unknown, copies)
 
 
 def untied_skeleton(skeleton: Skeleton) -> Skeleton:
@@ -45,7 +46,7 @@ def missing_copies(
     tensors: Mapping[str, StoredTensor], skeleton: Skeleton, copies: Mapping[str, str]
 ) -> dict[str, str]:
     """The copies that a tied checkpoint does not store, with the name of the tensor that each is a copy of."""
-    stored = {place.parameter: name for name, place in skeleton.places(tensors).items() if place}
+    stored = {ref.parameter: name for name, ref in skeleton.refs(tensors).items() if ref}
     return {name: stored[owner] for name, owner in copies.items() if owner in stored and name not in stored}
 
 

@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.tensors import StoredTensor, open_pickle, open_safetensors
 
 CHECKPOINT_FILES = (
     "model.safetensors",
@@ -21,8 +19,6 @@ CHECKPOINT_FILES = (
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT looks for, in its order."""
 
-OPENED_AT_ONCE = 8
-"""How many files are opened at once: the headers of files on the Hub are waited for."""
 
 HEADS = "heads"
 """The folder of a merged model in which the experts' heads lie, one folder for each expert."""
@@ -47,7 +43,7 @@ TOKENIZER_FILES = (
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "*processor_config.json", "*.py")
 """The files beside the weights that a merged model takes from its base: tokenizer, processor, generation, code."""
 
-TERMS = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "USE_POLICY*")
+LICENCE_FILES = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "USE_POLICY*")
 """A model's licence, and what else its owners ask to go along with what is made of it."""
 
 TEXTS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
@@ -63,9 +59,9 @@ def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> lis
     ]
 
 
-def term_files(folder: Path) -> list[Path]:
+def licence_files(folder: Path) -> list[Path]:
     """The files in a model's folder that say under which terms it is given."""
-    return [path for path in companion_files(folder, TERMS) if path.suffix.lower() in TEXTS]
+    return [path for path in companion_files(folder, LICENCE_FILES) if path.suffix.lower() in TEXTS]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -117,45 +113,3 @@ def _indexed_files(main: Path) -> list[Path]:
                 "Such an index could read any file of this machine; do not use this checkpoint."
             )
     return [main.parent / name for name in names]
-
-
-def open_file(path: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of one weight file by name.
-
-    Raises:
-        MergeError: if it is truncated or damaged.
-    """
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
-
-
-def open_weights(
-    main: Path,
-    is_file: Callable[[Path], bool] = Path.is_file,
-    open_file: Callable[[Path], Mapping[str, StoredTensor]] = open_file,
-) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint or adapter by name, in the order of the files, from their headers alone.
-
-    Args:
-        main: a weight file or an index, see `find_weights`.
-        is_file: whether a file is there.
-        open_file: opens one; called on several threads.
-
-    Raises:
-        MergeError: if a file is missing, truncated or damaged.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-        for opened in pool.map(open_file, weight_files(main, is_file)):
-            tensors.update(opened)
-    if main.name.endswith(".index.json"):
-        missing = sorted(set(json.loads(main.read_text())["weight_map"]) - set(tensors))
-        if missing:
-            raise MergeError(
-                f"{main} lists the tensor {missing[0]}{_more(missing)}, but its file does not hold it. "
-                "Download the model again."
-            )
-    return tensors
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -18,11 +18,12 @@ from huggingface_hub.errors import (
 )
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.files import CHECKPOINT_FILES, COMPANIONS, TERMS, open_file, open_weights, weight_files
+from neuromerge_hf.storage.files import CHECKPOINT_FILES, COMPANIONS, LICENCE_FILES, weight_files
+from neuromerge_hf.storage.formats import open_file, open_weights
 from neuromerge_hf.storage.remote import list_sizes, open_remote
 from neuromerge_hf.storage.tensors import StoredTensor
 
-METADATA = ["*.json", *COMPANIONS, *TERMS, "README.md", "recipe.yaml"]
+METADATA = ["*.json", *COMPANIONS, *LICENCE_FILES, "README.md", "recipe.yaml"]
 """Small files: configurations, tokenizers, indexes, recipes, licences."""
 
 

@@ -11,7 +11,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported
 )
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.tensors import RemoteTensor, read_header
+from neuromerge_hf.storage.formats import read_header
+from neuromerge_hf.storage.tensors import RemoteTensor
 
 FIRST_BYTES = 100_000
 """How much of a large file is asked for at first: most headers are shorter. Of a smaller file, a thousandth."""

@@ -4,7 +4,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +18,8 @@ from neuromerge_hf.planning.resolve import ModelId
 from neuromerge_hf.skeleton import model_class_of
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.tuning.bootstrap import Interval, differences
-from neuromerge_hf.tuning.comparison_table import draw_bars, to_markdown, write_json
+from neuromerge_hf.tuning.comparison import Comparison
 from neuromerge_hf.tuning.evaluation import Evaluate, Scores, name_of, run_evaluation
-
-TABLE = "comparison"
-"""The name of the files: .json, .md and .png."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare_methods` found.
-
-    Attributes:
-        base: the scores of the base.
-        experts: the scores of each expert by its name.
-        methods: the scores of each method's merge, by its name, with the settings that are not the defaults.
-        intervals: how much better the best method is on average than each other, where it is known by example.
-        winner: the method that is better than all others beyond the noise, if there is one.
-        verdict: the same in words, with the reason.
-    """
-
-    base: Scores
-    experts: dict[str, Scores]
-    methods: dict[str, Scores]
-    intervals: dict[str, Interval]
-    winner: str | None
-    verdict: str
-
-    @property
-    def best_expert(self) -> dict[str, float]:
-        """The best score of an expert on each task."""
-        return {task: max(scores.tasks[task] for scores in self.experts.values()) for task in self.base.tasks}
-
-    def retained(self, scores: Scores) -> float | None:
-        """The mean over the tasks of a score's share of the best expert's; None where that is not positive."""
-        best = self.best_expert
-        if min(best.values()) <= 0:
-            return None
-        return sum(scores.tasks[task] / best[task] for task in best) / len(best)
-
-    def save(self, folder: Path) -> None:
-        """Write the table as JSON and Markdown, and draw it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(self, folder / f"{TABLE}.json")
-        (folder / f"{TABLE}.md").write_text(str(self))
-        draw_bars(self, folder / f"{TABLE}.png")
-
-    def __str__(self) -> str:
-        return f"{to_markdown(self)}\n{self.verdict}\n"
 
 
 def compare_methods(

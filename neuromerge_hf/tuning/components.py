@@ -26,14 +26,15 @@ from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.kernel import elect_entries, neuron_change
 from neuromerge_hf.methods.neuromerging import NeuroMerging, trim_block
-from neuromerge_hf.planning.plan import MergePlan, Unit
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block, Layout
 
 Load = Callable[..., Any]
 """`from_pretrained` of the model's class."""
 
 
-class Change(Method[Any]):
+class DeltaOnly(Method[Any]):
     """What some lambdas change in the base, without the base."""
 
     def __init__(self, fitted: NeuroMerging, lambda_parallel: float, lambda_orthogonal: float):
@@ -47,7 +48,7 @@ class Change(Method[Any]):
         return elect_entries(x[1:, 0]).mul_(self._lambdas[1]).float().unsqueeze(0)
 
 
-class Parts:
+class LambdaComponents:
     """The terms of a plan's merged weights, in a folder.
 
     Args:
@@ -73,7 +74,7 @@ class Parts:
             MergeError: if a weight is NaN or infinite.
         """
         single = [dataclasses.replace(unit, dtype=_single(unit.dtype)) for unit in self._plan.units]
-        parallel, orthogonal = Change(fitted, 1, 0), Change(fitted, 0, 1)
+        parallel, orthogonal = DeltaOnly(fitted, 1, 0), DeltaOnly(fitted, 0, 1)
         if not self._file("base").exists():
             self._write(self._folder / "model", self._plan.units, map(_copied, self._plan.units), parallel)
             self._keep("base", single, map(_copied, single), parallel)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.methods.neuromerging import NeuroMerging
-from neuromerge_hf.tuning.components import Parts
+from neuromerge_hf.tuning.components import LambdaComponents
 from neuromerge_hf.tuning.evaluation import Scores
-from neuromerge_hf.tuning.tuning_table import Trial
+from neuromerge_hf.tuning.trials import Trial
 
 DIGITS = 4
 """Of the lambdas that are tried, but for the rule's own."""
@@ -44,7 +44,7 @@ class Search:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: LambdaComponents,
         evaluate: Callable[[PreTrainedModel], Scores],
         metric: str | None,
         greater_is_better: bool,

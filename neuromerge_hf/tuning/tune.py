@@ -14,21 +14,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from neuromerge_hf.api import find_device, merge
+from neuromerge_hf.api import merge
 from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.writer import check_shard_size
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.folder.report import MergeReport
 from neuromerge_hf.methods.neuromerging import NeuroMerging
-from neuromerge_hf.planning.plan import MergePlan, readable_size
+from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.planner import plan_found
 from neuromerge_hf.planning.preflight import check_output
 from neuromerge_hf.planning.resolve import ModelId, find_models
 from neuromerge_hf.skeleton import model_class_of
-from neuromerge_hf.tuning.components import Parts
+from neuromerge_hf.text import readable_size
+from neuromerge_hf.tuning.components import LambdaComponents
 from neuromerge_hf.tuning.evaluation import Evaluate, name_of, run_evaluation
 from neuromerge_hf.tuning.search import Search, TuningGrid
-from neuromerge_hf.tuning.tuning_table import Trial, save_table
+from neuromerge_hf.tuning.trials import Trial, save_table
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def tune_lambdas(
             if expert.head:
                 expert.head.save(folder / "heads" / expert.name)
         (folder / "parts").mkdir()
-        parts = Parts(plan, folder / "parts", load, compute_device, trust_remote_code)
+        parts = LambdaComponents(plan, folder / "parts", load, compute_device, trust_remote_code)
         search = Search(
             parts, partial(run_evaluation, evaluate, heads=folder / "heads"), metric, greater_is_better, kwargs
         )

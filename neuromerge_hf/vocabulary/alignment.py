@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.skeleton import ParameterRef, Skeleton
 from neuromerge_hf.sources.aligned import AlignedTensor, AlignedVector
-from neuromerge_hf.sources.expert import Base, Expert
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.heads import Head
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.storage.files import tokenizer_files
@@ -99,22 +100,22 @@ def align(
     """
     problems: list[str] = []
     aligned: dict[str, AlignedRows] = {}
-    vectors: list[dict[Place, TaskVector]] = [dict(expert.task_vectors) for expert in experts]
+    vectors: list[dict[ParameterRef, TaskVector]] = [dict(expert.task_vectors) for expert in experts]
     base_rows = alignment.base_rows
     expert_rows = [alignment.expert_rows(number) for number in range(len(experts))]
     numbers = torch.arange(alignment.target.rows)
-    for name, place in _names(base).items():
+    for name, ref in _names(base).items():
         given: list[AlignedVector] = []
         for number, (expert, is_adapter) in enumerate(zip(experts, are_adapters, strict=True)):
             rows = expert_rows[number]
-            vector = expert.task_vectors.get(place)
+            vector = expert.task_vectors.get(ref)
             layout = _layout(base, name, alignment.experts[number].rows)
             if is_adapter and not _is_stored(vector):
                 moved = (rows >= 0) & (base_rows >= 0) & (rows != base_rows)
                 new = (rows >= 0) & (base_rows < 0)
                 if moved.any() or (vector and new.any()):
                     token = alignment.target.texts.get(int((moved | new).nonzero()[0]), "padding")
-                    problems.append(_not_stored(expert, place, token))
+                    problems.append(_not_stored(expert, ref, token))
                 if vector is None:  # its new tokens are on padding of the base, which it leaves as it is
                     vector = Difference(base.tensors[name], layout)
                     given.append(AlignedVector(vector, layout, rows.where(new & (rows < alignment.base.rows), -1)))
@@ -122,7 +123,7 @@ def align(
             if vector is None:
                 continue
             if not torch.equal(rows, numbers) or not torch.equal(base_rows, numbers):
-                vectors[number][place] = AlignedVector(vector, layout, rows.where(base_rows >= 0, -1))
+                vectors[number][ref] = AlignedVector(vector, layout, rows.where(base_rows >= 0, -1))
                 given.append(AlignedVector(vector, layout, rows.where(base_rows < 0, -1)))
         lacking = base_rows < 0
         for source in given:
@@ -132,7 +133,7 @@ def align(
             text = alignment.target.texts.get(row)
             what = f"the token {text!r}" if text else f"the padding in row {row}"
             problems.append(
-                f"The base {base.location} lacks {what}, and no expert that has it stores {place.parameter}. "
+                f"The base {base.location} lacks {what}, and no expert that has it stores {ref.parameter}. "
                 'Choose tokenizer="base".'
             )
         aligned[name] = AlignedRows(base_rows, tuple(source for source in given if (source.rows >= 0).any()))
@@ -145,13 +146,13 @@ def align(
     return _with_rows(base, aligned, alignment.target.rows), new_experts
 
 
-def _names(base: Base) -> dict[str, Place]:
+def _names(base: Base) -> dict[str, ParameterRef]:
     """The base's stored vocabulary parameters, by their names in the file."""
     parameters = vocabulary_parameters(base.skeleton)
     return {
-        name: place
-        for name, place in base.places.items()
-        if name in base.tensors and place is not None and place.parameter in parameters
+        name: ref
+        for name, ref in base.refs.items()
+        if name in base.tensors and ref is not None and ref.parameter in parameters
     }
 
 
@@ -182,9 +183,9 @@ def _is_stored(vector: TaskVector | None) -> bool:
     return isinstance(getattr(vector, "stored", vector), Difference)
 
 
-def _not_stored(expert: Expert, place: Place, token: str) -> str:
+def _not_stored(expert: Expert, ref: ParameterRef, token: str) -> str:
     return (
-        f"{expert.location} does not store {place.parameter} whole, so that its rows are those of its base, but "
+        f"{expert.location} does not store {ref.parameter} whole, so that its rows are those of its base, but "
         f"its tokenizer puts the token {token!r} on another row. Save the adapter with save_embedding_layers=True, "
         "or remove its tokenizer files if it has the base's vocabulary."
     )

@@ -46,7 +46,7 @@ class TokenizerChoice:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ExpertVocabulary:
     """An expert that may have a vocabulary of its own.
 
     Attributes:
@@ -66,7 +66,7 @@ def choose_tokenizer(
     chat_template: str | None,
     base: Location,
     base_config: PretrainedConfig,
-    experts: Sequence[Candidate],
+    experts: Sequence[ExpertVocabulary],
     trust_remote_code: bool = False,
 ) -> TokenizerChoice:
     """Find the tokenizer and the chat template that were asked for, and align all models' tokens.
@@ -127,7 +127,7 @@ def choose_tokenizer(
     return replace(choice, additions=additions, alignment=Alignment(merged, ours, theirs))
 
 
-def _find(option: str, choice: str, experts: Sequence[Candidate]) -> int:
+def _find(option: str, choice: str, experts: Sequence[ExpertVocabulary]) -> int:
     """The number of the expert that a user means by its name or id."""
     names = [expert.name for expert in experts]
     if choice in names:
@@ -193,7 +193,7 @@ def _same_tokenizer_files(a: Location, b: Location) -> bool:
     return ours.keys() == theirs.keys() and all(filecmp.cmp(ours[name], theirs[name], shallow=False) for name in ours)
 
 
-def _check_alike(base: Location, rows: int, experts: Sequence[Candidate], theirs: Sequence[Vocabulary]) -> None:
+def _check_alike(base: Location, rows: int, experts: Sequence[ExpertVocabulary], theirs: Sequence[Vocabulary]) -> None:
     """For a base without tokenizer files, whose vocabulary can only be the one that all experts have."""
     for expert, vocabulary in zip(experts, theirs, strict=True):
         if vocabulary.rows != rows or vocabulary.tokens != theirs[0].tokens:
@@ -205,7 +205,11 @@ def _check_alike(base: Location, rows: int, experts: Sequence[Candidate], theirs
 
 
 def _union(
-    base: Location, config: PretrainedConfig, ours: Vocabulary, experts: Sequence[Candidate], trust_remote_code: bool
+    base: Location,
+    config: PretrainedConfig,
+    ours: Vocabulary,
+    experts: Sequence[ExpertVocabulary],
+    trust_remote_code: bool,
 ) -> "tuple[Vocabulary, tuple[AddedToken, ...]]":
     """The base's vocabulary with the tokens that were added to the experts' tokenizers.
 

@@ -10,9 +10,11 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.skeleton import Place, Skeleton
+from neuromerge_hf.skeleton import ParameterRef, Skeleton
 from neuromerge_hf.sources import lora
-from neuromerge_hf.sources.expert import Base, Expert, is_mergeable, mismatch, missing_parameter, same_values
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.checks import is_mergeable, mismatch, missing_parameter, same_values
+from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.heads import Head, task_class, task_config
 from neuromerge_hf.sources.peft import effective, tuner
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
@@ -87,7 +89,7 @@ def changes_one_of_two(location: Location, config: tuner.AnyConfig, base: Base) 
         if len(tokens) == 1 and tokens[0] not in base.ties:  # PEFT changes the other embedding as well
             tokens = []
         names = [*saved, *tokens, *(f"{module}.weight" for module in adapter.tuned)]
-        return any(place and base.is_tied(place) for place in base.skeleton.places(names).values())
+        return any(ref and base.is_tied(ref) for ref in base.skeleton.refs(names).values())
     return False
 
 
@@ -109,39 +111,39 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
         MergeError: if a file is missing or damaged, or the adapter does not fit the base.
     """
     adapter = read_adapter(location, config, base.ties)
-    places = base.skeleton.places(adapter.stored)
+    refs = base.skeleton.refs(adapter.stored)
     problems = [
         f"{adapter.file} changes {module} in two ways, of which only one can be merged. Leave the adapter out."
         for module in adapter.tuned.keys() & adapter.tokens.keys()
     ]
-    stored: dict[Place, StoredTensor] = {}
-    shared: dict[Place, StoredTensor] = {}
+    stored: dict[ParameterRef, StoredTensor] = {}
+    shared: dict[ParameterRef, StoredTensor] = {}
     head: dict[str, StoredTensor] = {}
     for key, tensor in adapter.stored.items():
-        place = places[key]
-        found = base.at(place)
-        if (place is None or found is None) and base.has_module(key.rpartition(".")[0]):
+        ref = refs[key]
+        found = base.at(ref)
+        if (ref is None or found is None) and base.has_module(key.rpartition(".")[0]):
             problems.append(
                 f"{adapter.file} holds {key}, which is neither a parameter of the base {base.location} nor known of an "
                 f"adapter of type {tuner.type_of(config)}. Check base_model, or upgrade: pip install -U peft."
             )
-        elif place is None or found is None:
+        elif ref is None or found is None:
             head[key] = tensor
         elif found[0].shape != tensor.shape:
-            problems.append(mismatch(key, found[0], tensor, base.skeleton, place))
-        elif _is_saved_module(key, config) or not base.was_tied(place):
-            stored[place] = tensor
-        elif not same_values(tensor, shared.setdefault(base.tied_places(place)[0], tensor)):
+            problems.append(mismatch(key, found[0], tensor, base.skeleton, ref))
+        elif _is_saved_module(key, config) or not base.was_tied(ref):
+            stored[ref] = tensor
+        elif not same_values(tensor, shared.setdefault(base.tied_refs(ref)[0], tensor)):
             problems.append(
                 f"{adapter.file} stores embeddings that its base ties as two that differ, {key} and another, and does "
                 "not name them in modules_to_save. Save the adapter again."
             )
         elif not same_values(tensor, found[0]):  # PEFT's save_embedding_layers stores embeddings that nobody changed
-            stored |= dict.fromkeys(base.tied_places(place), tensor)
-    task_vectors: dict[Place, TaskVector] = {
-        place: Difference(tensor, found[1])
-        for place, tensor in stored.items()
-        if (found := base.at(place)) and is_mergeable(tensor)
+            stored |= dict.fromkeys(base.tied_refs(ref), tensor)
+    task_vectors: dict[ParameterRef, TaskVector] = {
+        ref: Difference(tensor, found[1])
+        for ref, tensor in stored.items()
+        if (found := base.at(ref)) and is_mergeable(tensor)
     }
 
     model_class = task_class(config.task_type, base.config)
@@ -165,7 +167,7 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
 
     if model_class and model_class is not base.skeleton.model_class and not head:
         skeleton = Skeleton(model_class, base.config)
-        missing = missing_parameter(skeleton, skeleton.places(base.tensors))
+        missing = missing_parameter(skeleton, skeleton.refs(base.tensors))
         if missing:
             raise MergeError(
                 f"{location} was trained as {model_class.__name__} (task_type={str(config.task_type)!r}), whose "
@@ -184,7 +186,7 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
     )
 
 
-def _kind(config: tuner.AnyConfig, task_vectors: Mapping[Place, TaskVector]) -> str:
+def _kind(config: tuner.AnyConfig, task_vectors: Mapping[ParameterRef, TaskVector]) -> str:
     """What the report calls an adapter."""
     if not isinstance(config, LoraConfig) or tuner.type_of(config) != "LORA":
         return tuner.type_of(config)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.skeleton import Place
-from neuromerge_hf.sources.computed import Preparation
-from neuromerge_hf.sources.expert import Base
+from neuromerge_hf.skeleton import ParameterRef
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.computed import ComputedTensors
 from neuromerge_hf.sources.heads import task_class
-from neuromerge_hf.sources.peft.tuner import AnyConfig, Change, needs_whole_model, target_parameters, type_of
+from neuromerge_hf.sources.peft.tuner import AnyConfig, TunedModule, needs_whole_model, target_parameters, type_of
 from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
@@ -42,11 +42,11 @@ def prepare(
     location: Location,
     file: Path,
     config: AnyConfig,
-    changes: Sequence[Change],
+    changes: Sequence[TunedModule],
     base: Base,
-    stored: Mapping[Place, StoredTensor],
+    stored: Mapping[ParameterRef, StoredTensor],
     head_config: PretrainedConfig | None,
-) -> tuple[Preparation, dict[Place, TaskVector]]:
+) -> tuple[ComputedTensors, dict[ParameterRef, TaskVector]]:
     """What has to be computed for an adapter, and the task vectors that read it.
 
     Args:
@@ -57,7 +57,7 @@ def prepare(
     Raises:
         MergeError: if a parameter is stored in a form that is not known.
     """
-    forms, places = {}, {}
+    forms, refs = {}, {}
     for change in changes:
         for parameter in change.parameters:
             name = change.full_name(parameter, base)
@@ -69,10 +69,10 @@ def prepare(
                     "place of the adapter."
                 )
             for key, piece in pieces.items():
-                place = base.places[key]
-                assert place is not None
+                ref = base.refs[key]
+                assert ref is not None
                 forms[key] = torch.float32, tuple(piece.shape)
-                places[key] = base.tied_places(place) if change.together else [place]
+                refs[key] = base.tied_refs(ref) if change.together else [ref]
 
     def compute() -> Iterator[tuple[str, Tensor]]:
         with _reproducible():
@@ -84,13 +84,13 @@ def prepare(
                 for key, piece in (base.split(name, tensor) or {}).items():
                     yield key, piece.float()
 
-    preparation = Preparation(forms, compute, file)
-    vectors: dict[Place, TaskVector] = {}
+    preparation = ComputedTensors(forms, compute, file)
+    vectors: dict[ParameterRef, TaskVector] = {}
     for key, tensor in preparation.tensors.items():
-        for place in places[key]:
-            found = base.at(place)
+        for ref in refs[key]:
+            found = base.at(ref)
             assert found is not None
-            vectors[place] = Difference(tensor, found[1])
+            vectors[ref] = Difference(tensor, found[1])
     return preparation, vectors
 
 
@@ -105,16 +105,20 @@ def _reproducible() -> Iterator[None]:
 
 
 def _merged_modules(
-    file: Path, config: AnyConfig, changes: Sequence[Change], base: Base, stored: Mapping[Place, StoredTensor]
+    file: Path,
+    config: AnyConfig,
+    changes: Sequence[TunedModule],
+    base: Base,
+    stored: Mapping[ParameterRef, StoredTensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """The effective parameters, by their names in the model, one module at a time."""
     for change in changes:
         layer = copy.deepcopy(base.skeleton.model.get_submodule(change.own)).to_empty(device="cpu").float()
         for name, parameter in layer.named_parameters():
-            place = Place(change.full_name(name, base))
-            value = read_whole(stored[place]).float() if place in stored else base.read(place.parameter)
+            ref = ParameterRef(change.full_name(name, base))
+            value = read_whole(stored[ref]).float() if ref in stored else base.read(ref.parameter)
             if value is None:
-                raise MergeError(f"{base.location} lacks {place.parameter}, which {file} builds on. Check base_model.")
+                raise MergeError(f"{base.location} lacks {ref.parameter}, which {file} builds on. Check base_model.")
             parameter.data.copy_(value)
         others = [(name, value) for name, value in layer.named_parameters() if name not in change.parameters]
         before = {name: value.detach().clone() for name, value in others}
@@ -136,7 +140,7 @@ def _merged_modules(
                 )
 
 
-def _with_new_tokens(layer: nn.Module, config: AnyConfig, change: Change) -> dict[str, Tensor]:
+def _with_new_tokens(layer: nn.Module, config: AnyConfig, change: TunedModule) -> dict[str, Tensor]:
     """An embedding's parameters with the rows of trained tokens replaced."""
     indices = config.token_indices if hasattr(config, "token_indices") else config.trainable_token_indices
     if isinstance(indices, dict):
@@ -147,7 +151,7 @@ def _with_new_tokens(layer: nn.Module, config: AnyConfig, change: Change) -> dic
     return parameters | {"weight": parameters["weight"].index_copy(0, torch.tensor(indices), rows)}
 
 
-def _merged_layer(layer: nn.Module, config: AnyConfig, change: Change) -> dict[str, Tensor]:
+def _merged_layer(layer: nn.Module, config: AnyConfig, change: TunedModule) -> dict[str, Tensor]:
     """The parameters of a layer after PEFT has merged an adapter into it."""
     tree = _tree(change.module, layer)
     inject_adapter_in_model(_only(config, change.module, layer), tree)
@@ -194,7 +198,7 @@ def _only(config: AnyConfig, module: str, layer: nn.Module) -> AnyConfig:
 def _merged_model(
     location: Location,
     config: AnyConfig,
-    changes: Sequence[Change],
+    changes: Sequence[TunedModule],
     base: Base,
     head_config: PretrainedConfig | None,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -212,7 +216,7 @@ def _merged_model(
             "base_model), leave the adapter out."
         ) from error
     state = merged.state_dict()
-    found = {place.parameter: state[name] for name, place in base.skeleton.places(state).items() if place}
+    found = {ref.parameter: state[name] for name, ref in base.skeleton.refs(state).items() if ref}
     for change in changes:
         for parameter in change.parameters:
             name = change.full_name(parameter, base)

@@ -10,9 +10,9 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from neuromerge_hf.skeleton import Place
+from neuromerge_hf.skeleton import ParameterRef
 from neuromerge_hf.sources.aligned import AlignedTensor
-from neuromerge_hf.sources.expert import Base
+from neuromerge_hf.sources.base import Base
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor
 
@@ -24,7 +24,7 @@ AnyConfig: TypeAlias = Any
 
 
 @dataclass(frozen=True)
-class Change:
+class TunedModule:
     """A module that an adapter changes.
 
     Attributes:
@@ -75,7 +75,7 @@ def find_changes(
     tuned: Mapping[str, Mapping[str, StoredTensor]],
     tokens: Mapping[str, StoredTensor],
     base: Base,
-) -> tuple[list[Change], list[str]]:
+) -> tuple[list[TunedModule], list[str]]:
     """What an adapter changes, and the problems that were found."""
     changes, problems = [], []
     if needs_whole_model(config) and any(isinstance(tensor, AlignedTensor) for tensor in base.tensors.values()):
@@ -94,15 +94,15 @@ def find_changes(
             ("weight",) if rows else _changed_parameters(config, module, base.skeleton.model.get_submodule(own))
         )
         together = rows is not None and len(tokens) == 1 and f"{own}.weight" not in base.ties
-        changes.append(Change(module, own, parameters, tensors, rows, together))
+        changes.append(TunedModule(module, own, parameters, tensors, rows, together))
         for parameter in parameters:
-            place = Place(f"{own}.{parameter}")
-            if place.parameter not in base.skeleton.shapes:
+            ref = ParameterRef(f"{own}.{parameter}")
+            if ref.parameter not in base.skeleton.shapes:
                 problems.append(
-                    f"{location} adds {place.parameter}, which the base {base.location} does not have. "
+                    f"{location} adds {ref.parameter}, which the base {base.location} does not have. "
                     "Merge it into a model with this parameter, with zeros in it, or leave it out."
                 )
-            elif not together and (base.was_tied(place) if needs_whole_model(config) else base.is_tied(place)):
+            elif not together and (base.was_tied(ref) if needs_whole_model(config) else base.is_tied(ref)):
                 problems.append(base.cannot_untie(location, module))
     return changes, problems
 
@@ -111,11 +111,11 @@ def _own_name(module: str, config: AnyConfig, base: Base) -> str | None:
     """The name of an adapter's module in the base's class."""
     parameters = [target.rpartition(".")[2] for target in getattr(config, "target_parameters", None) or ()]
     names = [f"{module}.{parameter}" for parameter in ("weight", *parameters)]
-    for name, place in base.skeleton.places(names).items():
-        if place and place.piece is None:
+    for name, ref in base.skeleton.refs(names).items():
+        if ref and ref.piece is None:
             parameter = name.rpartition(".")[2]
-            tied = [alias for alias, owner in base.skeleton.ties.items() if owner == place.parameter]
-            own = next((alias for alias in tied if alias.endswith(name)), place.parameter)
+            tied = [alias for alias, owner in base.skeleton.ties.items() if owner == ref.parameter]
+            own = next((alias for alias in tied if alias.endswith(name)), ref.parameter)
             return own.removesuffix(f".{parameter}")
     return None
 

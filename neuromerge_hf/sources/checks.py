@@ -1,0 +1,104 @@
+"""Whether a checkpoint is complete, and whether its tensors fit those of the base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.skeleton import ParameterRef, Skeleton, StoredForm
+from neuromerge_hf.storage.layout import Block, Layout
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.tensors import MERGEABLE, StoredTensor, is_remote, read_rows
+
+COMPARED_AT_ONCE = 1 << 20
+
+
+VOCABULARY_REMEDY = (
+    "Put the tokenizer files of the base and of the expert into their folders, by which rows are aligned. Or resize "
+    "the expert's embeddings to the base's vocabulary (model.resize_token_embeddings) and save it again."
+)
+
+
+def check_complete(
+    location: Location,
+    skeleton: Skeleton,
+    tensors: Mapping[str, StoredTensor],
+    refs: Mapping[str, ParameterRef | None],
+    main: Path,
+) -> None:
+    """Raise a `MergeError` if a checkpoint lacks a parameter of its own model class, or a piece of one."""
+    parameter = missing_parameter(skeleton, refs)
+    if parameter:
+        raise MergeError(
+            f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
+            f"it is not in {main}. Save or download the model again."
+        )
+    parameter = skeleton.misfit(stored_form(tensors, refs))
+    if parameter:
+        raise MergeError(
+            f"The tensors of {main} that make up the parameter {parameter} do not fit its shape "
+            f"{skeleton.shapes[parameter]}: some are missing, or of another model. Save or download {location} again."
+        )
+
+
+def stored_form(tensors: Mapping[str, StoredTensor], refs: Mapping[str, ParameterRef | None]) -> StoredForm:
+    """The parameter and the shape of the tensors that the model knows."""
+    return {name: (ref, tensors[name].shape) for name, ref in refs.items() if ref is not None and name in tensors}
+
+
+def missing_parameter(skeleton: Skeleton, refs: Mapping[str, ParameterRef | None]) -> str | None:
+    """The first parameter of a model class that is at none of the places of a checkpoint."""
+    stored = {parameter for ref in refs.values() if ref is not None for parameter in (ref.parameter, *ref.also)}
+    parameters = (parameter for parameter, _ in skeleton.model.named_parameters())
+    return next((name for name in parameters if skeleton.ties.get(name, name) not in stored), None)
+
+
+def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skeleton, ref: ParameterRef) -> str:
+    """The sentence that says why two tensors of the same place cannot be merged."""
+    sides = f"{name} is {theirs.shape} in {theirs.path}, but {base.shape} in the base's {base.path}."
+    if skeleton.is_vocabulary(ref.parameter) and theirs.shape[1:] == base.shape[1:]:
+        return f"The vocabularies differ: {sides} {VOCABULARY_REMEDY}"
+    return f"The shapes differ: {sides} Experts must be fine-tunes of this very base; check base_model."
+
+
+def is_mergeable(tensor: StoredTensor) -> bool:
+    """Whether a tensor is a floating-point parameter; the others are copied from the base."""
+    return tensor.dtype in MERGEABLE
+
+
+def without_tied_copies(
+    tensors: Mapping[str, StoredTensor], refs: Mapping[str, ParameterRef | None]
+) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors with each tied parameter once.
+
+    Files written by other tools, and ``.bin`` files, hold tied parameters under each of their names.
+
+    Raises:
+        MergeError: if two copies of a tied parameter differ.
+    """
+    kept: dict[ParameterRef, str] = {}
+    for name in sorted(tensors, key=lambda name: refs[name] != ParameterRef(name)):
+        ref = refs[name]
+        if ref is None or ref not in kept:
+            kept[ref or ParameterRef(name)] = name
+        elif not same_values(tensors[name], tensors[kept[ref]]):
+            raise MergeError(
+                f"{name} and {kept[ref]} differ in {tensors[name].path}, but the model's config.json ties them "
+                "(tie_word_embeddings). Set it to false in the config.json of the base and of every expert."
+            )
+    names = set(kept.values())
+    return {name: tensor for name, tensor in tensors.items() if name in names}
+
+
+def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether `a` holds the values of `b`, as they are in the dtype of `a`; taken for granted before the download."""
+    if a.shape != b.shape:
+        return False
+    if is_remote(a) or is_remote(b):
+        return True
+    layout = Layout(1, 1, Layout.of(a.shape, None).width, 1)
+    blocks = (
+        Block(0, i, min(i + COMPARED_AT_ONCE, layout.neurons)) for i in range(0, layout.neurons, COMPARED_AT_ONCE)
+    )
+    return all(torch.equal(read_rows(a, layout, block), read_rows(b, layout, block).to(a.dtype)) for block in blocks)
