@@ -22,11 +22,11 @@ lint: $(VENV)/.test
 
 # docs/families.md
 families: $(VENV)/.test
-	$(BIN)/python tests/make_families_table.py
+	$(BIN)/python tests/support/make_families_table.py
 
 # model_cards/example.md, after `examples/demo.py --results examples/results.json` where the measurements have changed
 card: $(VENV)/.test
-	$(BIN)/python tests/make_example_card.py
+	$(BIN)/python tests/support/make_example_card.py
 
 # The versions that are installed now. All but torch are for Python >= 3.11: some have no release for 3.10, where pip
 # is left to choose.

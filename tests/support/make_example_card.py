@@ -12,7 +12,7 @@ from neuromerge_hf import NeuroMergingConfig
 from neuromerge_hf.folder.results import load_results
 from neuromerge_hf.model_cards.picture import NAME
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CARD = ROOT / "model_cards" / "example.md"
 PICTURE = ROOT / "model_cards" / NAME
 

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, set_seed
 
 from neuromerge_hf import AutoMergedModel, merge
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "quality"
 WORDS = ("good", "bad", "fine", "poor", "old", "new", "red", "big")
 NAMES = {
     "female": [f"{a}{b}a" for a in "BCDFGHJKLM" for b in "aeiou"],

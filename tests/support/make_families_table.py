@@ -4,19 +4,19 @@ from pathlib import Path
 
 from all_families import ALL_FAMILIES
 from families import Family
-from test_stored_forms import CASES
+from stored_forms import CASES
 
-FILE = Path(__file__).parent.parent / "docs" / "families.md"
+FILE = Path(__file__).parents[2] / "docs" / "families.md"
 
 HEAD = """\
 # Families that are checked
 
 Made by `make families` from the tables of the tests; a test fails where it is not what they say.
 
-For each row, tests/test_families.py builds a tiny model with random weights and merges one expert with density 1 and
-both lambdas 1, once a full fine-tune and once a LoRA adapter. The merged model, loaded by plain transformers without a
-missing or an unexpected key, must answer as the expert does, to 1e-4 in float32; the adapter's own answer is that of
-PEFT, not merged. Merges of several experts are compared with a slow direct form of the method.
+For each row, tests/sources/test_families.py builds a tiny model with random weights and merges one expert with density
+1 and both lambdas 1, once a full fine-tune and once a LoRA adapter. The merged model, loaded by plain transformers
+without a missing or an unexpected key, must answer as the expert does, to 1e-4 in float32; the adapter's own answer is
+that of PEFT, not merged. Merges of several experts are compared with a slow direct form of the method.
 
 | model type | class | full | LoRA on |
 |---|---|---|---|
@@ -25,7 +25,7 @@ PEFT, not merged. Merges of several experts are compared with a slow direct form
 FORMS = """\
 
 Base and experts may store their weights in different ways; the output is stored as the base is. Checked, with the base
-or the experts in either way (tests/test_stored_forms.py):
+or the experts in either way (tests/sources/test_stored_forms.py):
 
 """
 

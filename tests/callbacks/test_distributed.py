@@ -13,7 +13,7 @@ from neuromerge_hf import AutoMergedModel, merge
 from tiny_models import save_bert, save_fine_tune
 from tiny_training import classifier, measure
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
