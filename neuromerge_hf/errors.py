@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The exception that users see, and a collector of problems."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -6,14 +6,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 LISTED = 3
-"""How many problems of one model are spelled out: a wrong base is wrong in every layer."""
+"""How many problems of one model an error lists. A wrong base has a problem in every layer."""
 
 
 class MergeError(ValueError):
-    """What was asked for cannot be merged. The message names both sides, the file, and what to do.
+    """The models cannot be merged. The message names both sides, the file, and what to do.
 
     Attributes:
-        problems: everything that was found wrong, one sentence or two each.
+        problems: all problems that were found, in one or two sentences each.
+
+    Example:
+        >>> try:
+        ...     merge(["./missing", "math"], "merged")
+        ... except MergeError as error:
+        ...     print(error.problems[0])
+        ./missing is not a folder on this machine, and no id of a model on the Hub.
     """
 
     def __init__(self, problems: str | Sequence[str]):
@@ -26,15 +33,15 @@ class MergeError(ValueError):
 
 
 def abridged(problems: Sequence[str]) -> list[str]:
-    """The first problems of one model, and how many more it has."""
+    """Return the first problems of one model, and a line that counts the others."""
     more = len(problems) - LISTED
     return [*problems[:LISTED], f"... and {more} more of the same model."] if more > 1 else list(problems)
 
 
 class Problems:
-    """Everything that is wrong with several steps, to be reported at once.
+    """Collects the problems of several steps, so that one error reports them all.
 
-    ``with problems:`` notes a `MergeError` of the block and goes on after it.
+    ``with problems:`` records a `MergeError` that the block raises, and goes on after the block.
     """
 
     def __init__(self) -> None:
@@ -52,11 +59,11 @@ class Problems:
         return isinstance(error, MergeError)
 
     def add(self, problems: Sequence[str]) -> None:
-        """Note problems."""
+        """Record problems."""
         self._found += problems
 
     def attempt(self, step: Callable[[], T]) -> T | None:
-        """The result of a step, or None if it raised a `MergeError`, which is noted."""
+        """Return the result of a step, or record its `MergeError` and return None."""
         try:
             return step()
         except MergeError as error:
@@ -64,11 +71,11 @@ class Problems:
             return None
 
     def report(self) -> None:
-        """Raise what was noted, as one `MergeError`."""
+        """Raise the recorded problems as one `MergeError`, if there are any."""
         if self._found:
             raise self.error
 
     @property
     def error(self) -> MergeError:
-        """What was noted, as one `MergeError`."""
+        """The recorded problems, as one `MergeError`."""
         return MergeError(self._found)

@@ -1,13 +1,14 @@
 """The mathematics of NeuroMerging (Fang et al., arXiv:2503.05320) on plain tensors.
 
-A *neuron* is one output unit of a weight: the vector of its incoming weights ``w_0``. Every expert's change of it
-(its *neuronal task vector* ``tau_t``, trimmed) is split into a part parallel and a part orthogonal to ``w_0``, and the
-tasks' conflicts are settled inside each part by electing a sign. Stacking ``X = [w_0; tau_1; ..; tau_T]``, everything
-that is needed stands in the small Gram matrix ``G = X X^T``, so the merged neuron is one linear combination of the
-rows of ``X`` and nothing of the weight's own size is ever factorised.
+A *neuron* is one output unit of a weight: the vector of its incoming weights ``w_0``. Each expert's trimmed change of
+the neuron (its *neuronal task vector* ``tau_t``) is split into a part parallel and a part orthogonal to ``w_0``, and
+electing a sign in each part settles the conflicts between the tasks. With ``X = [w_0; tau_1; ..; tau_T]``, the small
+Gram matrix ``G = X X^T`` holds every number that the method needs. The merged neuron is one linear combination of the
+rows of ``X``, and nothing of the weight's own size is factorised.
 
-Pure functions, any device, no dependency but torch. Inputs are float32; the Gram matrix and its eigenproblem are
-float64: experts that have much in common make it nearly singular, and then float32 is not enough.
+The functions are pure, run on any device and need torch alone. Inputs are float32. The Gram matrix and its
+eigenproblem are float64, because experts with much in common make the matrix nearly singular. The *energy* of a vector
+is its squared norm.
 """
 
 from collections.abc import Callable
@@ -17,31 +18,31 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-10
-"""Entries of the eigenvectors below this are rounding and count as exactly 0."""
+"""Entries of the eigenvectors below this are rounding errors and count as exactly 0."""
 
-PARALLEL = 1e-12
-"""A task whose orthogonal energy is below this share of its energy has no orthogonal part at that neuron."""
+NEGLIGIBLE_ENERGY = 1e-12
+"""A task's orthogonal part, or a singular direction, with less than this share of the energy counts as absent."""
 
 CANCELLATION = 1e-3
-"""Below this share of a task's energy, the orthogonal energy is a small difference of large float32 numbers."""
+"""An orthogonal energy below this share of the task's energy is inaccurate: a difference of large float32 numbers."""
 
 GRAM_ENTRIES = 1 << 18
-"""How many numbers are turned into float64 at a time: a megabyte, which stays in a core's cache."""
+"""How many numbers are converted to float64 at a time. The 2 MB that they take stay in a core's cache."""
 
 ALIGNMENT = 64
-"""In bytes. Where a row starts changes the last bit of a matrix product, so all rows start at a multiple of this."""
+"""All rows start at a multiple of this many bytes, because the start changes the last bit of a matrix product."""
 
 
 @dataclass(frozen=True)
 class Election:
-    """What was voted on at some neurons, and how it ended; all float64.
+    """The votes at some neurons and their results; all float64.
 
     Attributes:
-        gram: (neurons, 1 + T, 1 + T), see `gram_matrix`.
+        gram: (neurons, 1 + T, 1 + T), the Gram matrices; see `gram_matrix`.
         alpha: (neurons, T), the coordinates of the parallel parts.
-        elected_alpha: (neurons,), their elected mean.
-        lengths: (neurons, T), the squared singular values ``S_j^2`` of the stacked orthogonal parts.
-        u: (neurons, T, T), row t the coordinates of task t in units of ``S_j``; those that do not count are 0.
+        elected_alpha: (neurons,), the elected means of `alpha`.
+        eigenvalues: (neurons, T), the squared singular values ``S_j^2`` of the stacked orthogonal parts.
+        u: (neurons, T, T). Row t holds the coordinates of task t in units of ``S_j``, with 0 for absent parts.
         elected: (neurons, T), the elected means of the columns of `u`.
         coefficients: (neurons, 1 + T), the numbers ``a`` with ``merged neuron = w_0 + a @ X``.
     """
@@ -49,7 +50,7 @@ class Election:
     gram: Tensor
     alpha: Tensor
     elected_alpha: Tensor
-    lengths: Tensor
+    eigenvalues: Tensor
     u: Tensor
     elected: Tensor
     coefficients: Tensor
@@ -64,7 +65,10 @@ def trim(task_vector: Tensor, threshold: float, out: Tensor | None = None) -> Te
     Args:
         task_vector: float32, any shape.
         threshold: the j-th smallest magnitude of the expert's whole task vector, a float32 value; 0 keeps everything.
-        out: memory for the result, not used where everything is kept.
+        out: a tensor for the result, of the same shape; it is not used if the threshold is 0.
+
+    Returns:
+        The trimmed task vector: `out` or a new tensor, and `task_vector` itself if the threshold is 0.
     """
     if threshold == 0:
         return task_vector
@@ -76,8 +80,8 @@ def trim(task_vector: Tensor, threshold: float, out: Tensor | None = None) -> Te
 def elect_mean(x: Tensor, dim: int, tie_sign: Tensor | None = None, rounding: float = 0.0) -> Tensor:
     """Elect the sign of the sum along `dim` and return the mean of the entries that have it.
 
-    Entries that are exactly 0 have no sign and are not counted. Where the sum is a tie (magnitude <= `rounding`), the
-    sign is `tie_sign` (broadcast against the sum with `dim` kept); the result is 0 where that is missing or 0.
+    Entries that are exactly 0 have no sign and are not counted. If the sum is a tie (magnitude <= `rounding`), the sign
+    is `tie_sign` (broadcast against the sum with `dim` kept). The result is 0 if `tie_sign` is missing or 0.
     """
     sign = elected_sign(x, dim, rounding)
     if tie_sign is not None:
@@ -87,7 +91,7 @@ def elect_mean(x: Tensor, dim: int, tie_sign: Tensor | None = None, rounding: fl
 
 
 def elected_sign(x: Tensor, dim: int, rounding: float = 0.0) -> Tensor:
-    """The sign (-1, 0, 1) of the sum of `x` along `dim`, which is kept; sums of magnitude <= `rounding` have sign 0."""
+    """Return the sign (-1, 0, 1) of the sum along `dim`, which is kept. Sums of magnitude <= `rounding` have sign 0."""
     total = x.sum(dim, keepdim=True)
     return torch.where(total.abs() <= rounding, 0.0, total.sign())
 
@@ -101,11 +105,11 @@ def merge_neurons(
         x: (neurons, 1 + T, n) float32; row 0 of each neuron is ``w_0``, rows 1..T are the trimmed task vectors.
         lambda_parallel: the paper's lambda_1.
         lambda_orthogonal: the paper's lambda_2.
-        observe: is shown the election.
+        observe: called with the election.
 
     Returns:
-        (neurons, n) float32. Each neuron depends on its own rows alone, to the last bit, and a neuron that no task
-        changes is returned bit for bit.
+        (neurons, n) float32. Every bit of a neuron depends on its own rows alone. A neuron that no task changes keeps
+        its bits.
 
     Raises:
         FloatingPointError: if `x` holds a NaN or an infinity.
@@ -126,21 +130,24 @@ def merge_neurons(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x` with zeros added to its last dimension, so that a row's result does not depend on where in memory it is."""
+    """Pad the last dimension of `x` with zeros, so that a row's result does not depend on its place in memory."""
     missing = -x.shape[2] % (ALIGNMENT // x.element_size())
     x = torch.nn.functional.pad(x, (0, missing)) if missing else x
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def gram_matrix(x: Tensor) -> Tensor:
-    """The inner products of each neuron's rows: (neurons, 1 + T, 1 + T) float64, from `x` (neurons, 1 + T, n) float32.
+    """Return the inner products of each neuron's rows, (neurons, 1 + T, 1 + T) float64.
+
+    Args:
+        x: (neurons, 1 + T, n) float32; see `merge_neurons`.
 
     Raises:
         FloatingPointError: if `x` holds a NaN or an infinity.
     """
-    some = max(1, GRAM_ENTRIES // (x.shape[1] * x.shape[2]))
-    memory = torch.empty_like(x[:some], dtype=torch.float64)
-    exact = (memory[: len(neurons)].copy_(neurons) for neurons in x.split(some))
+    batch = max(1, GRAM_ENTRIES // (x.shape[1] * x.shape[2]))
+    buffer = torch.empty_like(x[:batch], dtype=torch.float64)
+    exact = (buffer[: len(neurons)].copy_(neurons) for neurons in x.split(batch))
     gram = torch.cat([torch.bmm(neurons, neurons.mT) for neurons in exact])
     if not gram.isfinite().all():
         raise FloatingPointError("a weight is NaN or infinite")
@@ -148,14 +155,14 @@ def gram_matrix(x: Tensor) -> Tensor:
 
 
 def decompose(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Split each neuron's task vectors at ``w_0``, from inner products alone (ALGORITHM.md, section 6).
+    """Split each neuron's task vectors into parallel and orthogonal parts, from inner products alone.
 
     Args:
-        gram: (neurons, 1 + T, 1 + T), row and column 0 belonging to ``w_0``.
+        gram: (neurons, 1 + T, 1 + T) float64. Row and column 0 belong to ``w_0``.
 
     Returns:
-        ``alpha`` (neurons, T), the coordinate of each task's parallel part ``alpha_t w_0`` (0 where ``w_0 = 0``), and
-        ``P`` (neurons, T, T), the inner products of the orthogonal parts.
+        ``alpha`` (neurons, T), the coordinate of each task's parallel part ``alpha_t w_0`` (0 if ``w_0 = 0``), and
+        ``P`` (neurons, T, T), the inner products of the orthogonal parts; both float64.
     """
     norm2 = gram[:, 0, 0, None]
     products = gram[:, 0, 1:]
@@ -164,7 +171,7 @@ def decompose(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hold_election(gram: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Election:
-    """Elect both parts of each neuron, and find the numbers that combine it.
+    """Elect the parallel and the orthogonal part of each neuron, and find the coefficients of the merged neuron.
 
     The eigenvectors of ``P = U diag(S^2) U^T`` are the left singular vectors of the stacked orthogonal parts. Electing
     the mean of column j of ``U S`` and rebuilding along ``v_j`` cancels ``S_j``, which leaves
@@ -177,18 +184,18 @@ def hold_election(gram: Tensor, lambda_parallel: float, lambda_orthogonal: float
     """
     alpha, orthogonal = decompose(gram)
     elected_alpha = elect_mean(alpha, dim=1)
-    lengths, u = torch.linalg.eigh(orthogonal)
+    eigenvalues, u = torch.linalg.eigh(orthogonal)
     energy = gram[:, 1:, 1:].diagonal(dim1=1, dim2=2)
-    absent = orthogonal.diagonal(dim1=1, dim2=2) <= PARALLEL * energy
+    absent = orthogonal.diagonal(dim1=1, dim2=2) <= NEGLIGIBLE_ENERGY * energy
     u = torch.where(absent.unsqueeze(2) | (u.abs() < ROUNDING), 0.0, u)
-    # A direction without length has no coordinates, hence no vote in the other directions' ties.
-    voting = lengths > PARALLEL * lengths[:, -1:]
+    # A direction with singular value 0 has no coordinates, hence no vote on ties in the other directions.
+    voting = eigenvalues > NEGLIGIBLE_ENERGY * eigenvalues[:, -1:]
     votes = elected_sign(u, dim=1, rounding=ROUNDING) * voting.unsqueeze(1)
     elected = elect_mean(u, dim=1, tie_sign=votes.sum(2, keepdim=True).sign(), rounding=ROUNDING)
     c = (u @ elected.unsqueeze(2)).squeeze(2)
-    on_base = lambda_parallel * elected_alpha - lambda_orthogonal * (c * alpha).sum(1)
-    coefficients = torch.cat([on_base.unsqueeze(1), lambda_orthogonal * c], dim=1)
-    return Election(gram, alpha, elected_alpha, lengths, u, elected, coefficients)
+    base_coefficient = lambda_parallel * elected_alpha - lambda_orthogonal * (c * alpha).sum(1)
+    coefficients = torch.cat([base_coefficient.unsqueeze(1), lambda_orthogonal * c], dim=1)
+    return Election(gram, alpha, elected_alpha, eigenvalues, u, elected, coefficients)
 
 
 def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: float) -> Tensor:
@@ -200,7 +207,7 @@ def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: flo
         lambda_orthogonal: the paper's lambda_2.
 
     Returns:
-        (n,) float32; an entry that no task changes is returned bit for bit.
+        (n,) float32. An entry that no task changes keeps its bits.
 
     Raises:
         FloatingPointError: if an input holds a NaN or an infinity.
@@ -212,14 +219,17 @@ def merge_elementwise(base: Tensor, task_vectors: Tensor, lambda_orthogonal: flo
 
 
 def elect_entries(task_vectors: Tensor) -> Tensor:
-    """The elected mean of each entry: (n,) float64 from (T, n) float32, trimmed."""
+    """Return the elected mean of each entry: (n,) float64 from trimmed (T, n) float32.
+
+    A tie takes the majority of the other entries' elected signs.
+    """
     tasks = task_vectors.double()
     majority = elected_sign(tasks, dim=0).sum(1, keepdim=True).sign()
     return elect_mean(tasks, dim=0, tie_sign=majority)
 
 
 def neuron_change(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tensor:
-    """What `merge_neurons` adds to ``w_0``, not rounded to the size of ``w_0``: (neurons, n) float32."""
+    """Return what `merge_neurons` adds to ``w_0``, before the sum is rounded: (neurons, n) float32."""
     n = x.shape[2]
     x = _aligned(x)
     election = hold_election(gram_matrix(x), lambda_parallel, lambda_orthogonal)
@@ -235,22 +245,22 @@ def merge_low_rank(
     lambda_orthogonal: float,
     observe: Observer | None = None,
 ) -> Tensor:
-    """Merge neurons whose task vectors are ``tau_t = left_t @ right_t``, without forming them.
+    """Merge neurons with the task vectors ``tau_t = left_t @ right_t``, without forming these vectors.
 
-    The Gram matrix follows from one product with ``w_0`` and the small overlaps of the right factors, the merged
-    neuron from one product with the right factors.
+    The Gram matrix needs one product with ``w_0`` and the small overlaps of the right factors. The merged neuron needs
+    one product with the right factors.
 
     Args:
         base: (neurons, n) float32.
-        left: (neurons, T, r) float32; factors of a lower rank are filled up with zeros.
+        left: (neurons, T, r) float32. Factors of a lower rank are padded with zeros.
         right: (T, r, n) float32.
         overlap: (T, r, T, r) float64, the inner products of the rows of `right`.
         lambda_parallel: the paper's lambda_1.
         lambda_orthogonal: the paper's lambda_2.
-        observe: is shown the elections, which each neuron takes part in once.
+        observe: called with the elections. Each neuron takes part in one of them.
 
     Returns:
-        (neurons, n) float32; a neuron that no task changes is returned bit for bit.
+        (neurons, n) float32. A neuron that no task changes keeps its bits.
 
     Raises:
         FloatingPointError: if an input holds a NaN or an infinity.
@@ -268,10 +278,10 @@ def merge_low_rank(
     if not gram.isfinite().all():
         raise FloatingPointError("a weight is NaN or infinite")
 
-    # Where hardly anything is orthogonal, the float32 products with w_0 do not tell how little it is.
+    # The float32 products with w_0 are too inaccurate for a small orthogonal part: merge such neurons explicitly.
     energy = gram.diagonal(dim1=1, dim2=2)[:, 1:]
     parallel = (decompose(gram)[1].diagonal(dim1=1, dim2=2) < CANCELLATION * energy).any(1)
-    gram[parallel] = 0  # these are merged apart, below
+    gram[parallel] = 0  # they take part in the election of `merge_neurons` below instead
     election = hold_election(gram, lambda_parallel, lambda_orthogonal)
     if observe:
         observe(election)

@@ -1,4 +1,4 @@
-"""Numbers, sizes and names in words."""
+"""Functions that write numbers, sizes and names for people to read."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ from neuromerge_hf.errors import LISTED
 
 
 def different_names(base: str, experts: list[str]) -> list[str]:
-    """The names of the base and of the experts, that of the base with an ending if an expert has it too."""
+    """Return distinct names of the base and the experts. The base's name gets an ending if an expert has the same."""
     while base in experts:
         base += "-base"
     return [base, *experts]
 
 
 def readable_size(count: float) -> str:
-    """A number of bytes with three digits: "1.24 GB"."""
+    """Return a number of bytes with three digits: "1.24 GB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -22,11 +22,11 @@ def readable_size(count: float) -> str:
 
 
 def counted(parameters: int) -> str:
-    """A number of parameters: "1 parameter"."""
+    """Return a number of parameters with its noun: "1 parameter"."""
     return "1 parameter" if parameters == 1 else f"{parameters} parameters"
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are: "a, b, c and 2 more"."""
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,217 @@
+"""What to merge (`MergeSpec`) and how to run the merge (`Runtime`): the inputs that functions and commands share.
+
+To add an option, add a field to one of the two classes, and its type to the dictionary of keywords below them.
+Signatures, `help()`, the command line, ``recipe.yaml`` and the cache key are made from the fields.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from neuromerge_hf.config import MergeConfig, config_class, default_config
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.options import check_names, option, pick
+from neuromerge_hf.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+ModelId = str | os.PathLike[str]
+"""A folder, or an id on the Hub: ``owner/name`` or ``owner/name/subfolder``, optionally followed by ``@revision``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSpec:
+    """What to merge, and into what. ``recipe.yaml`` stores a spec.
+
+    Paths are converted to strings, and dtypes to their names.
+
+    Attributes:
+        models: the experts: full checkpoints and PEFT adapters, mixed freely.
+        base_model: the model that the experts were fine-tuned from; None takes the base that the adapters name.
+        config: the method and its hyper-parameters.
+        dtype: the dtype of the merged weights. The arithmetic is always float32.
+        tokenizer: the model that gives the tokenizer: "base", an expert's name or id, or "union". If vocabularies
+            differ, the rows of the embeddings are aligned by the text of their tokens. A token that the base lacks
+            gets the mean row of the experts that have it. An expert that lacks a token does not change its row. Rows
+            beyond the tokens come from the model that gives the tokenizer; a union puts its new tokens there first.
+        chat_template: the model that gives the chat template; None keeps the template of the tokenizer.
+        merge_heads: also merge heads that the base lacks, if they have the same class, shapes and labels. Each
+            parameter becomes the mean over the experts, because no base exists to take differences from. Other heads
+            are kept apart, unchanged.
+        max_shard_size: the largest size of one weight file.
+        tuned_on: the data on which the hyper-parameters were chosen. Recipe, report and card name it.
+
+    Raises:
+        MergeError: if `models` is not a list of models, or `config` is not a configuration.
+
+    Example:
+        >>> MergeSpec(models=["math", "code"], base_model="base").dtype
+        'auto'
+    """
+
+    models: tuple[str, ...]
+    base_model: str | None = option(
+        None, "the model that all were fine-tuned from: a folder or an id on the Hub", shown="the one the adapters name"
+    )
+    config: MergeConfig = option(
+        None,
+        "the method and its hyper-parameters, such as `NeuroMergingConfig(density=0.2)`",
+        shown="NeuroMerging's defaults",
+        default_factory=default_config,
+    )
+    dtype: str = option("auto", "the dtype of the merged weights: float32, float16, bfloat16, or auto for the base's")
+    tokenizer: str = option("base", "the model that gives the tokenizer: base, an expert's name or id, or union")
+    chat_template: str | None = option(
+        None, "the model that gives the chat template: base, or an expert's name or id", shown="the tokenizer's"
+    )
+    merge_heads: bool = option(False, "merge heads that the base lacks by taking their mean")
+    max_shard_size: str | int = option("5GB", "the largest size of a weight file")
+    tuned_on: str | None = option(None, "the data on which the hyper-parameters were chosen, for the card")
+
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.models, Iterable) and not isinstance(self.models, str | os.PathLike | Mapping)
+        models = tuple(self.models) if is_list else ()
+        if not is_list or not all(isinstance(each, str | os.PathLike) for each in models):
+            raise MergeError(
+                "models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), "
+                f"not {self.models!r}."
+            )
+        if self.config is None:
+            object.__setattr__(self, "config", default_config())
+        if not isinstance(self.config, MergeConfig):
+            raise MergeError(f"config must be a NeuroMergingConfig, or that of another method, not {self.config!r}.")
+        object.__setattr__(self, "models", tuple(os.fspath(each) for each in models))
+        object.__setattr__(self, "dtype", _name_of_dtype(self.dtype))
+        if self.base_model is not None:
+            object.__setattr__(self, "base_model", os.fspath(self.base_model))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as plain Python objects, in the order of ``recipe.yaml``."""
+        return {
+            "base_model": self.base_model,
+            "models": list(self.models),
+            "method": self.config.method,
+            "config": self.config.to_dict(),
+            **{name: getattr(self, name) for name in self._plain_names() if name != "tuned_on" or self.tuned_on},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MergeSpec":
+        """Return the spec that `to_dict` converted. An option that was added since then has its default.
+
+        Raises:
+            KeyError, TypeError: if base, models or config are missing, or a value has the wrong type.
+            MergeError: if a value is out of range.
+        """
+        return cls(
+            models=values["models"],
+            base_model=values["base_model"],
+            config=config_class(values.get("method", default_config().method))(**values["config"]),
+            **{name: values[name] for name in cls._plain_names() if name in values},
+        )
+
+    @classmethod
+    def _plain_names(cls) -> list[str]:
+        """The fields that need no conversion for ``recipe.yaml``."""
+        return [field.name for field in fields(cls) if field.name not in ("models", "base_model", "config")]
+
+    def fingerprint(self, models: Sequence[object]) -> str:
+        """Return a key of the merge that depends on the settings, the models and the version of this library.
+
+        Args:
+            models: what identifies the base and the experts: commits, or the sizes and times of their files.
+        """
+        settings = {**self.to_dict(), "base_model": None, "models": models, "version": __version__}
+        return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How to run a merge. No field changes a byte of the result.
+
+    Example:
+        >>> Runtime(device="cpu", threads=2).overwrite
+        False
+    """
+
+    device: str | int | None = option(
+        None, "the device to compute on", shown="the accelerator that accelerate sees, or cpu"
+    )
+    threads: int | None = option(
+        None, "the number of threads to compute with", shown="all processors", command_line={"min": 1}
+    )
+    overwrite: bool = option(False, "replace an output directory that is not empty")
+    token: str | bool | None = option(
+        None,
+        "the token for private and gated models",
+        shown="the one you logged in with",
+        command_line={"envvar": "HF_TOKEN"},
+        repr=False,
+    )
+    trust_remote_code: bool = option(False, "run model code from the repositories")
+
+    def __post_init__(self) -> None:
+        if self.device is not None and not isinstance(self.device, int):  # torch takes an index for an accelerator
+            object.__setattr__(self, "device", str(self.device))
+
+
+class RuntimeOptions(TypedDict, total=False):
+    """The keywords that make a `Runtime`."""
+
+    device: "str | int | torch.device | None"
+    threads: int | None
+    overwrite: bool
+    token: str | bool | None
+    trust_remote_code: bool
+
+
+class MergeOptions(RuntimeOptions, total=False):
+    """The keywords that make a `Runtime` and, with the models, a `MergeSpec`."""
+
+    base_model: ModelId | None
+    config: MergeConfig | None
+    dtype: "str | torch.dtype"
+    tokenizer: str
+    chat_template: str | None
+    merge_heads: bool
+    max_shard_size: str | int
+    tuned_on: str | None
+
+
+def read_options(function: str, models: Sequence[ModelId], options: Mapping[str, Any]) -> tuple[MergeSpec, Runtime]:
+    """Return the spec and the runtime that a function's keywords describe.
+
+    Args:
+        function: the function's name, for the error.
+        models: the experts.
+        options: the keywords of `MergeOptions`.
+
+    Raises:
+        TypeError: if a keyword is unknown. The error names the nearest known one.
+        MergeError: if `MergeSpec` raises it.
+    """
+    check_names(function, options, OPTION_NAMES)
+    return pick(MergeSpec, options, models=models), pick(Runtime, options)
+
+
+def split_options(models: Sequence[ModelId], options: Mapping[str, Any]) -> tuple[MergeSpec, Runtime, dict[str, Any]]:
+    """Return the spec, the runtime and all other keywords, for functions that take further keywords."""
+    known = {name: value for name, value in options.items() if name in OPTION_NAMES}
+    others = {name: value for name, value in options.items() if name not in known}
+    return pick(MergeSpec, known, models=models), pick(Runtime, known), others
+
+
+def _name_of_dtype(dtype: Any) -> Any:
+    name = str(dtype).removeprefix("torch.") if type(dtype).__name__ == "dtype" else dtype
+    aliases = {"half": "float16", "float": "float32", "double": "float64"}
+    return aliases.get(name, name) if isinstance(name, str) else name
+
+
+RUNTIME_NAMES = tuple(each.name for each in fields(Runtime))
+"""The keywords that make a `Runtime`."""
+
+OPTION_NAMES = (*(each.name for each in fields(MergeSpec) if each.name != "models"), *RUNTIME_NAMES)
+"""The keywords that make a `Runtime` and, with the models, a `MergeSpec`."""
