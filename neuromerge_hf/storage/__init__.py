@@ -1,1 +1,1 @@
-"""Where models lie and how their tensors are read: folders and repositories, files and their headers."""
+"""Finding models on disk and on the Hub, and reading the tensors of their weight files."""

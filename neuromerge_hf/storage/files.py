@@ -1,4 +1,4 @@
-"""The weight files of a folder, as one dictionary of stored tensors."""
+"""The names of the files in a model's folder, and the lookup of its weight files."""
 
 import json
 import os
@@ -14,17 +14,16 @@ CHECKPOINT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What transformers looks for, in its order."""
+"""The weight files and indexes that transformers looks for, in its order."""
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-"""What PEFT looks for, in its order."""
-
+"""The weight files that PEFT looks for, in its order."""
 
 HEADS = "heads"
-"""The folder of a merged model in which the experts' heads lie, one folder for each expert."""
+"""The subfolder of a merged model that holds the experts' heads, in one folder for each expert."""
 
 HEAD_WEIGHTS = "head.safetensors"
-"""The file of a head's tensors, by their names in the expert's task model."""
+"""The file of a head's tensors, which have their names in the expert's task model."""
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -41,17 +40,17 @@ TOKENIZER_FILES = (
 )
 
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "*processor_config.json", "*.py")
-"""The files beside the weights that a merged model takes from its base: tokenizer, processor, generation, code."""
+"""The files that a merged model takes from its base besides weights: tokenizer, processor, generation, code."""
 
 LICENCE_FILES = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "NOTICE*", "Notice*", "USE_POLICY*")
-"""A model's licence, and what else its owners ask to go along with what is made of it."""
+"""Licences, notices and usage policies. They must accompany every model that is made from theirs."""
 
-TEXTS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
-"""Of other files that are called after a licence, some are code, or weights."""
+LICENCE_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")
+"""The suffixes of licence texts. Code and weight files can have a licence's name, too."""
 
 
 def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
-    """The companions that are in a model's folder."""
+    """The files in a model's folder whose name matches one of the patterns, sorted by path."""
     return [
         path
         for path in sorted(folder.iterdir())
@@ -60,27 +59,27 @@ def companion_files(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> lis
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """The files in a model's folder that say under which terms it is given."""
-    return [path for path in companion_files(folder, LICENCE_FILES) if path.suffix.lower() in TEXTS]
+    """The licence, notice and usage policy files in a model's folder."""
+    return [path for path in companion_files(folder, LICENCE_FILES) if path.suffix.lower() in LICENCE_SUFFIXES]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in a model's folder; none if there is no more than a chat template."""
+    """The tokenizer files in a model's folder; empty if there is only a chat template."""
     files = companion_files(folder, TOKENIZER_FILES)
     return files if any(not path.name.startswith("chat_template") for path in files) else []
 
 
 def find_weights(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of `names` that is in the folder."""
+    """The path of the first of `names` that exists in the folder; None if none does."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def weight_files(main: Path, is_file: Callable[[Path], bool] = Path.is_file) -> list[Path]:
-    """The files that hold the tensors: `main` itself, or those that it lists if it is an index.
+    """The files that hold the tensors: `main` itself, or the files that it lists if it is an index.
 
     Args:
         main: a weight file or an index, see `find_weights`.
-        is_file: whether a file is there.
+        is_file: tells whether a file exists, on this machine or on the Hub.
 
     Raises:
         MergeError: if the index is damaged, names a file outside its folder, or a file is missing.
@@ -95,7 +94,7 @@ def weight_files(main: Path, is_file: Callable[[Path], bool] = Path.is_file) -> 
 
 
 def _indexed_files(main: Path) -> list[Path]:
-    """The files that an index lists, whether they are there or not.
+    """The files that an index lists, whether they exist or not.
 
     Raises:
         MergeError: if the index is damaged, or names a file outside its folder.

@@ -1,10 +1,10 @@
-"""Opening weight files: safetensors and pickles, one file or an index of several."""
+"""Opening weight files: safetensors and pickles, single files and sharded checkpoints; and headers of new files."""
 
 import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,17 +13,24 @@ from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.storage.files import weight_files
-from neuromerge_hf.storage.tensors import DTYPES, PickledTensor, SafetensorsFile, SafetensorsTensor, StoredTensor
+from neuromerge_hf.storage.tensors import (
+    DTYPES,
+    FORMAT_NAMES,
+    PickledTensor,
+    SafetensorsFile,
+    SafetensorsTensor,
+    StoredTensor,
+)
 
-OPENED_AT_ONCE = 8
-"""How many files are opened at once: the headers of files on the Hub are waited for."""
+OPEN_THREADS = 8
+"""How many files are opened at once. Opening a file on the Hub means waiting for its header."""
 
 
 def open_file(path: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of one weight file by name.
+    """Open the tensors of one weight file by name.
 
     Raises:
-        MergeError: if it is truncated or damaged.
+        MergeError: if the file is truncated or damaged.
     """
     return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
 
@@ -33,18 +40,18 @@ def open_weights(
     is_file: Callable[[Path], bool] = Path.is_file,
     open_file: Callable[[Path], Mapping[str, StoredTensor]] = open_file,
 ) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint or adapter by name, in the order of the files, from their headers alone.
+    """Open the tensors of a checkpoint or adapter by name, in the order of the files, from their headers alone.
 
     Args:
         main: a weight file or an index, see `find_weights`.
-        is_file: whether a file is there.
-        open_file: opens one; called on several threads.
+        is_file: tells whether a file exists, on this machine or on the Hub.
+        open_file: opens one file. It is called on several threads.
 
     Raises:
         MergeError: if a file is missing, truncated or damaged.
     """
     tensors: dict[str, StoredTensor] = {}
-    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(OPEN_THREADS) as pool:
         for opened in pool.map(open_file, weight_files(main, is_file)):
             tensors.update(opened)
     if main.name.endswith(".index.json"):
@@ -62,11 +69,11 @@ def _more(names: list[str]) -> str:
 
 
 MAX_HEADER = 100_000_000
-"""The format's own limit, in bytes."""
+"""The size in bytes to which the safetensors format limits a header."""
 
 
 def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
-    """The tensors of a safetensors file, from its header alone.
+    """Open the tensors of a safetensors file by name, from its header alone.
 
     Raises:
         MergeError: if the file is truncated or is not a safetensors file.
@@ -84,12 +91,15 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
 def read_header(
     path: Path, size: int, read: Callable[[int, int], bytes]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """The dtype, the shape and the first byte of each tensor of a safetensors file.
+    """Read the header of a safetensors file.
 
     Args:
         path: the file, for messages.
-        size: its size in bytes.
-        read: gives the bytes [start, stop) of it; asked for the first 8, then for the header.
+        size: the size of the file in bytes.
+        read: returns the bytes [start, stop) of the file. It is called for the first 8 bytes, then for the header.
+
+    Returns:
+        The dtype, the shape and the position of the first byte in the file, by tensor name.
 
     Raises:
         MergeError: if the file is truncated or is not a safetensors file.
@@ -122,12 +132,36 @@ def read_header(
     return tensors
 
 
+def make_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+) -> tuple[bytes, dict[str, int], int]:
+    """Make the header of a safetensors file.
+
+    Args:
+        tensors: the dtype and the shape of each tensor, in the order in which the file holds them.
+
+    Returns:
+        The bytes before the first tensor, the position of each tensor's first byte in the file, and the file's size.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begins[name] = begin = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    data = 8 + len(encoded)
+    offsets = {name: data + begin for name, begin in begins.items()}
+    return len(encoded).to_bytes(8, "little") + encoded, offsets, data + end
+
+
 def _truncated(path: Path, size: int, expectation: str) -> MergeError:
     return MergeError(f"{path} is truncated: it has {size} bytes, but {expectation}. Download or copy it again.")
 
 
 def open_pickle(path: Path) -> dict[str, PickledTensor]:
-    """The tensors of a ``.bin`` file. Nothing in it is executed: it is read with ``weights_only=True``.
+    """Open the tensors of a ``.bin`` file by name, with ``weights_only=True``, so that nothing in it is executed.
 
     Raises:
         MergeError: if the file is damaged, or holds anything but tensors.
@@ -138,7 +172,7 @@ def open_pickle(path: Path) -> dict[str, PickledTensor]:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            # The format of before torch 1.6 cannot be mapped.
+            # Files of torch < 1.6 cannot be mapped into memory.
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MergeError(

@@ -1,4 +1,4 @@
-"""How the entries of a stored tensor form neurons, and in which blocks they are read."""
+"""How the entries of a stored tensor form neurons, and the blocks in which neurons are read."""
 
 import math
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ class Layout:
     """A tensor seen as (batch, before, neurons, after): a neuron is the vector [batch, :, neuron, :].
 
     A Linear weight (out, in) is (1, 1, out, in), GPT-2's Conv1D (in, out) is (1, in, out, 1), fused experts
-    (E, in, out) are (E, in, out, 1). Where nothing stands before the neurons they follow each other on the disk, and
-    the batch is folded into them.
+    (E, in, out) are (E, in, out, 1). If `before` is 1, the neurons are contiguous on the disk, and the batch is folded
+    into them.
     """
 
     batch: int
@@ -50,35 +50,35 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """How many neurons there are, over all batches."""
+        """The number of neurons over all batches."""
         return self.batch * self.neurons
 
     @property
     def width(self) -> int:
-        """How many incoming weights a neuron has."""
+        """The number of incoming weights of a neuron."""
         return self.before * self.after
 
     def blocks(self, entries: int) -> Iterator[Block]:
-        """Blocks of whole neurons with about `entries` entries each, in the order of the disk."""
+        """Blocks of whole neurons with about `entries` entries each, in their order on the disk."""
         step = max(1, entries // max(1, self.width))
         for batch in range(self.batch):
             for start in range(0, self.neurons, step):
                 yield Block(batch, start, min(start + step, self.neurons))
 
     def runs(self, block: Block) -> Iterator[tuple[int, int]]:
-        """The stretches [start, stop) of the flat tensor that make up a block, in order."""
+        """The ranges [start, stop) of the flat tensor that make up a block, in order."""
         for i in range(block.batch * self.before, (block.batch + 1) * self.before):
             first = i * self.neurons * self.after
             yield first + block.start * self.after, first + block.stop * self.after
 
     def to_rows(self, flat: Tensor, block: Block) -> Tensor:
-        """The block's entries as they stand on the disk, seen as (neurons, width)."""
+        """Arrange a block's entries, which are in their order on the disk, as (neurons, width)."""
         if self.before == 1:
             return flat.view(len(block), self.width)
         return flat.view(self.before, len(block), self.after).transpose(0, 1).reshape(len(block), self.width)
 
     def from_rows(self, rows: Tensor, block: Block) -> Tensor:
-        """The inverse of `to_rows`: the entries in the order of the disk, contiguous."""
+        """Undo `to_rows`: return a contiguous tensor with the entries in their order on the disk."""
         if self.before == 1:
             return rows
         return rows.view(len(block), self.before, self.after).transpose(0, 1).contiguous()

@@ -2,8 +2,8 @@
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -24,84 +24,95 @@ from neuromerge_hf.storage.remote import list_sizes, open_remote
 from neuromerge_hf.storage.tensors import StoredTensor
 
 METADATA = ["*.json", *COMPANIONS, *LICENCE_FILES, "README.md", "recipe.yaml"]
-"""Small files: configurations, tokenizers, indexes, recipes, licences."""
+"""Patterns of the small files: configurations, tokenizers, indexes, recipes, licences."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A model's files.
+    """A model in a local folder, or in a repository on the Hub.
 
     Attributes:
-        id: what the user wrote, without the revision: a folder, or a repository and perhaps a folder in it.
+        id: the folder or the id that the user gave, without the revision. An id may include a subfolder.
         folder: where the files are on this machine.
         commit: the commit on the Hub; None for a local folder.
-        token: passed on to downloads.
-        weight_names: how its weight file, or the index of its weight files, may be called: the first that is there.
+        token: the Hub token for downloads.
+        weight_names: the possible names of the weight file or index. The first that exists is used.
     """
 
     id: str
     folder: Path
     commit: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     weight_names: tuple[str, ...] = CHECKPOINT_FILES
+    _watched: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.id}@{self.commit[:8]}" if self.commit else self.id
 
     @property
     def name(self) -> str:
-        """The last part of the id, by which the report names the model."""
-        # The name of a link tells more than that of the folder behind it.
+        """The last part of the id, which names the model in the report."""
+        # A link is not resolved, because users choose its name.
         return Path(self.id).name if self.commit else os.path.basename(os.path.abspath(self.folder))
 
     @property
     def public_name(self) -> str:
-        """How a published text names it: the id and the commit, or no more of a folder than the last part."""
+        """The model's name in published texts: the id and the commit, or only the last part of a folder's path."""
         return str(self) if self.commit else self.name
 
     @property
     def repo(self) -> str:
-        """The repository on the Hub, without the folder in it."""
+        """The repository on the Hub, without the subfolder."""
         return _split(self.id)[0]
 
     def download(self, patterns: Sequence[str], ignore: str | None = "*/*") -> None:
-        """Download the files of a model on the Hub that match.
+        """Download the matching files of a model on the Hub.
 
         Args:
-            patterns: relative to the model's folder.
-            ignore: what is left out although it matches; folders inside this one by default.
+            patterns: patterns of the files, relative to the model's folder.
+            ignore: a pattern of files to leave out; files in subfolders by default.
 
         Raises:
-            MergeError: if they cannot be had.
+            MergeError: if the files cannot be downloaded.
         """
         _download(self.id, self.commit, self.token, patterns, ignore)
 
     # ---------------------------------------------------------------------------------------------------- weights
 
     def find_weights(self) -> Path | None:
-        """The first of `weight_names` that the model has, here or on the Hub: a weight file or an index.
+        """The first of `weight_names` that exists, on this machine or on the Hub; None if the model has none.
 
         Raises:
-            MergeError: if none is here, and the Hub cannot be asked.
+            MergeError: if none is on this machine, and the Hub cannot be reached.
         """
-        main = next((self.folder / name for name in self.weight_names if self._has(self.folder / name)), None)
+        main = self._existing_weights()
         if main is None and self.commit and self._sizes is None:
             self.download(self.weight_names)
+            main = self._existing_weights()
+            if main is None:  # offline, the client returns a snapshot that lacks them
+                raise MergeError(
+                    f"The weights of {self} are not in the Hub's cache, and the Hub cannot be reached. "
+                    "Check the network, or HF_HUB_OFFLINE."
+                )
         return main
 
     def open_weights(self, main: Path) -> dict[str, StoredTensor]:
-        """As `checkpoint.open_weights`. Of files that are not downloaded yet, the headers are read from the Hub.
+        """Open the tensors of the weight files by name. Headers of files not downloaded yet are read from the Hub.
+
+        Args:
+            main: the weight file or index, see `find_weights`.
 
         Raises:
             MergeError: if a file is missing, truncated or damaged.
         """
+        self.watch([main] if main.is_file() else [])
         return open_weights(main, self._has, self._open)
 
     def missing_weights(self) -> dict[Path, int]:
-        """The weight files that are not downloaded yet, with their sizes in bytes.
+        """The size in bytes of each weight file that is not downloaded yet, by path.
 
         Raises:
-            MergeError: as `find_weights`, or if an index is damaged or lists a file that is not there.
+            MergeError: if the Hub cannot be reached, or an index is damaged or lists a file that does not exist.
         """
         main = self.find_weights() if self.commit else None
         files = weight_files(main, self._has) if main else []
@@ -109,54 +120,79 @@ class Location:
 
     @property
     def has_headers(self) -> bool:
-        """Whether the weights can be opened now: of those that are not downloaded, only safetensors have a header."""
+        """Whether `open_weights` works now. Only ``.bin`` files must be downloaded first: they have no header."""
         try:
             return all(file.suffix == ".safetensors" for file in self.missing_weights())
-        except MergeError:  # opening them says what is wrong
+        except MergeError:  # opening the weights reports the problem
             return True
 
     def fetch_weights(self) -> None:
-        """Download the weight files that are not here yet: those of the first format that the model has.
+        """Download the weight files that are not on this machine yet.
 
         Raises:
-            MergeError: if they cannot be had.
+            MergeError: if they cannot be downloaded.
         """
         missing = self.missing_weights()
         if missing:
             self.download([glob.escape(file.name) for file in missing])
+
+    # ---------------------------------------------------------------------------------------------------- changed files
+
+    def watch(self, files: Iterable[Path]) -> None:
+        """Note the state of files before they are read. The state of a file that is watched already stays."""
+        for file in files:
+            self._watched.setdefault(file, _state(file))
+
+    def check_unchanged(self) -> None:
+        """Raise a `MergeError` if a watched file has changed. Every weight file on this machine is watched."""
+        changed = [file for file, state in self._watched.copy().items() if _state(file) != state]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise MergeError(
+                f"{changed[0]}{more} has changed since it was opened for this merge. "
+                "Run it again, and leave the files as they are while it runs."
+            )
 
     @cached_property
     def _sizes(self) -> dict[str, int] | None:
         return list_sizes(*_split(self.id), self.commit, self.token) if self.commit else {}
 
     @cached_property
-    def _headers(self) -> dict[Path, Mapping[str, StoredTensor]]:
+    def _opened(self) -> dict[tuple[Path, bool], Mapping[str, StoredTensor]]:
         return {}
+
+    def _existing_weights(self) -> Path | None:
+        return next((self.folder / name for name in self.weight_names if self._has(self.folder / name)), None)
 
     def _has(self, file: Path) -> bool:
         return file.is_file() or file.name in (self._sizes or {})
 
     def _open(self, file: Path) -> Mapping[str, StoredTensor]:
-        if file.is_file():
-            return open_file(file)
-        if file not in self._headers:
-            repo, prefix = _split(self.id)
-            url = hf_hub_url(repo, prefix + file.name, revision=self.commit)
-            self._headers[file] = open_remote(file, url, (self._sizes or {})[file.name], self.token)
-        return self._headers[file]
+        """Open the tensors of a file. Its header is read once, and once again after the file was downloaded."""
+        is_here = file.is_file()
+        if is_here:
+            self.watch([file])
+        if (file, is_here) not in self._opened:
+            self._opened[file, is_here] = open_file(file) if is_here else self._open_remote(file)
+        return self._opened[file, is_here]
+
+    def _open_remote(self, file: Path) -> Mapping[str, StoredTensor]:
+        repo, prefix = _split(self.id)
+        url = hf_hub_url(repo, prefix + file.name, revision=self.commit)
+        return open_remote(file, url, (self._sizes or {})[file.name], self.token)
 
 
 def locate(model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Location:
-    """Find a model and fetch its small files.
+    """Find a model, and download its small files if it is on the Hub.
 
     Args:
-        model: a folder, or an id on the Hub, which may go on with a folder of the repository (``owner/name/folder``),
-            and may end in ``@revision`` (a branch, a tag or a commit).
-        revision: the revision for an id that names none.
-        token: for private and gated repositories.
+        model: a folder, or an id on the Hub. An id may include a subfolder (``owner/name/folder``), and may end in
+            ``@revision`` (a branch, a tag or a commit).
+        revision: the revision for an id without one.
+        token: the Hub token for private and gated repositories.
 
     Raises:
-        MergeError: if there is no such folder or repository, or no access to it.
+        MergeError: if the folder or repository does not exist or cannot be accessed.
     """
     text = os.fspath(model)
     folder = Path(text).expanduser()
@@ -179,8 +215,17 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
     return Location(name, snapshot / prefix, commit=snapshot.name, token=token)
 
 
+def _state(file: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written again or replaced; None if there is no such file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _split(model_id: str) -> tuple[str, str]:
-    """The repository of an id, and the folder in it with a slash at its end ("" for the repository's own)."""
+    """Split an id into the repository and the subfolder, which ends in a slash ("" for the top of the repository)."""
     owner, _, rest = model_id.partition("/")
     name, _, folder = rest.partition("/")
     return f"{owner}/{name}" if name else owner, f"{folder}/" if folder else ""
@@ -189,7 +234,7 @@ def _split(model_id: str) -> tuple[str, str]:
 def _download(
     model_id: str, revision: str | None, token: str | bool | None, patterns: Sequence[str], ignore: str | None = "*/*"
 ) -> Path:
-    """Download the files of a model that match; returns the snapshot's folder, which is named by its commit."""
+    """Download the matching files of a model. Returns the snapshot's folder, whose name is the commit."""
     repo, prefix = _split(model_id)
     at = f"{model_id} at revision {revision}" if revision else model_id
     inside = glob.escape(prefix)

@@ -1,4 +1,4 @@
-"""Weight files on the Hub of which nothing but the size and the header is fetched."""
+"""Reading the sizes and the headers of weight files on the Hub without downloading the files."""
 
 from pathlib import Path, PurePosixPath
 
@@ -15,32 +15,32 @@ from neuromerge_hf.storage.formats import read_header
 from neuromerge_hf.storage.tensors import RemoteTensor
 
 FIRST_BYTES = 100_000
-"""How much of a large file is asked for at first: most headers are shorter. Of a smaller file, a thousandth."""
+"""The bytes of the first request, which hold most headers. For a small file it is a thousandth of the file."""
 
 
 def list_sizes(repo: str, folder: str, commit: str, token: str | bool | None) -> dict[str, int] | None:
-    """The files of a folder of a repository by name, with their sizes in bytes; None if the Hub cannot be asked.
+    """The size in bytes of each file in a folder of a repository, by file name; None if the Hub cannot be reached.
 
     Args:
-        folder: with a slash at its end; "" for the repository's own.
+        folder: the folder with a slash at its end; "" for the top of the repository.
     """
     try:
         entries = list(HfApi(token=token).list_repo_tree(repo, folder.rstrip("/") or None, revision=commit))
-    except Exception:  # offline, unreachable, or no access any more: what is in the cache may still do
+    except Exception:  # offline, unreachable or no access: the cached files may be enough
         return None
     return {PurePosixPath(entry.path).name: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
 
 def open_remote(path: Path, url: str, size: int, token: str | bool | None) -> dict[str, RemoteTensor]:
-    """The tensors of a safetensors file on the Hub, from its header alone.
+    """Open the tensors of a safetensors file on the Hub by name, from its header alone.
 
     Args:
-        path: where the file will be.
-        url: where it is.
-        size: its size in bytes.
+        path: where a download will put the file.
+        url: the address of the file on the Hub.
+        size: the size of the file in bytes.
 
     Raises:
-        MergeError: if the header cannot be had, or the file is truncated or is not a safetensors file.
+        MergeError: if the header cannot be downloaded, or the file is truncated or is not a safetensors file.
     """
     first_bytes = max(8, min(FIRST_BYTES, size // 1000))
     content = b""
@@ -55,13 +55,13 @@ def open_remote(path: Path, url: str, size: int, token: str | bool | None) -> di
         header = read_header(path, size, read)
     except MergeError:
         raise
-    except Exception as error:  # the client's own exceptions, which depend on its version
+    except Exception as error:  # the HTTP client's exceptions depend on its version
         raise MergeError(f"The header of {url} cannot be read: {error}. Check the network and try again.") from error
     return {name: RemoteTensor(name, dtype, shape, path) for name, (dtype, shape, _) in header.items()}
 
 
 def _fetch(url: str, token: str | bool | None, start: int, stop: int) -> bytes:
-    """The bytes [start, stop) of a file."""
+    """Download the bytes [start, stop) of a file."""
     headers = build_hf_headers(token=token) | {"Range": f"bytes={start}-{stop - 1}"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:

@@ -1,4 +1,4 @@
-"""Tensors as they lie in checkpoint files: known by their header, read in stretches, never loaded whole."""
+"""Tensors in weight files. Their headers give names, dtypes and shapes, and their entries are read in ranges."""
 
 import os
 import threading
@@ -31,14 +31,18 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
-"""The safetensors format's names of dtypes."""
+"""The torch dtype of each dtype name in a safetensors header."""
+
+FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The name of each torch dtype in a safetensors header."""
 
 
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that can be merged. Tensors of other dtypes are copied from the base."""
 
 
 class StoredTensor(Protocol):
-    """A tensor in a file."""
+    """A tensor in a weight file. Its name, dtype and shape are known before its entries are read."""
 
     @property
     def name(self) -> str: ...
@@ -50,15 +54,18 @@ class StoredTensor(Protocol):
     def path(self) -> Path: ...
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Fill `out`, 1-D and of this dtype on the CPU, with the entries [start, stop) of the flattened tensor."""
+        """Read the entries [start, stop) of the flattened tensor into `out`, a 1-D CPU tensor of this dtype."""
         ...
 
 
 def read_rows(tensor: StoredTensor, layout: Layout, block: Block, buffer: Tensor | None = None) -> Tensor:
-    """The neurons of a block, (len(block), layout.width), in the tensor's own dtype, on the CPU.
+    """Read the neurons of a block.
 
     Args:
-        buffer: uint8 memory to read into, reused by the caller; the result is valid until its next use.
+        buffer: uint8 CPU memory to read into. The result may be a view of it, valid until the caller reuses it.
+
+    Returns:
+        (len(block), layout.width) on the CPU, in the dtype of the tensor.
     """
     count = len(block) * layout.width
     if buffer is None:
@@ -73,7 +80,7 @@ def read_rows(tensor: StoredTensor, layout: Layout, block: Block, buffer: Tensor
 
 
 def read_whole(tensor: StoredTensor) -> Tensor:
-    """The whole tensor, on the CPU: for small ones. One that is not downloaded yet is a meta tensor."""
+    """Read a whole tensor to the CPU. A tensor that is not downloaded yet becomes a meta tensor."""
     if isinstance(tensor, RemoteTensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     out = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -83,18 +90,22 @@ def read_whole(tensor: StoredTensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """An open safetensors file. Reading is safe from any number of threads."""
+    """A safetensors file. Any number of threads may read it at once."""
 
     path: Path
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @cached_property
     def descriptor(self) -> int:
-        """The file descriptor, opened at the first use and closed with this object."""
+        """The file descriptor. It is opened at its first use and closed with this object."""
         return os.open(self.path, os.O_RDONLY)
 
     def pread(self, offset: int, out: Tensor) -> None:
-        """Fill `out` (contiguous, CPU) from the bytes at `offset`."""
+        """Fill `out` (contiguous, CPU) with the bytes from `offset` on.
+
+        Raises:
+            MergeError: if the file ends early.
+        """
         view = memoryview(out.view(torch.uint8).numpy().data)
         with self._lock:
             descriptor = self.descriptor
@@ -111,7 +122,7 @@ class SafetensorsFile:
 
 @dataclass(frozen=True)
 class SafetensorsTensor:
-    """A tensor of a safetensors file; `offset` is its first byte in the file."""
+    """A tensor of a safetensors file. `offset` is the position of its first byte in the file."""
 
     name: str
     dtype: torch.dtype
@@ -129,7 +140,7 @@ class SafetensorsTensor:
 
 @dataclass(frozen=True)
 class RemoteTensor:
-    """A tensor on the Hub of which only the header is known; `path` is where its file will be."""
+    """A tensor in a file that is not downloaded yet. `path` is where the download will put the file."""
 
     name: str
     dtype: torch.dtype
@@ -141,8 +152,8 @@ class RemoteTensor:
 
 
 def is_remote(tensor: StoredTensor) -> bool:
-    """Whether a tensor cannot be read before a download."""
-    # `tensor` is what an AlignedTensor reads in another order.
+    """Whether a tensor is in a file that is not downloaded yet."""
+    # An AlignedTensor reads its rows from its attribute `tensor`.
     return any(isinstance(one, RemoteTensor) for one in (tensor, getattr(tensor, "tensor", None)))
 
 
