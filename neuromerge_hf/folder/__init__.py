@@ -1,1 +1,1 @@
-"""What a merged model's folder holds beside its weights, as data: recipe, report, results, and what its parents say."""
+"""The files of a merged model beside its weights: recipe, report, results, and metadata of its parents."""

@@ -1,6 +1,7 @@
-"""Which files of a folder are a merged model: to be copied, or uploaded, or deleted when it is replaced."""
+"""Which files of a folder belong to a merged model. They are copied, uploaded, hashed and replaced together."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,28 +18,29 @@ from neuromerge_hf.storage.files import (
     weight_files,
 )
 from neuromerge_hf.storage.formats import open_weights
+from neuromerge_hf.storage.hashing import file_hash
 
 CARD = "README.md"
 
 BESIDE_CARD = ("*.png", *LICENCE_FILES)
-"""Pictures of the card, and the parents' terms, which have to go with the weights."""
+"""The card's pictures, and the parents' licences, which must accompany the weights."""
 
 BESIDE_WEIGHTS = ("config.json", *COMPANIONS, RECIPE_NAME, REPORT_NAME, CARD, *BESIDE_CARD)
-"""The files of a merge at the top of its folder. There can be more: a trainer's state, logs, private notes."""
+"""The files of a merge at the top of its folder. Others may be there: a trainer's state, logs, private notes."""
 
 IN_HEADS = (f"{HEADS}/*/*.json", f"{HEADS}/*/*.safetensors")
 
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 LOADED = (*WEIGHTS, *TOKENIZER_FILES, "generation_config.json", f"{HEADS}/*")
-"""What transformers or `AutoMergedModel` would load together with the weights, whichever merge it came from."""
+"""Files that transformers or `AutoMergedModel` load together with the weights, even if another merge wrote them."""
 
 
 def merged_files(folder: Path) -> dict[str, Path]:
-    """The files of a merged model by their path in its folder, links to files among them.
+    """The files of a merged model, including links to files, by their path relative to its folder.
 
     Raises:
-        MergeError: if it has no weights, or not all.
+        MergeError: if the folder has no weights, or a weight file is missing.
     """
     main = find_weights(folder, CHECKPOINT_FILES[:2])
     if main is None:
@@ -51,12 +53,12 @@ def merged_files(folder: Path) -> dict[str, Path]:
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
-    """The files of a merged model by their path in its repository.
+    """The files of a merged model to upload, by their path in the repository.
 
-    Links are left out: they can lead anywhere on this machine.
+    Links are left out because they can point to any file on this machine.
 
     Raises:
-        MergeError: if the folder is no complete merge.
+        MergeError: if the folder is not a complete merge.
     """
     if not folder.is_dir():
         raise MergeError(f"{folder} is not a folder. Give the output directory of a merge.")
@@ -72,17 +74,17 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     for path in (main, *weight_files(main), *(files[name] for name in ("config.json", RECIPE_NAME, REPORT_NAME))):
         if path.is_symlink():
             raise MergeError(f"{path} is a link, and links are not uploaded: push the folder where the files are.")
-    open_weights(main)  # finds a truncated file before it is sent
+    open_weights(main)  # detects truncated files before the upload
     return {name: path for name, path in files.items() if not path.is_symlink()}
 
 
 def is_stale(name: str) -> bool:
-    """Whether a file in the repository would be taken for one of the merge, if the merge has none of this name."""
+    """Whether a file in the repository would be loaded as part of the merge although the merge has no such file."""
     return any(fnmatch(name, pattern) for pattern in LOADED)
 
 
 def copy_merge(source: Path, target: Path) -> None:
-    """Copy a merged model. A card that is in the target stays, to be continued."""
+    """Copy a merged model, and remove other weights from the target. A card in the target is kept."""
     files = merged_files(source)
     for name, path in files.items():
         if name != CARD or not (target / CARD).exists():
@@ -91,15 +93,15 @@ def copy_merge(source: Path, target: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, unless it is the same."""
+    """Copy a file, unless source and target are the same file."""
     if not (target.exists() and target.samefile(source)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # were it a link, what it leads to would be overwritten
+        target.unlink(missing_ok=True)  # writing to a link would overwrite the file that it points to
         shutil.copyfile(source, target)
 
 
 def remove_older_weights(folder: Path) -> None:
-    """Remove what an earlier save left: transformers reads ``model.safetensors`` before shards with an index."""
+    """Remove the weights of earlier saves: transformers prefers ``model.safetensors`` even to newer shards."""
     mains = [folder / name for name in CHECKPOINT_FILES[:2] if (folder / name).is_file()]
     if mains:
         newest = max(mains, key=lambda path: path.stat().st_mtime_ns)
@@ -110,3 +112,19 @@ def _remove_other_weights(folder: Path, files: dict[str, Path]) -> None:
     for path in folder.iterdir():
         if path.name not in files and any(fnmatch(path.name, pattern) for pattern in WEIGHTS):
             path.unlink()
+
+
+def hash_weights(folder: Path) -> dict[str, str]:
+    """The sha256 of each weight file and each head of a merged model, by its path relative to the folder."""
+    return _hashes(folder, sorted(folder.glob("*.safetensors"))) | hash_heads(folder)
+
+
+def hash_heads(folder: Path) -> dict[str, str]:
+    """The sha256 of each head of a merged model, by its path relative to the folder."""
+    return _hashes(folder, sorted(folder.glob(f"{HEADS}/*/*.safetensors")))
+
+
+def _hashes(folder: Path, paths: list[Path]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_hash, paths)
+        return {path.relative_to(folder).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}

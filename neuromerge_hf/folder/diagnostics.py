@@ -1,4 +1,4 @@
-"""What a merge tells of its experts and of their conflicts. `interference.BlockStatistics` says how it is measured."""
+"""Diagnostics of the experts and of their conflicts. `engine.statistics` defines and measures them."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -7,18 +7,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExpertDiagnostics:
-    """One expert's trimmed task vector. Shares are between 0 and 1, and None where they are shares of nothing.
+    """Diagnostics of one expert's trimmed task vector. Shares are between 0 and 1, or None if they are shares of 0.
 
     Attributes:
-        name: the expert's.
-        norm: its L2 norm.
-        relative_norm: its norm in units of the base's norm, over the parameters that the expert may change.
+        name: the name of the expert.
+        norm: the L2 norm of the task vector.
+        relative_norm: this norm divided by the base's, over the parameters that the expert may change.
         entries_kept: the share of the entries that trimming kept.
         norm_kept: the share of the L1 norm that trimming kept: 1 - sigma_t.
-        parallel: the share of its neurons' energy (squared L2 norm) that is parallel to the base's neurons; the rest is
+        parallel: the share of the neurons' energy (squared L2 norm) that is parallel to the base's neurons; the rest is
             orthogonal.
-        outvoted_parallel: the share of its parallel energy that lacks the elected sign.
-        outvoted_orthogonal: the share of its orthogonal energy that lacks the elected sign.
+        outvoted_parallel: the share of the parallel energy that lacks the elected sign.
+        outvoted_orthogonal: the share of the orthogonal energy that lacks the elected sign.
     """
 
     name: str
@@ -33,16 +33,17 @@ class ExpertDiagnostics:
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """The neurons of one layer, over all experts. Shares are as in `ExpertDiagnostics`.
+    """Diagnostics of the neurons of one layer, over all experts. Shares are as in `ExpertDiagnostics`.
 
     Attributes:
-        name: the layer's, such as "model.layers.3".
-        relative_norm: the norm of all experts' trimmed task vectors in units of the base's, over what each may change.
+        name: the name of the layer, such as "model.layers.3".
+        relative_norm: the norm of all experts' trimmed task vectors divided by the base's, over the parameters that
+            each expert may change.
         parallel: the share of the energy that is parallel to the base's neurons; the rest is orthogonal.
-        parallel_by_chance: what that share would be if the changes pointed anywhere: 1/n for n incoming weights.
-        conflicting_parallel: of the parallel energy at neurons where several experts have some, the share where their
-            signs differ.
-        conflicting_orthogonal: the same for the orthogonal energy and the singular directions.
+        parallel_by_chance: the expected parallel share of random changes: 1/n for n incoming weights.
+        conflicting_parallel: the share of the parallel energy where the experts' signs differ, among the neurons where
+            several experts have parallel energy.
+        conflicting_orthogonal: the same share of the orthogonal energy, among the singular directions.
         outvoted_parallel: the share of the parallel energy that lacks the elected sign.
         outvoted_orthogonal: the share of the orthogonal energy that lacks the elected sign.
     """
@@ -59,13 +60,14 @@ class LayerDiagnostics:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What a merge tells of its experts; rounded to six digits, so that it does not depend on the machine.
+    """Diagnostics of a merge. The values are rounded to six digits, so that they do not depend on the machine.
 
     Attributes:
-        experts: one for each expert, in the merge's order.
-        cosines: between their trimmed task vectors, over the parameters that both may change; None where one is 0.
-        layers: the layers that an expert changes, in the order of the model.
-        model: all layers together.
+        experts: the diagnostics of each expert, in the merge's order.
+        cosines: the cosine between the trimmed task vectors of every two experts, over the parameters that both may
+            change; None if one of the vectors is 0.
+        layers: the diagnostics of each layer that an expert changes, in the order of the model.
+        model: the diagnostics of all layers together.
         merged_norm: the L2 norm of the merged task vector.
     """
 
@@ -77,13 +79,13 @@ class Diagnostics:
 
     @property
     def merged_relative_norm(self) -> float | None:
-        """The merged task vector's norm in units of the experts' mean norm."""
+        """The norm of the merged task vector divided by the mean norm of the experts; None if that is 0."""
         mean = sum(expert.norm for expert in self.experts) / len(self.experts)
         return self.merged_norm / mean if mean else None
 
     @property
     def sentence(self) -> str:
-        """All of it in two sentences."""
+        """A summary in two sentences."""
         norms = [expert.relative_norm for expert in self.experts if expert.relative_norm]
         if not norms:
             return "The experts change nothing."
@@ -112,7 +114,7 @@ class Diagnostics:
 
 
 def load_diagnostics(values: dict[str, Any]) -> Diagnostics:
-    """The inverse of `dataclasses.asdict`, from what a JSON file holds."""
+    """Restore `Diagnostics` from the dictionary that `dataclasses.asdict` made of it."""
     return Diagnostics(
         experts=[ExpertDiagnostics(**expert) for expert in values["experts"]],
         cosines=values["cosines"],

@@ -1,4 +1,4 @@
-"""Making a directory beside its place, which it takes when it is complete."""
+"""Writing a directory atomically: it appears at its path only when it is complete."""
 
 import errno
 import secrets
@@ -11,8 +11,15 @@ from neuromerge_hf.errors import MergeError
 
 
 @contextmanager
-def directory_in_the_making(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block ends well, and vanishes otherwise."""
+def atomic_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary directory beside `target`. It is renamed to `target` if the block succeeds, else removed.
+
+    Args:
+        overwrite: whether to replace a directory that is at `target`.
+
+    Raises:
+        MergeError: if the directory cannot be written or renamed, or the disk is full.
+    """
     missing = [parent for parent in target.parents if not parent.exists()]
     folder = _beside(target)
     try:
@@ -26,7 +33,7 @@ def directory_in_the_making(target: Path, overwrite: bool) -> Iterator[Path]:
                 _replace(target, folder)
             else:
                 folder.rename(target)
-        except OSError as error:  # a bind mount, a layer of a container's image, or someone filled it meanwhile
+        except OSError as error:  # a bind mount, a layer of a container's image, or no longer empty
             raise MergeError(
                 f"The output directory {target} cannot be put in its place: {error.strerror}. Choose another one."
             ) from error
@@ -45,7 +52,7 @@ def directory_in_the_making(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace(target: Path, folder: Path) -> None:
-    """Put `folder` in the place of the directory `target`."""
+    """Replace the directory `target` by `folder`."""
     old = _beside(target)
     try:
         target.rename(old)
@@ -55,10 +62,10 @@ def _replace(target: Path, folder: Path) -> None:
             old.rename(target)
         raise
     finally:
-        if target.exists():  # else the old one must not be lost
+        if target.exists():  # else `old` is the only copy
             shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(target: Path) -> Path:
-    """A hidden path beside `target` that does not exist yet. Known before it is made, it is sure to be cleared."""
+    """An unused hidden path beside `target`. It is known before the directory exists, so cleanup cannot miss it."""
     return target.with_name(f".{target.name}-{secrets.token_hex(4)}")

@@ -1,4 +1,4 @@
-"""What a merge's parents say about themselves on the Hub and on their cards: licence, access, languages, data sets."""
+"""Metadata of a merge's parents from the Hub and from their cards: licence, access, languages, data sets."""
 
 import re
 from collections.abc import Iterable
@@ -11,28 +11,28 @@ from huggingface_hub import HfApi, ModelCard, constants
 from neuromerge_hf.storage.location import Location
 
 BIBTEX = re.compile(r"^```\s*(?:bibtex|bib|latex)?[ \t]*\n(\s*@\w+\s*\{.*?)\n```", re.S | re.M | re.I)
-"""A block of code on a card that begins with an entry for BibTeX."""
+"""A code block on a card that begins with a BibTeX entry."""
 
 IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.-]*")
-"""What the Hub's identifiers of licences look like. Others can stand on the card of a model that is not there."""
+"""The form of a licence identifier on the Hub. The card of a local model may hold any text instead."""
 
 LONGEST_CITATION = 3000
-"""In characters. What is longer is not copied into another model's card."""
+"""The length in characters up to which a citation is copied into the merged model's card."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A model that went into a merge, as far as its own card tells.
+    """The metadata of a merge's base or expert, as far as its card gives it.
 
     Attributes:
-        license: the licence's identifier; "other" if it has a name of its own.
-        license_name: that name.
-        license_link: where its terms are, if the card says so.
-        gated: whether its terms have to be accepted on the Hub before it can be downloaded.
-        task: the Hub's name of what it does.
-        languages: of the texts that it is for.
-        datasets: that it was trained on.
-        citations: BibTeX entries.
+        license: the identifier of the licence; "other" if the licence has its own name.
+        license_name: the licence's own name.
+        license_link: the link to the licence's terms.
+        gated: whether users must accept the model's terms on the Hub before they can download it.
+        task: the Hub's name of the model's task.
+        languages: the languages of the model.
+        datasets: the data sets that the model was trained on.
+        citations: the BibTeX entries.
     """
 
     license: str | None = None
@@ -46,12 +46,12 @@ class Parent:
 
     @property
     def terms(self) -> str | None:
-        """The licence as people call it; None if the card does not say."""
+        """The licence's own name, or else its identifier; None if the card gives neither."""
         return self.license_name or self.license
 
     @classmethod
     def of(cls, location: Location) -> "Parent":
-        """What ``README.md`` in a model's folder says; nothing where there is none, or none that can be read."""
+        """Read the metadata from the Hub and from ``README.md`` in a model's folder, if it exists and can be read."""
         gated = is_gated(location)
         try:
             card = ModelCard.load(location.folder / "README.md", ignore_metadata_errors=True)
@@ -64,30 +64,31 @@ class Parent:
             license_link=_text(data.get("license_link")),
             gated=gated,
             task=_text(data.get("pipeline_tag")),
-            languages=_texts("no" if data.get("language") is False else data.get("language")),  # unquoted Norwegian
+            # YAML reads Norwegian's code, `no` without quotes, as false.
+            languages=_texts("no" if data.get("language") is False else data.get("language")),
             datasets=_texts(data.get("datasets")),
             citations=citations(card.text),
         )
 
 
 def is_gated(location: Location) -> bool:
-    """Whether the Hub gives a model only to those who accepted its terms; false if it cannot be asked."""
+    """Whether users must accept a model's terms before a download; false if the Hub cannot be reached."""
     if location.commit is None:
         return False
     try:
         return bool(HfApi(token=location.token).model_info(location.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated)
-    except Exception:  # offline, unreachable, or no access any more: the merge does not depend on it
+    except Exception:  # offline, unreachable or no access: the merge does not depend on it
         return False
 
 
 def citations(text: str) -> list[str]:
-    """The BibTeX entries on a card, each block as it stands there."""
+    """The BibTeX blocks on a card, unchanged, without those that are too long or have unbalanced braces."""
     found = [match.strip() for match in BIBTEX.findall(text)]
     return [entry for entry in found if len(entry) <= LONGEST_CITATION and _is_balanced(entry)]
 
 
 def common_license(parents: Iterable[Parent]) -> dict[str, str]:
-    """The licence's entries of the merged model's metadata; empty if the parents differ, or one does not say."""
+    """The licence's entries for the merged model's card; empty unless all parents give the same licence."""
     terms = {(parent.license, parent.license_name, parent.license_link) for parent in parents}
     license_id, name, link = terms.pop() if len(terms) == 1 else (None, None, None)
     if license_id is None or not IDENTIFIER.fullmatch(license_id) or (license_id == "other" and not (name and link)):
@@ -97,7 +98,7 @@ def common_license(parents: Iterable[Parent]) -> dict[str, str]:
 
 
 def union(values: Iterable[Iterable[str]]) -> list[str]:
-    """All values, each once, sorted."""
+    """The distinct values, sorted."""
     return sorted({value for several in values for value in several})
 
 

@@ -1,9 +1,6 @@
-"""The recipe that every merge writes, and that reproduces it byte for byte."""
+"""The recipe of a merge. Every merge writes one, and it reproduces the merge byte for byte."""
 
-import hashlib
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,23 +8,14 @@ from typing import Any
 
 import yaml
 
-from neuromerge_hf.config import MergeConfig, NeuroMergingConfig, config_class
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.files import (
-    ADAPTER_FILES,
-    CHECKPOINT_FILES,
-    COMPANIONS,
-    TOKENIZER_FILES,
-    companion_files,
-    find_weights,
-    weight_files,
-)
-from neuromerge_hf.storage.location import Location
+from neuromerge_hf.spec import MergeSpec
+from neuromerge_hf.storage.hashing import file_hash
 
 RECIPE_NAME = "recipe.yaml"
 
 PACKAGES = ("neuromerge-hf", "torch", "transformers", "peft", "safetensors")
-"""Whose versions the recipe records."""
+"""The packages whose versions the recipe records."""
 
 HEADER = """\
 # The recipe of this model. It is made again, byte for byte, by
@@ -36,13 +24,13 @@ HEADER = """\
 
 
 @dataclass(frozen=True)
-class Ingredient:
-    """A model that went into a merge.
+class ModelRecord:
+    """The record of a merge's base or expert.
 
     Attributes:
         id: the folder or the id on the Hub.
-        revision: the commit on the Hub.
-        sha256: for a local folder, the hash of each file that was read.
+        revision: the commit on the Hub; None for a local folder.
+        sha256: for a local folder, the hash of each file that determines the merge, by its name.
     """
 
     id: str
@@ -55,55 +43,49 @@ class Ingredient:
 
     @property
     def repo(self) -> str:
-        """The repository on the Hub, without the folder in it."""
+        """The repository on the Hub, without the subfolder."""
         return "/".join(self.id.split("/")[:2])
 
     @property
     def reference(self) -> str:
-        """What `merge` takes: the folder, or ``id@revision``."""
+        """The model as `merge` takes it: the folder, or ``id@revision``."""
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
     def to_dict(self) -> dict[str, Any]:
+        """The record as plain Python objects."""
         return {"id": self.id, **({"revision": self.revision} if self.revision else {"sha256": self.sha256})}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a merged model."""
+    """Everything that determines a merged model: a spec, and a record of each of its models.
 
-    base_model: Ingredient
-    models: tuple[Ingredient, ...]
-    config: MergeConfig
-    dtype: str = "auto"
-    tokenizer: str = "base"
-    chat_template: str | None = None
-    merge_heads: bool = False
-    max_shard_size: str | int = "5GB"
-    tuned_on: str | None = None
+    Attributes:
+        spec: what was merged, and how. It gives the models by their references.
+        base_model: the record of the base.
+        models: the records of the experts.
+    """
+
+    spec: MergeSpec
+    base_model: ModelRecord
+    models: tuple[ModelRecord, ...]
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.yaml``."""
+        """Write ``recipe.yaml`` into a folder."""
         content = {
+            **self.spec.to_dict(),
             "base_model": self.base_model.to_dict(),
             "models": [model.to_dict() for model in self.models],
-            "method": self.config.method,
-            "config": self.config.to_dict(),
-            "dtype": self.dtype,
-            "tokenizer": self.tokenizer,
-            "chat_template": self.chat_template,
-            "merge_heads": self.merge_heads,
-            "max_shard_size": self.max_shard_size,
-            **({"tuned_on": self.tuned_on} if self.tuned_on else {}),
             "versions": {package: version(package) for package in PACKAGES},
         }
         (folder / RECIPE_NAME).write_text(_text(content), encoding="utf-8")
 
     def check_files(self) -> None:
-        """Raise a `MergeError` if a local file is not the one that the recipe was made with."""
+        """Raise a `MergeError` if a local file is missing, or has changed since the recipe was written."""
         problems = []
-        for ingredient in (self.base_model, *self.models):
-            for name, expected in ingredient.sha256.items():
-                path = Path(ingredient.id).expanduser() / name
+        for model in (self.base_model, *self.models):
+            for name, expected in model.sha256.items():
+                path = Path(model.id).expanduser() / name
                 if not path.is_file():
                     problems.append(
                         f"{path} is missing, but the recipe needs it (relative paths start at the current folder)."
@@ -121,21 +103,17 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        MergeError: if the file is missing or is no recipe.
+        MergeError: if the file is missing or is not a recipe.
     """
     try:
         content = yaml.safe_load(path.read_text())
-        return Recipe(
-            base_model=Ingredient(**content["base_model"]),
-            models=tuple(Ingredient(**model) for model in content["models"]),
-            config=config_class(content.get("method", NeuroMergingConfig.method))(**content["config"]),
-            dtype=content["dtype"],
-            tokenizer=content["tokenizer"],
-            chat_template=content["chat_template"],
-            merge_heads=content["merge_heads"],
-            max_shard_size=content["max_shard_size"],
-            tuned_on=content.get("tuned_on"),
-        )
+        base = ModelRecord(**content["base_model"])
+        models = tuple(ModelRecord(**model) for model in content["models"])
+        references = {"base_model": base.reference, "models": [model.reference for model in models]}
+        spec = MergeSpec.from_dict({**content, **references})
+        if "versions" not in content:  # the last entry: without it, the file may have been cut off
+            raise KeyError("versions")
+        return Recipe(spec, base, models)
     except OSError as error:
         raise MergeError(f"The recipe {path} cannot be read: {error}") from error
     except MergeError as error:
@@ -145,22 +123,12 @@ def load_recipe(path: Path) -> Recipe:
         raise MergeError(f"{path} is not a recipe that `neuromerge merge` wrote: {reason}") from error
 
 
-def read_files(location: Location, *, is_base: bool = False) -> list[Path]:
-    """The files of a local model that determine a merge: configurations, weights, tokenizer, the base's companions."""
-    main = find_weights(location.folder, ADAPTER_FILES + CHECKPOINT_FILES)
-    configs = [location.folder / name for name in ("config.json", "adapter_config.json", "generation_config.json")]
-    weights = weight_files(main) if main else []
-    companions = companion_files(location.folder, COMPANIONS if is_base else TOKENIZER_FILES)
-    files = dict.fromkeys([*configs, *([main] if main else []), *weights, *companions])
-    return [path for path in files if path.is_file()]
-
-
 def published_recipe(folder: Path, names: Sequence[str]) -> str:
-    """The text of a merged folder's recipe in which folders of this machine are called by `names` alone.
+    """The text of a merge's recipe with its local folders replaced by names.
 
     Args:
-        folder: what a merge wrote.
-        names: of the base and then of the experts.
+        folder: the folder of the merged model.
+        names: the names of the base and then of the experts.
     """
     content = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8"))
     renamed = {}
@@ -172,64 +140,5 @@ def published_recipe(folder: Path, names: Sequence[str]) -> str:
     return _text(content)
 
 
-def fingerprint(base: Location, models: Sequence[Location], *settings: object) -> str:
-    """A short name for a merge by its inputs, without reading them: commits, or sizes and times of local files."""
-    identity: list[object] = [version("neuromerge-hf"), *(str(setting) for setting in settings)]
-    for location in (base, *models):
-        if location.commit:
-            identity.append((location.id, location.commit))
-        else:
-            stats = [(path.name, path.stat()) for path in read_files(location, is_base=location is base)]
-            files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-            identity.append((str(location.folder.resolve()), files))
-    return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
-
-
-def file_hash(path: Path, stopped: threading.Event | None = None) -> str:
-    """The sha256 of a file; of what was read of it until `stopped` was set."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while (count := file.readinto(buffer)) and not (stopped and stopped.is_set()):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
 def _text(content: dict[str, Any]) -> str:
     return HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-class InputHasher:
-    """The models of a merge as its recipe records them. Local files are hashed in the background, until it is closed.
-
-    A hash takes a core about as long as reading the file. Started early, it runs while transformers is loaded.
-    """
-
-    def __init__(self, base: Location, models: Sequence[Location]):
-        self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(1, "hash")
-        self._base = self._pool.submit(self._ingredient, base, is_base=True)
-        self._models = [self._pool.submit(self._ingredient, model) for model in models]
-
-    def __enter__(self) -> "InputHasher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    @property
-    def base(self) -> Ingredient:
-        """The base, when its files are hashed."""
-        return self._base.result()
-
-    @property
-    def models(self) -> tuple[Ingredient, ...]:
-        """The experts, when their files are hashed."""
-        return tuple(model.result() for model in self._models)
-
-    def _ingredient(self, location: Location, *, is_base: bool = False) -> Ingredient:
-        if location.commit:
-            return Ingredient(location.id, revision=location.commit)
-        files = read_files(location, is_base=is_base)
-        return Ingredient(location.id, sha256={path.name: file_hash(path, self._stopped) for path in files})

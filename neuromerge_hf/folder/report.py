@@ -1,4 +1,4 @@
-"""What a merge did."""
+"""The report of a merge: what was merged, how, and what was measured."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neuromerge_hf.config import DEFAULT_METHOD
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.folder.parents import Parent
@@ -21,15 +22,15 @@ class ExpertReport:
     """One expert of a merge.
 
     Attributes:
-        name: by which `AutoMergedModel.from_pretrained(..., head=name)` finds its head.
+        name: the expert's name, which selects its head in `AutoMergedModel.from_pretrained(..., head=name)`.
         id: the id on the Hub with the commit, or the last part of the folder's path.
-        kind: "full", or the kind of adapter.
-        model_class: the architecture that it was trained as, if it says so.
-        entries: how many entries its task vector has.
-        threshold: the magnitude below which they were trimmed; with PCB-Merging, the score.
-        sigma: the share of the task vector's L1 norm that was trimmed; None but for NeuroMerging.
-        head: the names of its own parameters, kept unmerged.
-        ignored: tensors of its files that its model class does not know.
+        kind: "full", or the type of the adapter.
+        model_class: the class that the expert was trained as; None if it names none.
+        entries: the number of entries of its task vector.
+        threshold: the magnitude below which entries were trimmed; for PCB-Merging, the score below which they were.
+        sigma: the share of the task vector's L1 norm that was trimmed; None for methods that do not use it.
+        head: the names of the expert's own parameters, which are kept unmerged.
+        ignored: the names of tensors in its files that its model class does not have.
     """
 
     name: str
@@ -45,11 +46,11 @@ class ExpertReport:
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """What became of the parameters of one class.
+    """The parameters that a merge treated in one way.
 
     Attributes:
-        names: the parameters, and buffers, by their names in the model.
-        entries: how many numbers they hold.
+        names: the names of the parameters and buffers in the model.
+        entries: the number of their entries.
     """
 
     names: list[str]
@@ -58,15 +59,15 @@ class ParameterReport:
 
 @dataclass(frozen=True)
 class VocabularyReport:
-    """How the tokens of models with different vocabularies were brought together.
+    """How the tokens of models with different vocabularies were aligned.
 
     Attributes:
-        tokens: how many the merged model has.
-        rows: how many rows its embeddings have.
-        aligned: how many of the tokens the base has.
-        from_experts: how many the base lacks, so that they are the mean over the experts that have them.
-        lacked: how many of the tokens each expert lacks, by its name.
-        left_out: how many tokens of each expert the merged model lacks, by its name.
+        tokens: the number of tokens of the merged model.
+        rows: the number of rows of its embeddings.
+        aligned: the number of these tokens that the base has.
+        from_experts: the number of tokens that the base lacks. Each is the mean over the experts that have it.
+        lacked: the number of the merged model's tokens that an expert lacks, by the expert's name.
+        left_out: the number of an expert's tokens that the merged model lacks, by the expert's name.
     """
 
     tokens: int
@@ -87,38 +88,44 @@ class VocabularyReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did; `str()` gives it in a few lines, ``merge_report.json`` keeps it beside the merged weights.
+    """What a merge did. `str()` summarises it, and ``merge_report.json`` keeps it beside the merged weights.
 
-    It names folders of this machine by the last part of their path alone, because it may be published.
+    It may be published, so it names local folders only by the last part of their path.
 
     Attributes:
-        output_dir: where the merged model is.
+        output_dir: the folder of the merged model.
         base_model: the base's id on the Hub with the commit, or the last part of its folder's path.
         density: the fraction of each task vector that was kept; None for a method that trims nothing.
-        sigma: the largest of the experts' sigmas; None but for NeuroMerging, like the lambdas.
+        sigma: the largest sigma of the experts. It and the lambdas are None for methods that have none.
         lambda_parallel: the paper's lambda_1.
-        lambda_orthogonal: the paper's lambda_2 as it was used.
+        lambda_orthogonal: the value that was used for the paper's lambda_2.
         by_neuron: the weights that were merged neuron by neuron.
         by_entry: the parameters that have no neurons (biases, norms), merged entry by entry.
-        from_base: the parameters and buffers that are the base's.
-        head: names of the parameters that are the mean of the experts' own.
-        tied: parameters that share another's weights, with the name of that.
-        untied: parameters that the base ties, and the merged model does not.
-        tokenizer: whose tokenizer the merged model has, as `base_model`; None if it has none.
-        vocabulary: how tokens were aligned; None where all models have the same.
+        from_base: the parameters and buffers that were copied from the base.
+        head: the names of the head's parameters, if they are the mean of the experts' heads.
+        tied: the tied parameters, each with the name of the parameter whose weights it shares.
+        untied: the parameters that are tied in the base and not in the merged model.
+        tokenizer: the model whose tokenizer was taken, written like `base_model`; None if there is no tokenizer.
+        vocabulary: how the tokens were aligned; None if all models have the same vocabulary.
         method: the name of the method.
-        settings: its hyper-parameters, with what "auto" came to.
-        tuned_on: what they were chosen on, if on data.
-        seconds: wall time of the merge, downloads not counted.
-        bytes_read: how much of the inputs was read.
-        bytes_written: the size of the merged weights, and of the heads beside them.
-        environment: versions of the packages, and the hardware.
-        notes: what else is worth knowing of the experts.
-        diagnostics: what their task vectors say.
-        parents: what the cards of the base and then of the experts say about them.
-        results: measurements, if there are any; see `add_results`.
-        changed: whether the weights beside it are no longer the merge's: trained further, or edited.
-        loaded_head: the expert whose head the weights beside it have, if they were saved with one.
+        settings: the method's hyper-parameters, with the values that replaced "auto".
+        tuned_on: the validation data on which they were tuned; None if they were not tuned.
+        seconds: the wall time of the merge in seconds, without downloads.
+        bytes_read: the number of bytes that were read from the inputs.
+        bytes_written: the size in bytes of the merged weights and of the heads beside them.
+        environment: the versions of the packages, and the hardware.
+        notes: further remarks on the experts.
+        diagnostics: measurements of the task vectors and of their conflicts.
+        parents: metadata from the cards of the base and then of the experts.
+        weights: the sha256 of each weight file, by its path in the folder.
+        results: measurements of the models; see `add_results`.
+        changed: whether the weights in the folder were trained further or edited after the merge.
+        loaded_head: the expert whose head was saved in the weights of the folder; None if there is none.
+
+    Example:
+        >>> report = merge(["math", "code-lora"], "merged", base_model="base")
+        >>> report.experts[1].kind
+        'LoRA r=4'
     """
 
     output_dir: Path
@@ -140,52 +147,46 @@ class MergeReport:
     tokenizer: str | None = None
     vocabulary: VocabularyReport | None = None
     diagnostics: Diagnostics | None = None
-    method: str = "neuromerging"
+    method: str = DEFAULT_METHOD
     settings: dict[str, Any] = field(default_factory=dict)
     tuned_on: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parents: list[Parent] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     changed: bool = False
     loaded_head: str | None = None
 
     @property
     def merged(self) -> list[str]:
-        """Names of the parameters that were merged."""
+        """The names of the parameters that were merged, sorted."""
         return sorted([*self.by_neuron.names, *self.by_entry.names])
 
     @property
     def copied(self) -> list[str]:
-        """Names of the parameters and buffers that are the base's."""
+        """The names of the parameters and buffers that were copied from the base."""
         return self.from_base.names
 
     @property
     def model_names(self) -> list[str]:
-        """Different names for the base and then the experts, as folders are called in what is published."""
+        """Distinct names for the base and then the experts. Published texts use them for local folders."""
         base = self.base_model.partition("@")[0].rpartition("/")[2]
         return different_names(base, [expert.name for expert in self.experts])
 
-    def add_results(self, results: Iterable[Result | Mapping[str, Any]]) -> None:
-        """Add measurements to the report and the card in `output_dir`; newer ones replace older ones of the same.
-
-        Args:
-            results: of the merged model ("merged"), of the base ("base"), or of an expert (its name).
+    def with_results(self, results: Iterable[Result | Mapping[str, Any]]) -> "MergeReport":
+        """A copy of the report with further measurements, which replace older ones of the same. See `add_results`.
 
         Raises:
-            MergeError: if an entry is incomplete, is no finite number, or is of a model that is not in the merge.
+            MergeError: if an entry is incomplete, its value is not a finite number, or its model is not in the merge.
         """
-        from neuromerge_hf.model_cards import write_card  # which reads reports
-
         found = {(result.model, *result.measured): result for result in self.results}
         for result in check_results(results, [expert.name for expert in self.experts]):
             found[(result.model, *result.measured)] = result
-        self.results[:] = found.values()
-        self.save(self.output_dir)
-        write_card(self.output_dir)
+        return dataclasses.replace(self, results=list(found.values()))
 
     def save(self, folder: Path) -> None:
-        """Write ``merge_report.json``."""
+        """Write ``merge_report.json`` into a folder."""
         content = dataclasses.asdict(self)
         del content["output_dir"]
         text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -214,7 +215,10 @@ class MergeReport:
     @property
     def _hyper_parameters(self) -> str:
         if self.sigma is None:
-            values = [f", {name} {value:g}" for name, value in self.settings.items() if name != "exclude"]
+            settings = {name: value for name, value in self.settings.items() if name != "exclude"}
+            values = [
+                f", {n} {value:g}" if isinstance(value, float) else f", {n} {value}" for n, value in settings.items()
+            ]
             return f"method {self.method}{''.join(values)}"
         return (
             f"density {self.density:g}, sigma {self.sigma:.4f}, lambda_parallel {self.lambda_parallel:g}, "
@@ -223,10 +227,10 @@ class MergeReport:
 
 
 def load_report(folder: Path) -> MergeReport:
-    """The report that a merge saved.
+    """Read the report in the folder of a merge.
 
     Raises:
-        MergeError: if it is missing or damaged.
+        MergeError: if the report is missing or damaged.
     """
     path = folder / REPORT_NAME
     lists = {"experts": ExpertReport, "parents": Parent, "results": Result}

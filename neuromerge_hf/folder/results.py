@@ -1,4 +1,4 @@
-"""Measurements of a merged model, of its base and of its experts."""
+"""Measurements of a merged model, its base and its experts."""
 
 import json
 import math
@@ -15,17 +15,17 @@ MERGED, BASE = "merged", "base"
 
 @dataclass(frozen=True)
 class Result:
-    """A measurement.
+    """A measurement of one model.
 
     Attributes:
         model: "merged", "base", or the name of an expert.
-        task: what was measured, in words.
-        metric: its name.
-        value: a finite number.
-        task_type: the Hub's name of the task ("text-classification"), if it is not that of the merged model's class.
-        dataset: the id on the Hub of the data set, if it is there.
-        split: of the data set.
-        greater_is_better: false for a loss.
+        task: a short description of the task.
+        metric: the name of the metric.
+        value: the measured value, a finite number.
+        task_type: the Hub's name of the task ("text-classification"); None for the task of the merged model's class.
+        dataset: the id of the data set on the Hub; None if it is not there.
+        split: the split of the data set.
+        greater_is_better: whether greater values are better; false for a loss.
     """
 
     model: str
@@ -39,19 +39,19 @@ class Result:
 
     @property
     def measured(self) -> tuple[str, str, str | None]:
-        """What was measured: results of several models are compared where this is the same."""
+        """The task, metric and split. Results of different models are compared if these are the same."""
         return self.task, self.metric, self.split
 
 
 def check_results(results: Iterable[Result | Mapping[str, Any]], experts: Sequence[str]) -> list[Result]:
-    """The results, as plain Python values.
+    """Check results and convert their values to plain Python numbers.
 
     Args:
-        results: or the same as dictionaries, from a JSON file.
+        results: the results, or dictionaries with their fields, such as the entries of a JSON file.
         experts: the names of the merge's experts.
 
     Raises:
-        MergeError: if an entry is incomplete, is no finite number, or is of a model that is not in the merge.
+        MergeError: if an entry is incomplete, its value is not a finite number, or its model is not in the merge.
     """
     if isinstance(results, Mapping | str):
         raise MergeError("The results must be a list: of Result, or of dictionaries with its fields.")
@@ -67,10 +67,10 @@ def check_results(results: Iterable[Result | Mapping[str, Any]], experts: Sequen
 
 
 def load_results(path: Path) -> list[Any]:
-    """The entries of a JSON file, for `MergeReport.add_results`.
+    """Read the entries of a JSON file, for `add_results`.
 
     Raises:
-        MergeError: if it cannot be read.
+        MergeError: if the file cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Resu
     for name, text in texts.items():
         if not isinstance(text, str) or not text.strip():
             raise MergeError(f"{result} needs a text as its {name}.")
-    value = getattr(result.value, "item", lambda: result.value)()  # numpy's and torch's scalars
+    value = getattr(result.value, "item", lambda: result.value)()  # scalars of numpy and torch
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise MergeError(f"The value of {result} is not a finite number. Leave it out.")
     if result.model not in (MERGED, BASE, *experts):
