@@ -1,4 +1,4 @@
-"""The model card of a merge: `MergeCard` brings together what a merged model's folder says, and renders it."""
+"""The model card of a merge. `MergeCard` collects its content from a merged model's folder; `write_card` writes it."""
 
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.write import hand_written, write_card

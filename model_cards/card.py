@@ -1,49 +1,37 @@
-"""A merged model's card: what its folder says, brought together and rendered."""
+"""The content of a merged model's card, collected from its folder."""
 
-import functools
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
-
-from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.recipe import RECIPE_NAME, Ingredient, Recipe, file_hash, load_recipe
+from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.folder.recipe import RECIPE_NAME, ModelRecord, Recipe, load_recipe
 from neuromerge_hf.folder.report import ExpertReport, MergeReport, load_report
-from neuromerge_hf.model_cards import markdown, tables
+from neuromerge_hf.model_cards import markdown
 from neuromerge_hf.model_cards.licences import remarks
-from neuromerge_hf.model_cards.limits import limits
-from neuromerge_hf.model_cards.methods import METHODS, MethodText
-from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
-from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of, task_of_own_class
+from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of, task_of_custom_class
 from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
-from neuromerge_hf.text import readable_size
-from neuromerge_hf.version import __version__
-
-TEMPLATE = "merge.md.jinja"
 
 
 @dataclass(frozen=True)
 class MergeCard:
-    """Everything that a card says; `render` writes it down.
+    """Everything that a card says. `render.render` turns it into text.
 
     Attributes:
         name: the title.
-        repo_id: the repository that it is for; None for a folder on this machine.
-        recipe: what was merged, and how.
-        report: what the merge did.
+        repo_id: the repository that the card is for; None for a folder on this machine.
+        recipe: the recipe of the merge.
+        report: the report of the merge.
         config: the merged model's ``config.json``.
-        weights: the sha256 of every weight file, by its path in the folder.
-        terms: the names of files with the parents' licences and notices.
+        terms: the names of the files with the parents' licences and notices.
         has_tokenizer: whether the folder has a tokenizer.
-        has_chat: whether it has a chat template.
-        has_code: whether it has code of its own.
+        has_chat: whether the folder has a chat template.
+        has_code: whether the folder has custom code.
     """
 
     # From whoever writes the card
@@ -53,32 +41,38 @@ class MergeCard:
     recipe: Recipe
     report: MergeReport
     config: dict[str, Any]
-    weights: dict[str, str]
     terms: list[str]
     has_tokenizer: bool
     has_chat: bool
     has_code: bool
 
     @property
-    def method(self) -> MethodText:
-        """The method in words."""
-        return METHODS[self.recipe.config.method]
+    def method(self) -> type[MergeConfig]:
+        """The configuration class of the method. It has the method's title, paper and summary."""
+        return type(self.recipe.spec.config)
 
     @classmethod
-    def of(cls, folder: Path, repo_id: str | None = None, name: str | None = None) -> "MergeCard":
-        """The card of a folder that a merge wrote.
+    def of(
+        cls, folder: Path, repo_id: str | None = None, name: str | None = None, recipe: Recipe | None = None
+    ) -> "MergeCard":
+        """Collect the card of a folder that a merge wrote.
+
+        Args:
+            folder: the folder.
+            repo_id: the repository that the card is for; None for a folder on this machine.
+            name: the title; by default the name of the repository or of the folder.
+            recipe: the folder's recipe; by default it is read from the folder.
 
         Raises:
             MergeError: if the folder lacks its recipe or its report.
         """
-        report, recipe = load_report(folder), load_recipe(folder / RECIPE_NAME)
+        report, recipe = load_report(folder), recipe or load_recipe(folder / RECIPE_NAME)
         return cls(
             name=name or (repo_id.rpartition("/")[2] if repo_id else os.path.basename(os.path.abspath(folder))),
             repo_id=repo_id,
             recipe=recipe,
             report=report,
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-            weights=_hashes(folder),
             terms=[path.name for path in licence_files(folder)],
             has_tokenizer=bool(tokenizer_files(folder)),
             has_chat=_has_chat(folder),
@@ -87,35 +81,35 @@ class MergeCard:
 
     @cached_property
     def task(self) -> Task | None:
-        """What the merged model's class is for."""
+        """The task of the merged model's class; None if it is not known."""
         known = task_of((self.config.get("architectures") or [None])[0])
-        return known or (task_of_own_class(self.config) if self.has_code else None)
+        return known or (task_of_custom_class(self.config) if self.has_code else None)
 
     @property
     def load_as(self) -> str:
-        """What to pass to `from_pretrained`."""
+        """The id or path to pass to `from_pretrained`."""
         return self.repo_id or f"./{self.name}"
 
-    # ---------------------------------------------------------------------------------------------- what went in
+    # --------------------------------------------------------------------------------------------- merged models
 
     @property
-    def ingredients(self) -> list[Ingredient]:
+    def ingredients(self) -> list[ModelRecord]:
         """The base and then the experts."""
         return [self.recipe.base_model, *self.recipe.models]
 
     @property
     def base_link(self) -> str:
-        """The base in Markdown."""
+        """The base in Markdown, as a link if it is on the Hub."""
         return _link(self.recipe.base_model, self.report.model_names[0])
 
     @property
     def expert_links(self) -> list[str]:
-        """The experts in Markdown."""
+        """The experts in Markdown, as links if they are on the Hub."""
         named = zip(self.recipe.models, self.report.experts, strict=True)
         return [_link(model, expert.name) for model, expert in named]
 
     def task_of_expert(self, expert: ExpertReport, stated: str | None) -> str:
-        """What an expert is for: as its card says, or else by its class."""
+        """The task of an expert: the one `stated` by its card, or else that of its class."""
         task = task_of(expert.model_class)
         return stated or (task.pipeline_tag if task else None) or ""
 
@@ -132,21 +126,16 @@ class MergeCard:
         return remarks(list(zip(links, self.report.parents, strict=True)))
 
     @property
-    def limits(self) -> list[str]:
-        """What the model is not, in sentences."""
-        return limits(self)
-
-    @property
     def citations(self) -> list[str]:
-        """The parents' BibTeX entries, each once, but for that of the method, which the template has."""
+        """The parents' BibTeX entries without duplicates and without the method's own, which the template has."""
         entries = dict.fromkeys(entry for parent in self.report.parents for entry in parent.citations)
-        return [entry for entry in entries if self.method.url not in entry]
+        return [entry for entry in entries if self.method.paper not in entry]
 
     # ------------------------------------------------------------------------------------------------- rendering
 
     @property
     def quick_start(self) -> str | None:
-        """Code that loads the model, if an Auto class of transformers does."""
+        """Code that loads the model; None if no Auto class of transformers loads it."""
         task = self.task
         if task is None:
             return None
@@ -160,62 +149,18 @@ class MergeCard:
 
     @property
     def head_start(self) -> str | None:
-        """Code that loads it with an expert's own head, if there are any."""
+        """Code that loads the model with an expert's own head; None if no expert has one."""
         heads = [expert.name for expert in self.report.experts if expert.head and not self.report.loaded_head]
         return head_start(self.load_as, heads[0], own_code=self.own_code) if heads else None
 
     @property
     def own_code(self) -> bool:
-        """Whether loading it runs code that is beside its weights."""
+        """Whether loading the model runs custom code from its folder."""
         return self.has_code and "auto_map" in self.config
 
-    def render(self, template: str | os.PathLike[str] | None = None) -> str:
-        """The whole card, without its metadata.
 
-        Args:
-            template: a file with a Jinja template of the user's. It may extend "merge.md.jinja" and replace its blocks.
-
-        Raises:
-            MergeError: if the template cannot be read or rendered.
-        """
-        environment = _environment()
-        try:
-            if template is None:
-                chosen = environment.get_template(TEMPLATE)
-            else:
-                chosen = environment.from_string(Path(template).read_text(encoding="utf-8"))
-            return chosen.render(
-                card=self, report=self.report, recipe=self.recipe, tables=tables, picture=PICTURE, version=__version__
-            )
-        except (OSError, UnicodeDecodeError, TemplateError) as error:
-            if template is None:
-                raise
-            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-            raise MergeError(f"The template {os.fspath(template)}{line} cannot be used: {error}") from error
-
-
-@functools.cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("neuromerge_hf.model_cards", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown: what strangers wrote goes through the filters
-    )
-    environment.filters |= {
-        "text": markdown.escaped,
-        "code": markdown.code,
-        "block": markdown.block,
-        "size": readable_size,
-        "sentence_list": markdown.sentence_list,
-    }
-    return environment
-
-
-def _link(model: Ingredient, name: str) -> str:
-    """A model in Markdown: a link where it is on the Hub."""
+def _link(model: ModelRecord, name: str) -> str:
+    """A model in Markdown, as a link if it is on the Hub."""
     if not model.revision:
         return markdown.code(name)
     return f"[{markdown.code(model.id)}](https://huggingface.co/{quote(model.repo)})"
@@ -226,10 +171,3 @@ def _has_chat(folder: Path) -> bool:
         return True
     settings = folder / "tokenizer_config.json"
     return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("heads/*/*.safetensors")])
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(file_hash, paths)
-        return {path.relative_to(folder).as_posix(): digest for path, digest in zip(paths, digests, strict=True)}

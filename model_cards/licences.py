@@ -12,14 +12,14 @@ MEANINGS = {
     r"-sa\b|gpl|\bosl|eupl|\bmpl": "asks that what is made from it is shared under the same licence",
     r"llama|gemma|rail|bigscience|\bapple|\bother$": "has conditions of its own",
 }
-"""What licences do that others do not, by patterns of the Hub's identifiers: no legal advice, but a reason to read."""
+"""The restrictions of some licences, by patterns of the Hub's identifiers. They are no legal advice."""
 
 
 def remarks(parents: Sequence[tuple[str, Parent]]) -> list[str]:
     """Sentences on licences that differ, are missing, or restrict what may be done with the merged model.
 
     Args:
-        parents: with the name of each, in Markdown.
+        parents: the name in Markdown and the record of each parent.
     """
     found = []
     stated = {parent.terms for _, parent in parents if parent.terms}

@@ -1,15 +1,11 @@
-"""What a merged model is not: facts of the merge, and no general warnings."""
+"""The limits of a merged model: facts of this merge, and no general warnings."""
 
-from typing import TYPE_CHECKING
-
+from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.markdown import code, escaped, sentence_list
 
-if TYPE_CHECKING:
-    from neuromerge_hf.model_cards.card import MergeCard
 
-
-def limits(card: "MergeCard") -> list[str]:
-    """Sentences in Markdown; none where there is nothing to say."""
+def limits(card: MergeCard) -> list[str]:
+    """Sentences in Markdown on the merged model's limits; an empty list if there are none."""
     report = card.report
     found = []
     if not report.results:

@@ -1,32 +1,32 @@
-"""Words of strangers (names of models, tokens, tasks) in Markdown that they cannot break."""
+"""Escaping untrusted text (names of models, tokens, tasks), so that it cannot break the Markdown of a card."""
 
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 SPECIAL = re.compile(r"(^[-+#=]|[\\`*_\[\]|~$:@])")
-"""What Markdown, its tables, or the Hub's mentions and formulas could take as more than a letter."""
+"""Characters that have a meaning in Markdown, in its tables, or in the Hub's mentions and formulas."""
 
-UNWRITTEN = ("Cc", "Cf", "Cs", "Co", "Cn")
-"""The categories of characters that do not show, or that change the direction of what follows."""
+INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
+"""The Unicode categories of characters that are invisible, or that change the direction of the text after them."""
 
 FENCE = "```"
 
 
 def plain(text: object) -> str:
-    """One line of text: no characters that do not show, white space as single spaces."""
+    """The text on one line, with single spaces and without invisible characters."""
     letters = (" " if letter.isspace() else letter for letter in str(text))
-    return " ".join("".join(letter for letter in letters if unicodedata.category(letter) not in UNWRITTEN).split())
+    return " ".join("".join(letter for letter in letters if unicodedata.category(letter) not in INVISIBLE).split())
 
 
 def escaped(text: object) -> str:
-    """Plain text for a sentence or a table's cell."""
+    """The text escaped, for a sentence or a table's cell."""
     entities = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return SPECIAL.sub(r"\\\1", entities).replace("http\\:", "http&#58;").replace("https\\:", "https&#58;")
 
 
 def code(text: object) -> str:
-    """Text as code, for a sentence or a table's cell, which a pipe would end even inside of code."""
+    """The text as code, for a sentence or a table's cell. Pipes are escaped, because they end a cell even in code."""
     inner = plain(text)
     ticks = "`" * (max((len(run) for run in re.findall("`+", inner)), default=0) + 1)
     space = " " if inner.startswith("`") or inner.endswith("`") else ""
@@ -34,14 +34,14 @@ def code(text: object) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """A block of code, with a fence that is longer than any in the text."""
+    """A block of code. Its fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(len(FENCE), longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already; columns that are empty in all rows are left out."""
+    """A table of cells that are already Markdown. Columns that are empty in all rows are left out."""
     rows = list(rows)
     kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
     lines = [[header[column] for column in kept], ["---" for _ in kept]]
@@ -50,5 +50,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def sentence_list(parts: Sequence[str]) -> str:
-    """LambdaComponents of a sentence: "a", "a and b", "a, b and c"."""
+    """The parts as a list in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""

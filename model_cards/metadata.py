@@ -1,34 +1,32 @@
-"""The YAML at the top of a card, for the Hub: ids on the Hub only, and only what the parents agree on."""
+"""The YAML metadata at the top of a card, which the Hub reads. They never name a model that is not on the Hub."""
 
 import posixpath
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from neuromerge_hf.folder.parents import common_license, union
 from neuromerge_hf.folder.results import MERGED, Result
+from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.markdown import plain
 from neuromerge_hf.model_cards.tasks import task_of
 
-if TYPE_CHECKING:
-    from neuromerge_hf.model_cards.card import MergeCard
-
 TAGS = ("merge",)
-"""By which people find merges, beside the name of the method."""
+"""The tags by which people find merges, besides the name of the method."""
 
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-"""What the Hub takes. The card of a model that is not there can name others, and folders of somebody's machine."""
+"""Values that the Hub accepts. The card of a local model can name others, such as folders on somebody's machine."""
 
-MEASURED = ("model-index", "model_name")
-"""Results of earlier weights are not those of the new ones."""
+RESULT_KEYS = ("model-index", "model_name")
+"""The keys of results. Old results were measured with other weights, so they are dropped."""
 
 
-def metadata(card: "MergeCard") -> ModelCardData:
-    """The metadata of a merged model."""
+def metadata(card: MergeCard) -> ModelCardData:
+    """The metadata of a merged model's card."""
     on_hub = list(dict.fromkeys(ingredient.repo for ingredient in card.ingredients if ingredient.revision))
     parents = card.report.parents
     results = _results(card)
@@ -47,8 +45,8 @@ def metadata(card: "MergeCard") -> ModelCardData:
     )
 
 
-def _licence(card: "MergeCard") -> dict[str, str]:
-    """The entries of the licence that the parents share. A link to a file in their folders leads to the base's."""
+def _licence(card: MergeCard) -> dict[str, str]:
+    """The entries of the licence that the parents share. A relative link becomes a link to the base's file."""
     entries, base = common_license(card.report.parents), card.recipe.base_model
     link = entries.get("license_link")
     if link is None or link.startswith(("https://", "http://")):
@@ -58,10 +56,10 @@ def _licence(card: "MergeCard") -> dict[str, str]:
         path = quote(posixpath.join(folder, link))
         return entries | {"license_link": f"https://huggingface.co/{quote(base.repo)}/blob/{base.revision}/{path}"}
     del entries["license_link"]
-    return {} if entries["license"] == "other" else entries  # which needs its link
+    return {} if entries["license"] == "other" else entries  # the licence "other" needs a link
 
 
-def _results(card: "MergeCard") -> list[EvalResult]:
+def _results(card: MergeCard) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=result.task_type or _task_type(card, result),
@@ -76,8 +74,8 @@ def _results(card: "MergeCard") -> list[EvalResult]:
     ]
 
 
-def _task_type(card: "MergeCard", result: Result) -> str:
-    """That of the expert that was measured beside it, as whose task model the merge was; else the merge's own."""
+def _task_type(card: MergeCard, result: Result) -> str:
+    """The task of the expert that was measured beside the merge, or else the merged model's own task."""
     measured = {other.model for other in card.report.results if other.measured == result.measured}
     experts = [task_of(expert.model_class) for expert in card.report.experts if expert.name in measured]
     found = (task.pipeline_tag for task in (*experts, card.task) if task and task.pipeline_tag)
@@ -85,7 +83,7 @@ def _task_type(card: "MergeCard", result: Result) -> str:
 
 
 def combined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """New metadata with what people added to the old: tags, and entries that the new does not have."""
+    """The new metadata, with tags and other entries that people added to the old."""
     tags = [*new["tags"], *(tag for tag in old.get("tags") or [] if isinstance(tag, str))]
-    others = {key: value for key, value in old.items() if key not in (*new, *MEASURED)}
+    others = {key: value for key, value in old.items() if key not in (*new, *RESULT_KEYS)}
     return {**new, **others, "tags": list(dict.fromkeys(tags))}

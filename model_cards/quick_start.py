@@ -1,4 +1,4 @@
-"""Code that loads a merged model and uses it once, to be pasted."""
+"""Code for a card that loads a merged model and uses it once."""
 
 from neuromerge_hf.model_cards.tasks import Task
 
@@ -8,7 +8,7 @@ PIPELINES = {
     "token-classification": ("tag", '"Ada Lovelace lived in London."'),
     "fill-mask": ("fill", 'f"Lisbon is the {fill.tokenizer.mask_token} of Portugal."'),
 }
-"""What a pipeline is called, and what it is called with, by its task."""
+"""The name of a pipeline's variable and its example arguments, by task."""
 
 USES = {
     "AutoModel": ('"A sentence."', ["print(model(**inputs).last_hidden_state.shape)"]),
@@ -25,7 +25,7 @@ USES = {
         ],
     ),
 }
-"""What the tokenizer is called with, and what is done then, by the Auto class, where there is no pipeline."""
+"""The tokenizer's example arguments and the lines after it, by Auto class, for tasks without a pipeline."""
 
 CHAT = '[{"role": "user", "content": "Tell me a story."}], max_new_tokens=30'
 
@@ -34,11 +34,11 @@ def quick_start(task: Task, model: str, *, has_tokenizer: bool, has_chat: bool =
     """A few lines of Python that use the model.
 
     Args:
-        task: what the model is for.
-        model: what `from_pretrained` takes.
-        has_tokenizer: whether the tokenizer is beside the weights, and a text is all that the model needs.
-        has_chat: whether it has a chat template.
-        own_code: whether the model's class is in its own folder.
+        task: the task of the model.
+        model: the id or path for `from_pretrained`.
+        has_tokenizer: whether the model has a tokenizer, and text is all the input that it needs.
+        has_chat: whether the model has a chat template.
+        own_code: whether loading the model runs custom code from its folder.
     """
     name = quoted(model)
     trust = _trust(own_code)
@@ -74,7 +74,7 @@ def quick_start(task: Task, model: str, *, has_tokenizer: bool, has_chat: bool =
 
 
 def head_start(model: str, head: str, *, own_code: bool = False) -> str:
-    """The lines that load the merged weights under one expert's own head."""
+    """The lines of Python that load the merged weights with one expert's own head."""
     where = f"{quoted(model)}, head={quoted(head)}{_trust(own_code)}"
     return "\n".join(
         [
@@ -90,6 +90,6 @@ def _trust(own_code: bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string of Python, in ASCII."""
+    """The text as a string literal of Python in ASCII."""
     literal = ascii(text)
     return literal if '"' in literal or "\\" in literal else f'"{literal[1:-1]}"'

@@ -1,21 +1,19 @@
 """The tables of a card, in Markdown."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from neuromerge_hf.folder.recipe import Recipe
 from neuromerge_hf.folder.results import BASE, MERGED, Result
+from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.markdown import code, escaped, table
-
-if TYPE_CHECKING:
-    from neuromerge_hf.model_cards.card import MergeCard
+from neuromerge_hf.spec import MergeSpec
 
 SHOWN = 8
-"""How many names of parameters a cell lists."""
+"""The number of parameter names that a cell lists."""
 
 
-def ingredients(card: "MergeCard") -> str:
-    """What went in, and under which licence."""
+def ingredients(card: MergeCard) -> str:
+    """The merged models and their licences."""
     parents = card.report.parents
     rows = [["base", card.base_link, _commit(card.recipe.base_model.revision), "", "", _terms(parents[0])]]
     for expert, link, model, parent in zip(
@@ -36,18 +34,19 @@ def _terms(parent: Any) -> str:
     return f"{terms}, gated" if parent.gated else terms
 
 
-def settings(card: "MergeCard") -> str:
-    """Every hyper-parameter, and whether it is the default."""
-    recipe = card.recipe
-    default = Recipe(recipe.base_model, recipe.models, type(recipe.config)())
+def settings(card: MergeCard) -> str:
+    """Every hyper-parameter, the value that its rule gave if it has one, and whether it is the default."""
+    spec = card.recipe.spec
+    default = MergeSpec(models=spec.models, config=type(spec.config)())
     names = ("dtype", "tokenizer", "chat_template", "merge_heads")
-    values = {**recipe.config.to_dict(), **{name: getattr(recipe, name) for name in names}}
+    values = {**spec.config.to_dict(), **{name: getattr(spec, name) for name in names}}
     defaults = {**default.config.to_dict(), **{name: getattr(default, name) for name in names}}
     rows = []
     for name, value in values.items():
-        is_rule = name == "lambda_orthogonal" and isinstance(value, str)
-        used = f", which gave {card.report.lambda_orthogonal:.4g}" if is_rule else ""
-        if is_rule and value == "length":
+        given = card.report.settings.get(name)
+        is_rule = isinstance(value, str) and isinstance(given, float)
+        used = f", which gave {given:.4g}" if is_rule else ""
+        if value == card.method.own_rules.get(name, ...):
             used = f" (a rule of neuromerge_hf, not the paper's){used}"
         rows.append([code(name), f"{_setting(value)}{used}", "default" if value == defaults[name] else "chosen"])
     return table(["hyper-parameter", "value", ""], rows)
@@ -58,14 +57,14 @@ def _setting(value: Any) -> str:
         return "none"
     if isinstance(value, list):
         return ", ".join(map(code, value))
-    # An expert may have been named by the path of its folder.
+    # An expert may be named by a path of this machine, which a card must not show.
     return code(os.path.basename(value.rstrip("/\\")) if isinstance(value, str) else value)
 
 
-def parameters(card: "MergeCard") -> str:
-    """What became of every class of parameters."""
+def parameters(card: MergeCard) -> str:
+    """How each class of parameters was merged."""
     report = card.report
-    how = "merged neuron by neuron" if report.method == "neuromerging" else "merged entry by entry"
+    how = "merged neuron by neuron" if card.method.by_neuron else "merged entry by entry"
     classes = [
         ("weights with neurons", how, report.by_neuron, False),
         ("vectors (biases, norms) and scalars", "merged entry by entry", report.by_entry, False),
@@ -101,8 +100,8 @@ def _names(names: list[str]) -> str:
     return ", ".join(map(code, names[:SHOWN])) + more
 
 
-def changes(card: "MergeCard") -> str:
-    """What trimming left of each expert's task vector, and what the election took of it."""
+def changes(card: MergeCard) -> str:
+    """Each expert's task vector: its norm, and the shares that trimming kept, are parallel, and were outvoted."""
     found = card.report.diagnostics
     assert found is not None, "the template asks only where there are some"
     rows = [
@@ -122,7 +121,7 @@ def changes(card: "MergeCard") -> str:
     return table(header, rows)
 
 
-def cosines(card: "MergeCard") -> str:
+def cosines(card: MergeCard) -> str:
     """The cosines between the experts' task vectors."""
     found = card.report.diagnostics
     assert found is not None, "the template asks only where there are some"
@@ -138,10 +137,10 @@ def _share(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def results(card: "MergeCard") -> str:
-    """Measurements of the base, each expert and the merged model, which retains a share of the best expert's.
+def results(card: MergeCard) -> str:
+    """Scores of the base, the experts and the merged model, and the share of the best expert's score that it retains.
 
-    Where each task is measured with one expert alone, as with heads of their own, they share a column.
+    If each task was measured with one expert only, as with heads of their own, the experts share a column.
     """
     experts = [expert.name for expert in card.report.experts]
     measured: dict[tuple[str, str, str | None], dict[str, Result]] = {}
@@ -171,13 +170,13 @@ def _retained(found: dict[str, Result]) -> str:
     return f"{100 * merged.value / best:.1f} %"
 
 
-def environment(card: "MergeCard") -> str:
-    """Versions and hardware."""
+def environment(card: MergeCard) -> str:
+    """The software versions and the hardware of the merge."""
     rows = [[escaped(name), escaped(value)] for name, value in card.report.environment.items()]
     return table(["made with", ""], rows)
 
 
-def weights(card: "MergeCard") -> str:
+def weights(card: MergeCard) -> str:
     """The sha256 of every weight file."""
-    rows = [[code(name), code(digest)] for name, digest in sorted(card.weights.items())]
+    rows = [[code(name), code(digest)] for name, digest in sorted(card.report.weights.items())]
     return table(["file", "sha256"], rows)

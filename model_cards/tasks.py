@@ -1,4 +1,4 @@
-"""What a model class is for, and the Auto class that loads it."""
+"""The task of a model class, and the Auto class that loads it."""
 
 import functools
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from typing import Any
 import transformers
 
 TASKS = {
-    "AutoModelForImageTextToText": "image-text-to-text",  # some of these classes are listed to generate text as well
-    "AutoModelForSeq2SeqLM": None,  # some of these to fill masks or to generate text
+    "AutoModelForImageTextToText": "image-text-to-text",  # some of these are also classes for causal language models
+    "AutoModelForSeq2SeqLM": None,  # some of these are also classes for causal or masked ones
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
@@ -24,16 +24,16 @@ TASKS = {
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModel": "feature-extraction",
 }
-"""The Hub's name of the task of each Auto class; None where the class alone does not tell it."""
+"""The Hub's name for the task of each Auto class, in order of priority; None if the class does not determine it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a model class is for.
+    """The task of a model class.
 
     Attributes:
-        auto_class: the name of the Auto class that loads it.
-        pipeline_tag: the Hub's name of the task, if the class tells it.
+        auto_class: the name of the Auto class that loads the model class.
+        pipeline_tag: the Hub's name for the task; None if the class does not determine it.
     """
 
     auto_class: str
@@ -44,7 +44,7 @@ BACKBONE = Task("AutoModel", TASKS["AutoModel"])
 
 
 def task_of(model_class: str | None) -> Task | None:
-    """The task of a model class of transformers; None for a class of which its Auto classes do not know."""
+    """The task of a model class of transformers; None if no Auto class knows it."""
     if model_class is None:
         return None
     for auto_class, pipeline_tag in TASKS.items():
@@ -53,8 +53,8 @@ def task_of(model_class: str | None) -> Task | None:
     return next((Task(name, None) for name in _other_auto_classes() if model_class in _class_names(name)), None)
 
 
-def task_of_own_class(config: Mapping[str, Any]) -> Task | None:
-    """The task of a class that a model's own code defines, by the Auto class that its configuration names for it."""
+def task_of_custom_class(config: Mapping[str, Any]) -> Task | None:
+    """The task of a class in custom code, by the Auto class that the configuration names for it."""
     model_class = (config.get("architectures") or [""])[0]
     references = config.get("auto_map", {}).items()
     named = [auto_class for auto_class, reference in references if str(reference).rpartition(".")[2] == model_class]
@@ -63,9 +63,9 @@ def task_of_own_class(config: Mapping[str, Any]) -> Task | None:
 
 
 def takes_text_alone(config: Mapping[str, Any]) -> bool:
-    """Whether a model of transformers that has this configuration can be called with nothing but a text."""
+    """Whether text is the only input that a transformers model with this configuration needs."""
     model_class = getattr(transformers, config["architectures"][0], None)
-    if model_class is None:  # which inputs its own code takes is not known
+    if model_class is None:  # the inputs of custom code are not known
         return False
     needs_decoder_text = config.get("is_encoder_decoder") and task_of(model_class.__name__) == BACKBONE
     return model_class.input_modalities in ("text", ("text",)) and not needs_decoder_text

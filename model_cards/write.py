@@ -1,4 +1,4 @@
-"""Writing a card into a merged model's folder, around what people wrote there by hand."""
+"""Writing a card into a merged model's folder, around the text that people wrote by hand."""
 
 import os
 import re
@@ -7,10 +7,12 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
+from neuromerge_hf.folder.recipe import Recipe
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.metadata import combined, metadata
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.picture import draw
+from neuromerge_hf.model_cards.render import render
 
 CARD_NAME = "README.md"
 
@@ -26,18 +28,20 @@ def write_card(
     name: str | None = None,
     template: str | os.PathLike[str] | None = None,
     previous: str | None = None,
+    recipe: Recipe | None = None,
 ) -> Path:
-    """Write or refresh ``README.md``, and the picture in it.
+    """Write or update ``README.md`` and its picture, and return the path of ``README.md``.
 
-    What stands before and after the marked part of the previous card is kept, and so are tags and metadata that were
-    added to it, where this card does not say the same itself.
+    Text before and after the marked part of the previous card is kept. So are tags and metadata that were added to it,
+    unless the new card sets the same entries.
 
     Args:
-        folder: what a merge wrote.
-        repo_id: the repository that it is for; None for a folder on this machine.
-        name: the title, if not the repository's or the folder's name.
-        template: as in `MergeCard.render`.
+        folder: the folder that a merge wrote.
+        repo_id: the repository that the card is for; None for a folder on this machine.
+        name: the title; by default the name of the repository or of the folder.
+        template: as in `render`.
         previous: the text of the previous card, if it is not the ``README.md`` in the folder.
+        recipe: as in `MergeCard.of`.
 
     Raises:
         MergeError: if the folder was not written by a merge, or the template cannot be used.
@@ -45,7 +49,7 @@ def write_card(
     path = folder / CARD_NAME
     if previous is None and path.is_file():
         previous = path.read_text(encoding="utf-8-sig")
-    card = MergeCard.of(folder, repo_id, name)
+    card = MergeCard.of(folder, repo_id, name, recipe)
     new = metadata(card).to_dict()
     begin = BEGIN.format(keys=", ".join(new))
     before, after = "", ""
@@ -54,7 +58,7 @@ def write_card(
         before, own_keys, after = _by_hand(text)
         new = combined({key: value for key, value in old.items() if key not in own_keys}, new)
     header = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
-    text = f"---\n{header}---\n{before}{begin}\n\n{card.render(template).strip()}\n\n{END}{after}"
+    text = f"---\n{header}---\n{before}{begin}\n\n{render(card, template).strip()}\n\n{END}{after}"
     if card.report.diagnostics:
         draw(card.report.diagnostics, folder / PICTURE)
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
@@ -62,23 +66,23 @@ def write_card(
 
 
 def hand_written(card: str) -> str:
-    """What people wrote into a card before and after its marked part."""
+    """The text that people wrote into a card before and after its marked part."""
     before, _, after = _by_hand(_parts(card)[1])
     return f"{before}{after}".strip()
 
 
 def _by_hand(text: str) -> tuple[str, list[str], str]:
-    """What stands before and after the marked part of a card, and which metadata came with that part."""
+    """The text before the marked part of a card, the metadata keys of that part, and the text after it."""
     begin = BEGIN_PATTERN.search(text)
     if begin is None or END not in text[begin.end() :]:
-        # Right after the end mark, a heading would be taken for a part of the comment.
+        # Directly after the end mark, Markdown would take a heading for a part of the comment.
         return "", [], text and f"\n\n{text.lstrip()}"
-    own_keys = [key for key in begin[1].split(", ") if key != "tags"]  # which are combined
+    own_keys = [key for key in begin[1].split(", ") if key != "tags"]  # old and new tags are combined
     return text[: begin.start()], own_keys, text.rpartition(END)[2]
 
 
 def _parts(text: str) -> tuple[dict[str, object], str]:
-    """The metadata and the body of a card; no metadata where they cannot be read."""
+    """The metadata and the body of a card. The metadata are empty if they cannot be read."""
     try:
         card = ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, TypeError, yaml.YAMLError):

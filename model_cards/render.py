@@ -1,0 +1,69 @@
+"""Rendering the text of a card from its Jinja template."""
+
+import functools
+import os
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.model_cards import markdown, tables
+from neuromerge_hf.model_cards.card import MergeCard
+from neuromerge_hf.model_cards.limits import limits
+from neuromerge_hf.model_cards.picture import NAME as PICTURE
+from neuromerge_hf.text import readable_size
+from neuromerge_hf.version import __version__
+
+TEMPLATE = "merge.md.jinja"
+
+
+def render(card: MergeCard, template: str | os.PathLike[str] | None = None) -> str:
+    """Render the whole card, without its metadata.
+
+    Args:
+        card: the content of the card.
+        template: the path of the user's own Jinja template. It may extend "merge.md.jinja" and replace its blocks.
+
+    Raises:
+        MergeError: if the template cannot be read or rendered.
+    """
+    environment = _environment()
+    try:
+        if template is None:
+            chosen = environment.get_template(TEMPLATE)
+        else:
+            chosen = environment.from_string(Path(template).read_text(encoding="utf-8"))
+        return chosen.render(
+            card=card,
+            report=card.report,
+            recipe=card.recipe,
+            limits=limits(card),
+            tables=tables,
+            picture=PICTURE,
+            version=__version__,
+        )
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        if template is None:
+            raise
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise MergeError(f"The template {os.fspath(template)}{line} cannot be used: {error}") from error
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("neuromerge_hf.model_cards", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the output is Markdown, and the filters escape untrusted text
+    )
+    environment.filters |= {
+        "text": markdown.escaped,
+        "code": markdown.code,
+        "block": markdown.block,
+        "size": readable_size,
+        "sentence_list": markdown.sentence_list,
+    }
+    return environment
