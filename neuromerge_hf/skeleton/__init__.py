@@ -2,7 +2,16 @@
 
 from neuromerge_hf.skeleton.classes import auto_model_class, model_class_of
 from neuromerge_hf.skeleton.conversion import ParameterRef, Shape, StoredForm
-from neuromerge_hf.skeleton.model import Skeleton
+from neuromerge_hf.skeleton.model import Skeleton, skeleton_of
 from neuromerge_hf.skeleton.neurons import NeuronAxis
 
-__all__ = ["NeuronAxis", "ParameterRef", "Shape", "Skeleton", "StoredForm", "auto_model_class", "model_class_of"]
+__all__ = [
+    "NeuronAxis",
+    "ParameterRef",
+    "Shape",
+    "Skeleton",
+    "StoredForm",
+    "auto_model_class",
+    "model_class_of",
+    "skeleton_of",
+]

@@ -1,4 +1,4 @@
-"""Which class a configuration is of."""
+"""The model class of a configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ def model_class_of(
     """The class that a configuration's `architectures` names.
 
     Args:
-        folder: where the model's own code is, run only with `trust_remote_code`.
-        default: the class where none is named or known; the plain backbone if this is None too.
+        folder: the folder of the model's custom code, which runs only with `trust_remote_code`.
+        default: the class to return if none is named or known; None returns the plain backbone.
     """
     architecture = (config.architectures or [""])[0]
     remote = {reference.rpartition(".")[2]: reference for reference in getattr(config, "auto_map", {}).values()}
@@ -30,7 +30,11 @@ def model_class_of(
 
 
 def auto_model_class(auto_class: type[_BaseAutoModelClass], config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The model class that an Auto class chooses for a configuration."""
+    """The model class that an Auto class chooses for a configuration.
+
+    Raises:
+        KeyError: if it has none for this configuration.
+    """
     mapping: Any = auto_class._model_mapping
     found = mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found

@@ -1,8 +1,7 @@
-"""How checkpoints store the parameters of a model: under which names and in which form, both ways.
+"""Conversion between the tensors of a checkpoint and the parameters of a model, in both directions.
 
-Names in a checkpoint file differ from those in memory (prefixes, old names), and so do forms (experts stored one by
-one, query, key and value in one tensor). This module is the only one that touches transformers' conversion of
-checkpoints, which is half private.
+Checkpoints and models can differ in names (prefixes, old names) and in form (experts stored one by one; query, key and
+value in one tensor). This is the only module that uses transformers' conversion of checkpoints, which is half private.
 """
 
 import copy
@@ -24,14 +23,14 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ParameterRef:
-    """What a checkpoint's tensor is in the model.
+    """The parameter that a checkpoint's tensor holds.
 
     Attributes:
-        parameter: the name of the parameter in memory, the first one for tied parameters.
-        piece: where the checkpoint stores the parameter in a converted form (fused experts one by one, say), the
-            tensor's own name after prefixes and renamings; None where the tensor is the parameter.
-        also: further parameters that are parts of the same stored tensor (fused query, key and value, say).
-        pattern: transformers' name for this kind of piece.
+        parameter: the name of the parameter in memory; the first of its names if it is tied.
+        piece: the tensor's own name after prefixes and renamings, if the checkpoint stores the parameter in a converted
+            form (for example, fused experts one by one); None if the tensor is the parameter itself.
+        also: further parameters in the same stored tensor (for example, key and value beside the query).
+        pattern: transformers' name pattern of the conversion; None if there is no conversion.
     """
 
     parameter: str
@@ -46,16 +45,16 @@ class ParameterRef:
 
 
 StoredForm: TypeAlias = Mapping[str, tuple[ParameterRef, Shape]]
-"""The parameter and the shape of stored tensors, by their name in the checkpoint."""
+"""The parameter and the shape of each stored tensor, by its name in the checkpoint."""
 
 
 class Conversions:
-    """What transformers does to a checkpoint's tensors when it loads a model, and undoes when it saves it.
+    """The conversion that transformers applies to a checkpoint when it loads a model, and reverses when it saves one.
 
     Args:
-        model: on the meta device.
-        shapes: of its parameters and buffers, by their names in memory.
-        ties: names of tied parameters, with the name of the parameter that they share.
+        model: the model on the meta device.
+        shapes: the shapes of its parameters and buffers, by their names in memory.
+        ties: the tied parameters, each with the name of the parameter whose weights it shares.
     """
 
     def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape], ties: Mapping[str, str]):
@@ -66,11 +65,11 @@ class Conversions:
         self._mapping = get_model_conversion_mapping(model)
 
     def refs(self, names: Iterable[str]) -> dict[str, ParameterRef | None]:
-        """What each tensor name of a checkpoint or an adapter is in the model; None for what the model lacks."""
+        """The parameter that each tensor of a checkpoint or an adapter holds; None if the model does not have it."""
         mapping = copy.deepcopy(self._mapping)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        # transformers renames in this order, and some of its renamings remember what they have seen.
+        # Some of transformers' renamings keep a state, so names must come in its order.
         return {name: self._ref(name, renamings, converters) for name in sorted(names, key=dot_natural_key)}
 
     def _ref(
@@ -95,12 +94,15 @@ class Conversions:
         refs: Mapping[str, ParameterRef],
         shapes: Mapping[str, Shape] | None = None,
     ) -> dict[str, Tensor]:
-        """The parameters that a checkpoint's tensors make, by their names in memory. No value is computed, only moved.
+        """Convert a checkpoint's tensors to parameters. Values are moved, never computed.
 
         Args:
-            tensors: by their names in the checkpoint; all pieces of each parameter, on any device, also meta.
-            refs: of each of them.
-            shapes: of the parameters, if not the model's own.
+            tensors: the tensors by their names in the checkpoint, with all pieces of each parameter, on any device.
+            refs: the parameter that each tensor holds.
+            shapes: the shapes of the parameters; None for those of the model.
+
+        Returns:
+            The parameters by their names in memory.
 
         Raises:
             MergeError: if transformers cannot put the pieces together.
@@ -120,17 +122,17 @@ class Conversions:
         return parameters
 
     def to_stored(self, parameters: Mapping[str, Tensor], form: StoredForm) -> dict[str, Tensor]:
-        """Parameters in the form in which a checkpoint stores them: `to_parameters` undone.
+        """Convert parameters to the form in which a checkpoint stores them: the reverse of `to_parameters`.
 
         Args:
-            parameters: by their names in memory, all those that the tensors of `form` hold; on any device, also meta.
-            form: place and shape of the checkpoint's tensors that are wanted; all pieces of each parameter.
+            parameters: all parameters that the tensors of `form` hold, by their names in memory, on any device.
+            form: the tensors to make, with all pieces of each parameter.
 
         Returns:
             The tensors by their names in the checkpoint. They may share memory with `parameters`.
 
         Raises:
-            MergeError: if transformers cannot convert back, or not exactly.
+            MergeError: if transformers cannot convert back exactly.
         """
         stored = {name: parameters[ref.parameter] for name, (ref, _) in form.items() if ref.pattern is None}
         groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
@@ -142,7 +144,7 @@ class Conversions:
         return stored
 
     def _reverted(self, parameters: dict[str, Tensor], names: dict[str, str], form: StoredForm) -> dict[str, Tensor]:
-        """One group of pieces; `names` are the names in the checkpoint by piece."""
+        """Convert parameters that share stored tensors. `names` maps each piece to its name in the checkpoint."""
         refs = {name: form[name][0] for name in names.values()}
         pattern = next(iter(refs.values())).pattern
         assert pattern is not None
@@ -155,24 +157,24 @@ class Conversions:
         converted = self._convert(reverse, renamed, shapes)
         pieces = {key.removeprefix(f"{self._prefix}."): tensor for key, tensor in converted.items()}
         if {key: tuple(tensor.shape) for key, tensor in pieces.items()} != {key: shapes[key] for key in names}:
-            raise MergeError(_cannot(first, "its reverse makes other tensors"))
+            raise MergeError(_cannot_convert(first, "its reverse makes other tensors"))
         stored = {names[piece]: tensor for piece, tensor in pieces.items()}
         again = self.to_parameters(stored, refs)
         if not all(_same_bits(again[name], tensor) for name, tensor in parameters.items()):
-            raise MergeError(_cannot(first, "its reverse makes other values"))
+            raise MergeError(_cannot_convert(first, "its reverse makes other values"))
         return stored
 
     def _reverse(self, pattern: str, parameters: list[str]) -> tuple[WeightConverter, str]:
-        """The reverse of the conversion with this pattern, and its name for the first of its results."""
+        """The reverse of the conversion with this pattern, and its name for the first of the parameters."""
         for converter in self._converters(pattern):
             try:
                 reverse: Any = converter.reverse_transform()
-            except Exception as error:  # NotImplementedError, and whatever else: the operations document none
-                raise MergeError(_cannot(parameters[0], repr(error))) from error
+            except Exception as error:  # the operations document no exceptions
+                raise MergeError(_cannot_convert(parameters[0], repr(error))) from error
             renamed = [reverse.rename_source_key(parameter) for parameter in parameters]
             if all(source is not None for _, source in renamed):
                 return reverse, renamed[0][0]
-        raise MergeError(_cannot(parameters[0], "it has no reverse"))
+        raise MergeError(_cannot_convert(parameters[0], "it has no reverse"))
 
     def _converters(self, pattern: str) -> list[WeightConverter]:
         return [
@@ -184,12 +186,12 @@ class Conversions:
         try:
             converted = converter.convert(name, model=model, config=self._config)
         except Exception as error:  # the operations document no exceptions
-            raise MergeError(_cannot(name, repr(error))) from error
+            raise MergeError(_cannot_convert(name, repr(error))) from error
         return {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in converted.items()}
 
 
 class _Shapes:
-    """Stands for a model where a conversion asks for nothing but the shape that its result should have."""
+    """A stand-in for the model, of which a conversion only reads the shapes of its results."""
 
     def __init__(self, shapes: Mapping[str, Shape]):
         self._shapes = shapes
@@ -199,7 +201,7 @@ class _Shapes:
 
 
 def _collect(converter: WeightConverter, pattern: str | None, tensor: Tensor) -> None:
-    collected: Any = converter.collected_tensors  # annotated as futures, which it holds while a model is loaded
+    collected: Any = converter.collected_tensors  # annotated as futures, which only loading needs
     collected[pattern].append(tensor)
 
 
@@ -209,7 +211,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def _cannot(name: str, why: str) -> str:
+def _cannot_convert(name: str, why: str) -> str:
     return (
         f"transformers cannot convert {name} between the forms in which checkpoints store it: {why}. Load the base and "
         "the expert with transformers (from_pretrained), save both again (save_pretrained), and merge those."

@@ -1,8 +1,10 @@
-"""The model class on the meta device."""
+"""Models on the meta device: the names, shapes, ties and neurons of their parameters."""
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,13 +17,35 @@ from neuromerge_hf.skeleton.conversion import Conversions, ParameterRef, Shape, 
 from neuromerge_hf.skeleton.neurons import NeuronAxis, neuron_axis
 from neuromerge_hf.storage.layout import Layout
 
+CACHED_SKELETONS = 16
+"""How many skeletons are cached. Building one takes as long as building the model."""
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """The key of a cached skeleton: a model class and its settings."""
+
+    model_class: type[PreTrainedModel]
+    settings: str
+    config: PretrainedConfig = field(compare=False)
+
+
+def skeleton_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> "Skeleton":
+    """The skeleton of a model class with a configuration. It is cached and must not be changed."""
+    return _build(_Architecture(model_class, config.to_json_string(), config))
+
+
+@functools.lru_cache(CACHED_SKELETONS)
+def _build(architecture: _Architecture) -> "Skeleton":
+    return Skeleton(architecture.model_class, architecture.config)
+
 
 class Skeleton:
-    """A model without weights.
+    """A model on the meta device, without weights.
 
     Args:
         model_class: the transformers class.
-        config: its configuration.
+        config: the configuration of the model, which is copied.
     """
 
     def __init__(self, model_class: type[PreTrainedModel], config: PretrainedConfig):
@@ -32,12 +56,12 @@ class Skeleton:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter and persistent buffer, by its name in memory (tied ones under each name)."""
+        """The shape of every parameter and persistent buffer by its name in memory (tied ones under each name)."""
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     @cached_property
     def ties(self) -> dict[str, str]:
-        """Names of tied parameters, with the name of the parameter that they share."""
+        """The tied parameters, each with the name of the parameter whose weights it shares."""
         owners: dict[int, str] = {}
         ties = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
@@ -57,7 +81,7 @@ class Skeleton:
         return self.backbone_prefix is not None and not name.startswith(self.backbone_prefix)
 
     def is_vocabulary(self, name: str) -> bool:
-        """Whether a parameter has a row for each token: the input and the output embeddings."""
+        """Whether a parameter belongs to the input or output embeddings, which have a row for each token."""
         embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         return any(self.model.get_submodule(name.rpartition(".")[0]) is module for module in embeddings)
 
@@ -68,11 +92,11 @@ class Skeleton:
         return Conversions(self.model, self.shapes, self.ties)
 
     def refs(self, names: Iterable[str]) -> dict[str, ParameterRef | None]:
-        """What each tensor name of a checkpoint or an adapter is in this model; None for what the model lacks."""
+        """The parameter that each tensor of a checkpoint or an adapter holds; None if the model does not have it."""
         return self._conversions.refs(names)
 
-    def misfit(self, stored: StoredForm) -> str | None:
-        """The first parameter that the stored pieces of a checkpoint do not make up: some are missing, say."""
+    def mismatched_parameter(self, stored: StoredForm) -> str | None:
+        """The first parameter that its stored pieces do not make up, for example if one is missing; else None."""
         for (parameter, converted), group in _grouped(stored).items():
             if not converted:
                 continue
@@ -87,20 +111,20 @@ class Skeleton:
         return None
 
     def to_parameters(self, tensors: Mapping[str, Tensor], refs: Mapping[str, ParameterRef]) -> dict[str, Tensor]:
-        """The parameters that a checkpoint's tensors make; see `Conversions.to_parameters`."""
+        """Convert a checkpoint's tensors to parameters; see `Conversions.to_parameters`."""
         return self._conversions.to_parameters(tensors, refs)
 
     def to_stored(self, parameters: Mapping[str, Tensor], form: StoredForm) -> dict[str, Tensor]:
-        """Parameters in the form in which a checkpoint stores them; see `Conversions.to_stored`."""
+        """Convert parameters to the form in which a checkpoint stores them; see `Conversions.to_stored`."""
         return self._conversions.to_stored(parameters, form)
 
     # ---------------------------------------------------------------------------------------------------- neurons
 
     def neuron_axis(self, parameter: str) -> NeuronAxis | None:
-        """Where a parameter's neurons are, from the module that owns it; None if it is not neuronal.
+        """The axis of a parameter's neurons, from the module that owns it; None if it is not neuronal.
 
         Raises:
-            MergeError: if it is not known.
+            MergeError: if the axis is not known.
         """
         module_name, _, attribute = parameter.rpartition(".")
         module = self.model.get_submodule(module_name)
@@ -109,10 +133,11 @@ class Skeleton:
         return neuron_axis(module, attribute, self.shapes[parameter])
 
     def stored_layouts(self, stored: StoredForm) -> tuple[dict[str, Layout | None], dict[str, str]]:
-        """The layout of each tensor of a checkpoint, None for those that are not neuronal.
+        """Find the layout of each tensor of a checkpoint.
 
         Returns:
-            The layouts by name, and for those whose neurons cannot be found, why. These have none either.
+            The layout of each tensor, None if it is not neuronal or its neurons cannot be found; and the reasons why
+            the neurons of some tensors cannot be found.
         """
         layouts: dict[str, Layout | None] = {}
         unknown: dict[str, str] = {}
@@ -129,7 +154,7 @@ class Skeleton:
     def _piece_axis(self, parameter: str, pieces: StoredForm) -> NeuronAxis | None:
         """The axis of the stored pieces that becomes the parameter's neuron axis.
 
-        Found by converting shapes alone: the stored axis whose doubling makes a parameter with twice the neurons.
+        It is found by converting shapes alone: doubling this axis of the pieces doubles the parameter's neurons.
         """
         axis = self.neuron_axis(parameter)
         if axis is None:
@@ -142,7 +167,7 @@ class Skeleton:
             doubled = {name: torch.empty(_doubled(shape, stored), device="meta") for name, (_, shape) in pieces.items()}
             try:
                 found = self._conversions.to_parameters(doubled, refs, wanted)
-            except MergeError:  # an operation that does not stretch
+            except MergeError:  # this conversion needs fixed sizes
                 continue
             if found[parameter].shape == wanted[parameter]:
                 return NeuronAxis(stored, fused=axis.fused and ndim == len(self.shapes[parameter]))
@@ -153,7 +178,7 @@ class Skeleton:
 
 
 def _grouped(stored: StoredForm) -> dict[tuple[str, bool], StoredForm]:
-    """Stored tensors by their parameter, and whether they are pieces of it."""
+    """Stored tensors grouped by their parameter, and by whether they are pieces of it."""
     groups: dict[tuple[str, bool], dict[str, tuple[ParameterRef, Shape]]] = defaultdict(dict)
     for name, (ref, shape) in stored.items():
         groups[ref.parameter, ref.piece is not None][name] = ref, shape

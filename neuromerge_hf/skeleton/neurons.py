@@ -1,4 +1,4 @@
-"""Along which axis of a parameter its neurons lie, from the module that owns it (ALGORITHM.md, section 1)."""
+"""The axis of a parameter along which its neurons lie, from the module that owns it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ from neuromerge_hf.storage.layout import Layout
 
 @dataclass(frozen=True)
 class NeuronAxis:
-    """Along which axis of a parameter its neurons lie.
+    """The axis of a parameter along which its neurons lie.
 
     Attributes:
-        axis: the output units.
-        fused: the parameter is a batch of matrices (E, ...), the weights of fused experts, say.
-        view: the shape in which the module uses the parameter, if not its own.
+        axis: the axis of the output units.
+        fused: whether the parameter is a batch of matrices (E, ...), such as the weights of fused experts.
+        view: the shape in which the module uses the parameter; None for the parameter's own shape.
     """
 
     axis: int
@@ -26,12 +26,13 @@ class NeuronAxis:
     view: tuple[int, ...] | None = None
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The layout of a parameter with this shape."""
         shape = self.view or shape
         return Layout.of_experts(shape, self.axis) if self.fused else Layout.of(shape, self.axis)
 
 
 ROWS, COLUMNS = NeuronAxis(1, fused=True), NeuronAxis(2, fused=True)
-"""The neurons of a batch of matrices (E, out, in), and of one (E, in, out)."""
+"""The neuron axes of a batch of matrices (E, out, in) and of a batch (E, in, out)."""
 
 BATCHES = {
     "CsmCodebooksHead": COLUMNS,
@@ -46,8 +47,9 @@ BATCHES = {
     "RecurrentGemmaRglru": COLUMNS,
     "Step3p7Experts": ROWS,
 }
-"""Classes of transformers whose parameters are batches of matrices and which do not say how these lie: as their
-`forward` uses them. Classes with transformers' `use_experts_implementation` say it themselves."""
+"""The neuron axes of transformers' classes whose parameters are batches of matrices, according to their `forward`.
+
+Classes with transformers' `use_experts_implementation` declare the axis themselves."""
 
 TRANSPOSED = {
     "AMSoftmaxLoss.weight",
@@ -59,47 +61,47 @@ TRANSPOSED = {
     "T5Gemma2MultiModalProjector.mm_input_projection_weight",
     "XCLIPModel.prompts_visual_projection",
 }
-"""Parameters of transformers' classes that are matrices (in, out), as their `forward` uses them."""
+"""Parameters of transformers' classes that are matrices (in, out), according to their `forward`."""
 
 
 def neuron_axis(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> NeuronAxis | None:
-    """Where the neurons of a module's parameter are; None if it is not neuronal.
+    """The neuron axis of a module's parameter; None if it is not neuronal.
 
-    The output axis of Linear, Conv1D, convolutions and fused experts, the tokens of an Embedding. A matrix that belongs
-    to a module of another class is taken as torch.nn.functional.linear takes it, its rows as output units, where it is
-    not known to be transposed.
+    It is the output axis of Linear, Conv1D, convolutions and fused experts, and the token axis of an Embedding. A
+    matrix of any other module has its output units as rows, as in torch.nn.functional.linear, unless it is known to be
+    transposed.
 
     Raises:
-        MergeError: for a batch of matrices of a class of which it is not known how they lie.
+        MergeError: for a batch of matrices of a class whose neuron axis is not known.
     """
     if len(shape) < 2:
         return None
     if isinstance(module, _ConvNd) and shape != tuple(module.weight.shape):
-        return None  # the magnitudes of a weight_norm: a gate
+        return None  # the magnitudes of weight_norm are gates, which have no neurons
     if isinstance(module, Conv1D | _ConvTransposeNd):
         return NeuronAxis(1)
     if isinstance(module, _ConvNd | nn.Linear | nn.Embedding):
         return NeuronAxis(0)
-    if "DbrxExpertGLU" in _names(module) and attribute == "w2":
+    if "DbrxExpertGLU" in _class_names(module) and attribute == "w2":
         owner: Any = module
         return NeuronAxis(2, fused=True, view=(owner.moe_num_experts, owner.ffn_hidden_size, shape[1]))
-    if any(f"{name}.{attribute}" in TRANSPOSED for name in _names(module)):
+    if any(f"{name}.{attribute}" in TRANSPOSED for name in _class_names(module)):
         return NeuronAxis(1)
-    says = hasattr(module, "is_transposed")
+    declares_axis = hasattr(module, "is_transposed")
     is_parameter = isinstance(getattr(module, attribute, None), nn.Parameter)
-    if is_parameter and len(shape) == 3 and (says or min(shape) > 1):
+    if is_parameter and len(shape) == 3 and (declares_axis or min(shape) > 1):
         return _batch_axis(module, attribute)
-    if says or any(len(parameter.shape) == 3 and min(parameter.shape) > 1 for parameter in module.parameters(False)):
-        return None  # (E, out) beside fused experts: their biases
+    if declares_axis or any(len(each.shape) == 3 and min(each.shape) > 1 for each in module.parameters(False)):
+        return None  # a matrix (E, out) beside fused experts holds their biases
     wide = [axis for axis, size in enumerate(shape) if size > 1]
-    # (1, 1, n), a class token, and (n, 1, 1), scales of heads, are one vector; (1, positions, n) is an embedding.
+    # Class tokens (1, 1, n) and scales of heads (n, 1, 1) are single vectors. (1, positions, n) is an embedding.
     return NeuronAxis(wide[0]) if len(wide) > 1 else None
 
 
 def _batch_axis(module: nn.Module, attribute: str) -> NeuronAxis:
     if hasattr(module, "is_transposed"):
         return COLUMNS if module.is_transposed else ROWS
-    known = _names(module) & BATCHES.keys()
+    known = _class_names(module) & BATCHES.keys()
     if known:
         return BATCHES[known.pop()]
     raise MergeError(
@@ -108,6 +110,6 @@ def _batch_axis(module: nn.Module, attribute: str) -> NeuronAxis:
     )
 
 
-def _names(module: nn.Module) -> set[str]:
-    """The names of a module's class and its parents, as far as they are transformers' own."""
+def _class_names(module: nn.Module) -> set[str]:
+    """The names of the transformers classes among a module's class and its base classes."""
     return {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.")}

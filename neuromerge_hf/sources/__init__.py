@@ -1,1 +1,1 @@
-"""Where task vectors come from: one module for each kind of expert."""
+"""The sources of task vectors: one module for each kind of expert."""

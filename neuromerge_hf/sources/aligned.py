@@ -1,4 +1,4 @@
-"""Tensors and task vectors with a row for each token, read in the order of another vocabulary."""
+"""Tensors and task vectors with a row for each token, read in the row order of another vocabulary."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from neuromerge_hf.storage.tensors import StoredTensor
 
 @dataclass(frozen=True)
 class AlignedVector:
-    """A task vector whose rows are put where another vocabulary has their tokens; the other rows are 0.
+    """A task vector in the row order of another vocabulary. Rows that the expert lacks are 0.
 
     Attributes:
-        vector: the task vector, in the expert's own order of rows. It must not depend on the base but by its
-            difference, because the base's row of a token is not the one with the expert's number.
-        layout: of the expert's own tensor; one row where the parameter is 1-D.
-        rows: (rows,) int64, the expert's row of each row of the other vocabulary, or -1.
+        vector: the task vector in the expert's own row order. It must use the base only as the weights to subtract,
+            because the base can have a token in another row than the expert.
+        layout: the layout of the expert's own tensor; one row if the parameter is 1-D.
+        rows: (rows,) int64, the expert's row for each row of the other vocabulary, or -1.
     """
 
     vector: TaskVector
@@ -36,11 +36,18 @@ class AlignedVector:
     def bytes_read(self) -> int:
         return self.vector.bytes_read
 
+    @property
+    def rank(self) -> int:
+        return self.vector.rank
+
     def opened(self) -> "AlignedVector":
         return replace(self, vector=self.vector.opened())
 
+    def low_rank(self) -> None:
+        return None  # the factors' rows are in the expert's own order
+
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
-        """As `TaskVector.write`; `base` is the base in the order of the other vocabulary."""
+        """See `TaskVector.write`. `base` is in the row order of the other vocabulary."""
         out.zero_()
         if self.layout.rows > 1:
             for start, stop, row in runs(self.rows[block.start : block.stop]):
@@ -56,7 +63,7 @@ class AlignedVector:
         out[:, here] = own[:, there]
 
     def weights(self, start: int, stop: int) -> Tensor:
-        """The expert's weights in the rows [start, stop) of the other vocabulary: (stop - start, width) float32."""
+        """The expert's weights in rows [start, stop) of the other vocabulary: (stop - start, width) float32, CPU."""
         if self.layout.rows == 1:
             out = torch.empty(1, len(self.rows))
             block = Block(0, 0, 1)
@@ -69,13 +76,13 @@ class AlignedVector:
 
 @dataclass(frozen=True)
 class AlignedTensor:
-    """A tensor of the base whose rows are put where another vocabulary has their tokens.
+    """A tensor of the base in the row order of another vocabulary.
 
     Attributes:
-        tensor: the base's own.
-        shape: with the other vocabulary's number of rows.
-        rows: (rows,) int64, the base's row of each row of the other vocabulary, or -1.
-        experts: where a row that the base lacks comes from: it is the mean over those that have it, 0 if none has.
+        tensor: the base's stored tensor.
+        shape: the shape of the tensor with the other vocabulary's number of rows.
+        rows: (rows,) int64, the base's row for each row of the other vocabulary, or -1.
+        experts: the experts for the rows that the base lacks. Such a row is the mean over those that have it, else 0.
     """
 
     tensor: StoredTensor
@@ -96,7 +103,7 @@ class AlignedTensor:
         return self.tensor.path
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """As `StoredTensor.read`."""
+        """See `StoredTensor.read`."""
         width = prod(self.shape) // len(self.rows)
         first, last = start // width, -(-stop // width)
         rows = self.rows[first:last]
@@ -119,7 +126,7 @@ class AlignedTensor:
 
 
 def runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
-    """The longest stretches [start, stop) in which `rows` counts up by one, with the row at their start; -1 is none."""
+    """The longest ranges [start, stop) in which `rows` counts up by one, each with its first row. They exclude -1."""
     ends = (rows[1:] != rows[:-1] + 1) | (rows[:-1] < 0)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends.nonzero().flatten() + 1])
     stops = torch.cat([starts[1:], torch.tensor([len(rows)])])

@@ -1,4 +1,4 @@
-"""The base model, which every expert is compared with."""
+"""The base model of a merge."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 
 @dataclass(frozen=True)
 class Base:
-    """The base model.
+    """The base model, opened. No weights are read yet.
 
     Attributes:
-        tensors: its stored tensors by their name in the checkpoint, each tied parameter once.
-        refs: what each is in the model; None for tensors that the model class does not know.
-        layouts: how its entries form neurons; None for those that are not neuronal.
-        unknown: for those whose neurons are not known, why. They cannot be merged.
-        copies: the parameters that are opened untied, see `ties`, with the parameter that each is a copy of.
+        tensors: the stored tensors by their names in the checkpoint. Each tied parameter is there once.
+        refs: the parameter that each tensor holds; None if the model class has no such parameter.
+        layouts: how the entries of each tensor form neurons; None if it is not neuronal.
+        unknown: the reasons why the neurons of some tensors cannot be found. These tensors cannot be merged.
+        copies: the parameters that were untied after loading, each with the parameter that it is a copy of.
     """
 
     location: Location
@@ -39,7 +39,7 @@ class Base:
     copies: dict[str, str] = field(default_factory=dict)
 
     def at(self, ref: ParameterRef | None) -> tuple[StoredTensor, Layout] | None:
-        """The stored tensor at a place, with its layout (one row if it is not neuronal)."""
+        """The stored tensor of a parameter and its layout (one row if it is not neuronal); None if it is not stored."""
         name = self._names.get(ref) if ref is not None else None
         if name is None:
             return None
@@ -47,7 +47,7 @@ class Base:
         return tensor, self.layouts[name] or Layout.of(tensor.shape, None)
 
     def holding(self, parameters: Collection[str]) -> StoredForm:
-        """The parameter and the shape of the stored tensors that hold one of these parameters, or a piece of it."""
+        """The stored tensors that hold one of these parameters or a piece of one, with their parameters and shapes."""
         return {
             name: (ref, self.tensors[name].shape)
             for ref, name in self._names.items()
@@ -55,20 +55,20 @@ class Base:
         }
 
     def is_tied(self, ref: ParameterRef) -> bool:
-        """Whether several of the model's parameters share this one."""
+        """Whether other parameters of the model share the weights of this one."""
         return ref.parameter in self.skeleton.ties.values()
 
     @property
     def ties(self) -> dict[str, str]:
-        """Names of the parameters that its own configuration ties, with the name of the parameter that they share."""
+        """The parameters that the base's own configuration ties, each with the parameter whose weights it shares."""
         return {**self.skeleton.ties, **self.copies}
 
     def was_tied(self, ref: ParameterRef) -> bool:
-        """Whether its own configuration ties a parameter."""
+        """Whether the base's own configuration ties this parameter to another one."""
         return ref.parameter in self.ties or ref.parameter in self.ties.values()
 
     def tied_refs(self, ref: ParameterRef) -> list[ParameterRef]:
-        """The place of a parameter and of what was tied to it."""
+        """References to the parameter whose weights this one shares, and to its untied copies."""
         owner = self.copies.get(ref.parameter, ref.parameter)
         return [ParameterRef(owner), *(ParameterRef(copy) for copy, of in self.copies.items() if of == owner)]
 
@@ -76,28 +76,28 @@ class Base:
         """Whether the model has a module of this name with a weight."""
         return self.skeleton.refs([f"{name}.weight"])[f"{name}.weight"] is not None
 
-    def lacks(self, location: Location, module: str) -> str:
-        """The sentence that says that an adapter's module is not in the base."""
+    def missing_module_message(self, location: Location, module: str) -> str:
+        """The error message for an adapter that changes a module which the base does not have."""
         return (
             f"{location} changes {module}, which the base {self.location} does not have. "
             "Check base_model: it must be the model that the adapter was trained on."
         )
 
-    def cannot_untie(self, location: Location, module: str) -> str:
-        """The sentence that says that a tied module cannot be changed alone."""
+    def cannot_untie_message(self, location: Location, module: str) -> str:
+        """The error message for an adapter that changes a tied module which cannot be untied."""
         return (
             f"{location} changes {module} alone, which the base ties to another parameter (tie_word_embeddings), and "
             f"a {self.skeleton.model_class.__name__} cannot be untied. Exclude this module from the adapter."
         )
 
     def read(self, parameter: str) -> Tensor | None:
-        """A parameter as it is in the model, float32 on the CPU; None if it is not stored."""
+        """Read a parameter, in its form in the model, as float32 on the CPU; None if it is not stored."""
         form = self.holding([parameter])
         tensors = {name: read_whole(self.tensors[name]).float() for name in form}
         return self.skeleton.to_parameters(tensors, {name: ref for name, (ref, _) in form.items()}).get(parameter)
 
     def split(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        """A parameter of the model as it is stored, by the names of its tensors; None if they hold others as well."""
+        """Convert a parameter to its stored tensors, by their names; None if they also hold other parameters."""
         form = self.holding([parameter])
         if not form or any(ref.parameters != (parameter,) for ref, _ in form.values()):
             return None
@@ -109,7 +109,11 @@ class Base:
 
 
 def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) -> Base:
-    """Open the base's weights, from their headers alone."""
+    """Open the base's weights, from their headers alone.
+
+    Raises:
+        MergeError: if weights are missing, damaged or not those of the model class.
+    """
     main = location.find_weights()
     if main is None:
         raise MergeError(f"The base {location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")

@@ -1,9 +1,10 @@
-"""Whether a checkpoint is complete, and whether its tensors fit those of the base."""
+"""Checks that a checkpoint is complete, and that its tensors fit the base's."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.skeleton import ParameterRef, Skeleton, StoredForm
@@ -12,7 +13,7 @@ from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import MERGEABLE, StoredTensor, is_remote, read_rows
 
 COMPARED_AT_ONCE = 1 << 20
-
+"""How many entries `same_values` compares at a time."""
 
 VOCABULARY_REMEDY = (
     "Put the tokenizer files of the base and of the expert into their folders, by which rows are aligned. Or resize "
@@ -27,14 +28,14 @@ def check_complete(
     refs: Mapping[str, ParameterRef | None],
     main: Path,
 ) -> None:
-    """Raise a `MergeError` if a checkpoint lacks a parameter of its own model class, or a piece of one."""
+    """Raise a `MergeError` if a checkpoint lacks a parameter of its own model class or a piece of one."""
     parameter = missing_parameter(skeleton, refs)
     if parameter:
         raise MergeError(
             f"{location} lacks the parameter {parameter}, which its class {skeleton.model_class.__name__} has: "
             f"it is not in {main}. Save or download the model again."
         )
-    parameter = skeleton.misfit(stored_form(tensors, refs))
+    parameter = skeleton.mismatched_parameter(stored_form(tensors, refs))
     if parameter:
         raise MergeError(
             f"The tensors of {main} that make up the parameter {parameter} do not fit its shape "
@@ -43,19 +44,19 @@ def check_complete(
 
 
 def stored_form(tensors: Mapping[str, StoredTensor], refs: Mapping[str, ParameterRef | None]) -> StoredForm:
-    """The parameter and the shape of the tensors that the model knows."""
+    """The parameter and the shape of each tensor that the model has."""
     return {name: (ref, tensors[name].shape) for name, ref in refs.items() if ref is not None and name in tensors}
 
 
 def missing_parameter(skeleton: Skeleton, refs: Mapping[str, ParameterRef | None]) -> str | None:
-    """The first parameter of a model class that is at none of the places of a checkpoint."""
+    """The first parameter of a model class that no tensor of a checkpoint holds; None if all are there."""
     stored = {parameter for ref in refs.values() if ref is not None for parameter in (ref.parameter, *ref.also)}
     parameters = (parameter for parameter, _ in skeleton.model.named_parameters())
     return next((name for name in parameters if skeleton.ties.get(name, name) not in stored), None)
 
 
 def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skeleton, ref: ParameterRef) -> str:
-    """The sentence that says why two tensors of the same place cannot be merged."""
+    """The error message for two tensors of the same parameter that differ in shape."""
     sides = f"{name} is {theirs.shape} in {theirs.path}, but {base.shape} in the base's {base.path}."
     if skeleton.is_vocabulary(ref.parameter) and theirs.shape[1:] == base.shape[1:]:
         return f"The vocabularies differ: {sides} {VOCABULARY_REMEDY}"
@@ -63,16 +64,16 @@ def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skel
 
 
 def is_mergeable(tensor: StoredTensor) -> bool:
-    """Whether a tensor is a floating-point parameter; the others are copied from the base."""
+    """Whether a tensor has a dtype that can be merged. Other tensors are copied from the base."""
     return tensor.dtype in MERGEABLE
 
 
 def without_tied_copies(
     tensors: Mapping[str, StoredTensor], refs: Mapping[str, ParameterRef | None]
 ) -> dict[str, StoredTensor]:
-    """A checkpoint's tensors with each tied parameter once.
+    """The tensors of a checkpoint, with each tied parameter only once.
 
-    Files written by other tools, and ``.bin`` files, hold tied parameters under each of their names.
+    Files written by other tools, and ``.bin`` files, hold a tied parameter under each of its names.
 
     Raises:
         MergeError: if two copies of a tied parameter differ.
@@ -92,7 +93,7 @@ def without_tied_copies(
 
 
 def same_values(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether `a` holds the values of `b`, as they are in the dtype of `a`; taken for granted before the download."""
+    """Whether two tensors are equal in the dtype of `a`. Before the download, equal shapes are enough."""
     if a.shape != b.shape:
         return False
     if is_remote(a) or is_remote(b):
@@ -101,4 +102,11 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
     blocks = (
         Block(0, i, min(i + COMPARED_AT_ONCE, layout.neurons)) for i in range(0, layout.neurons, COMPARED_AT_ONCE)
     )
-    return all(torch.equal(read_rows(a, layout, block), read_rows(b, layout, block).to(a.dtype)) for block in blocks)
+    return all(_equal(read_rows(a, layout, block), read_rows(b, layout, block).to(a.dtype)) for block in blocks)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal, where NaN equals NaN: it is reported when it is merged."""
+    return torch.equal(a, b) or (
+        a.dtype in MERGEABLE and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )

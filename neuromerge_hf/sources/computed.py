@@ -1,4 +1,4 @@
-"""Tensors that are computed once before a merge, into a temporary file, and then read like those of a checkpoint."""
+"""Tensors that are computed into a temporary file before a merge, and then read like the tensors of a checkpoint."""
 
 import os
 import secrets
@@ -18,27 +18,27 @@ Form = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ComputedTensor:
-    """A tensor of a `ComputedTensors`; `path` is the file that it is computed from, for messages."""
+    """A tensor of a `ComputedTensors`. `path` is the file that it is computed from, for messages."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     path: Path
-    preparation: "ComputedTensors"
+    computed: "ComputedTensors"
     offset: int
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """As `StoredTensor.read`, once the preparation has run."""
-        self.preparation.file.pread(self.offset + start * self.dtype.itemsize, out)
+        """See `StoredTensor.read`. The tensors must have been computed by `ComputedTensors.run`."""
+        self.computed.file.pread(self.offset + start * self.dtype.itemsize, out)
 
 
 class ComputedTensors:
-    """What has to be computed before a model can be read.
+    """The tensors that must be computed before a model can be read.
 
     Args:
-        forms: the dtype and the shape of each tensor, known beforehand.
-        compute: yields each of them, on the CPU, with its name; run once, before the first pass over the inputs.
-        origin: the file that they are computed from, for messages.
+        forms: the dtype and the shape of each tensor.
+        compute: yields each tensor on the CPU, with its name. It runs once, before the first pass over the inputs.
+        origin: the file that the tensors are computed from, for messages.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class ComputedTensors:
     @property
     def file(self) -> SafetensorsFile:
         """The temporary file."""
-        assert self._file is not None, "the preparation has not run"
+        assert self._file is not None, "the tensors are not computed yet"
         return self._file
 
     def run(self, folder: Path) -> None:
-        """Compute everything, into a new file of `folder`."""
+        """Compute all tensors into a new file in `folder`."""
         path = folder / secrets.token_hex(8)
         missing = set(self.tensors)
         with path.open("xb") as file:

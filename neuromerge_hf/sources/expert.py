@@ -1,4 +1,4 @@
-"""What every kind of expert is opened to, and the base that it is compared with."""
+"""The record of an opened expert, for all kinds of experts."""
 
 from dataclasses import dataclass, field
 
@@ -11,17 +11,17 @@ from neuromerge_hf.storage.location import Location
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert, opened: nothing of its weights is read yet.
+    """An opened expert. No weights are read yet.
 
     Attributes:
-        name: the last part of its id, by which its head is asked for.
-        kind: "full", or the kind of adapter.
-        model_class_name: the architecture that it was trained as, if it says so.
-        task_vectors: its changes of the base, by place.
-        head: the parameters that it has and the base does not.
-        ignored: tensors of its files that its own model class does not know.
-        preparation: what has to be computed before its task vectors can be read.
-        notes: what the report shall say of it.
+        name: the name of the expert in the merge, which also selects its head.
+        kind: "full", or the type of the adapter.
+        model_class_name: the class that the expert was trained as; None if it names none.
+        task_vectors: the task vectors by the parameters that they change.
+        head: the parameters that the expert has and the base lacks.
+        ignored: the names of tensors in its files that its own model class does not have.
+        computed: the tensors that must be computed before the task vectors can be read.
+        notes: remarks on the expert for the report.
     """
 
     name: str
@@ -31,5 +31,10 @@ class Expert:
     task_vectors: dict[ParameterRef, TaskVector]
     head: Head | None = None
     ignored: list[str] = field(default_factory=list)
-    preparation: ComputedTensors | None = None
+    computed: ComputedTensors | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the expert is an adapter rather than a full checkpoint."""
+        return self.kind != "full"

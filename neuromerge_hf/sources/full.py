@@ -3,7 +3,7 @@
 from transformers import PretrainedConfig
 
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.skeleton import ParameterRef, Skeleton, model_class_of
+from neuromerge_hf.skeleton import ParameterRef, Skeleton, model_class_of, skeleton_of
 from neuromerge_hf.sources.base import Base
 from neuromerge_hf.sources.checks import VOCABULARY_REMEDY, check_complete, is_mergeable, mismatch, without_tied_copies
 from neuromerge_hf.sources.expert import Expert
@@ -23,14 +23,18 @@ def check_architecture(
     base_location: Location,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """What makes an expert's configuration another architecture than the base's: found without its weights."""
+    """Compare the architectures of an expert and the base, from their configurations alone.
+
+    Returns:
+        The first difference, as an error message; empty if there is none.
+    """
     ours, theirs = base.model.config.model_type, config.model_type
     if ours != theirs:
         return [
             f"{location} is a {theirs} model, but the base {base_location} is a {ours} model. "
             "Only fine-tunes of the same base can be merged."
         ]
-    skeleton = Skeleton(base.model_class, config)
+    skeleton = skeleton_of(base.model_class, config)
     shapes = skeleton.shapes
     for name in sorted(set(shapes) ^ set(base.shapes)):
         has, lacks = (location, base_location) if name in shapes else (base_location, location)
@@ -38,11 +42,11 @@ def check_architecture(
     ties, base_ties = set(skeleton.ties.items()), set(base.ties.items())
     model_class = model_class_of(config, location.folder, trust_remote_code, default=base.model_class)
     if model_class is not base.model_class:
-        # A head that only the expert has is kept as it is. One that it ties is nowhere, unless the base ties it too.
-        own = Skeleton(model_class, config).ties.items()
+        # A head that only the expert has is kept unmerged. A tied head is not stored, so the base must tie it too.
+        own = skeleton_of(model_class, config).ties.items()
         ties |= own
-        base_ties |= own & Skeleton(model_class, base.model.config).ties.items()
-    separate = separable(base).items()  # the base is opened untied for an expert that has two matrices
+        base_ties |= own & skeleton_of(model_class, base.model.config).ties.items()
+    separate = separable(base).items()  # for an expert with untied embeddings, the base is untied too
     for tie in sorted(ties - base_ties | base_ties - ties - separate):
         one, other = (location, base_location) if tie in ties else (base_location, location)
         return [
@@ -65,20 +69,20 @@ def check_architecture(
     return []
 
 
-def has_two_matrices(
+def has_untied_embeddings(
     location: Location, config: PretrainedConfig, base: Skeleton, trust_remote_code: bool = False
 ) -> bool:
-    """Whether an expert has two matrices where the base has one that can be untied."""
+    """Whether an expert has two embedding matrices where the base has tied ones that can be untied."""
     if not base.ties or getattr(config, "tie_word_embeddings", True):
         return False
-    skeleton = Skeleton(model_class_of(config, location.folder, trust_remote_code, base.model_class), config)
+    skeleton = skeleton_of(model_class_of(config, location.folder, trust_remote_code, base.model_class), config)
     return any(name in skeleton.shapes and name not in skeleton.ties for name in separable(base))
 
 
 def open_full(
     name: str, location: Location, config: PretrainedConfig, base: Base, trust_remote_code: bool = False
 ) -> Expert:
-    """Open a full checkpoint.
+    """Open a full checkpoint as an expert, from the headers of its files.
 
     Raises:
         MergeError: if a file or a parameter is missing or damaged, or does not fit the base.
@@ -87,14 +91,14 @@ def open_full(
     if main is None:
         raise MergeError(f"{location} has no weights: it holds none of {', '.join(CHECKPOINT_FILES)}.")
     model_class = model_class_of(config, location.folder, trust_remote_code, default=base.skeleton.model_class)
-    skeleton = Skeleton(model_class, config)
+    skeleton = skeleton_of(model_class, config)
     tensors = location.open_weights(main)
     own_refs = skeleton.refs(tensors)
     tensors = without_tied_copies(tensors, own_refs)
     check_complete(location, skeleton, tensors, own_refs, main)
     for copy, original in missing_copies(tensors, base.skeleton, base.copies).items():
         tensors[copy], own_refs[copy] = renamed(tensors[original], copy), own_refs[original]
-    tensors, base_refs, preparation = to_base_form(tensors, base.skeleton.refs(tensors), base, main)
+    tensors, base_refs, computed = to_base_form(tensors, base.skeleton.refs(tensors), base, main)
 
     task_vectors: dict[ParameterRef, TaskVector] = {}
     head: dict[str, StoredTensor] = {}
@@ -126,5 +130,5 @@ def open_full(
         task_vectors,
         Head(config, head) if head else None,
         ignored,
-        preparation,
+        computed,
     )

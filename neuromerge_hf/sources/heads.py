@@ -1,4 +1,4 @@
-"""Task heads: what an expert has and the base does not. They have no task vector, so each is kept as it is."""
+"""Task heads: parameters that an expert has and the base lacks. They have no task vectors and are kept unmerged."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from neuromerge_hf.skeleton import Skeleton, auto_model_class
+from neuromerge_hf.skeleton import auto_model_class, skeleton_of
 from neuromerge_hf.storage.files import HEAD_WEIGHTS
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 
@@ -21,16 +21,16 @@ TASK_CLASSES = {
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": transformers.AutoModel,
 }
-"""The Auto class on which PEFT puts an adapter of each task type."""
+"""The Auto class of the models that PEFT adapts for each task type."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """An expert's own parameters.
+    """The parameters that an expert has and the base lacks.
 
     Attributes:
         config: the configuration of the expert's task model, whose `architectures` names its class.
-        tensors: by their name in the task model.
+        tensors: the stored tensors by their names in the task model.
     """
 
     config: PretrainedConfig
@@ -38,11 +38,11 @@ class Head:
 
     @property
     def nbytes(self) -> int:
-        """The size of the tensors."""
+        """The size of the tensors in bytes."""
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
     def save(self, folder: Path) -> None:
-        """Write ``config.json`` and ``head.safetensors``."""
+        """Write ``config.json`` and ``head.safetensors`` into a new folder."""
         folder.mkdir(parents=True)
         self.config.to_json_file(folder / "config.json")
         tensors = {name: read_whole(tensor) for name, tensor in sorted(self.tensors.items())}
@@ -50,13 +50,13 @@ class Head:
 
 
 def task_class(task_type: str | None, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The model class on which PEFT puts an adapter of this task type; None if the adapter does not name its task."""
+    """The model class that PEFT adapts for a task type; None without a task type or a class for it."""
     auto_class = TASK_CLASSES.get(task_type) if task_type else None
     try:
         found = auto_model_class(auto_class, config) if auto_class else None
     except KeyError:  # this architecture has no model for the task
         return None
-    # The text model of a model with images takes another configuration, and is not the model that is merged.
+    # For a model with images it can be the text model, which has another configuration and is not merged.
     return found if found and found.config_class is type(config) else None
 
 
@@ -68,8 +68,8 @@ def task_config(
 ) -> PretrainedConfig:
     """The configuration of an adapter's task model.
 
-    It is the ``config.json`` beside the adapter where there is one (PEFT saves none), else the base's, with the number
-    of labels that fits the head. Its `architectures` is empty where the adapter does not name its task.
+    It is the ``config.json`` beside the adapter if there is one (PEFT saves none), else the base's configuration with
+    the number of labels that fits the head. `architectures` is None in it if the adapter does not name its task.
     """
     if (folder / "config.json").is_file():
         return AutoConfig.from_pretrained(folder)
@@ -80,7 +80,7 @@ def task_config(
     for num_labels in sorted({tensor.shape[0] for tensor in tensors.values() if tensor.shape}):
         sized = copy.deepcopy(config)
         sized.num_labels = num_labels
-        shapes = Skeleton(model_class, sized).shapes
+        shapes = skeleton_of(model_class, sized).shapes
         if all(shapes.get(name, tensor.shape) == tensor.shape for name, tensor in tensors.items()):
             return sized
     return config

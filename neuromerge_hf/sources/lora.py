@@ -1,4 +1,4 @@
-"""Plain LoRA adapters: task vectors ``scaling * B @ A``, formed a block of rows at a time."""
+"""Plain LoRA adapters. Their task vectors ``scaling * B @ A`` are computed a block of rows at a time."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 
 NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Values of LoraConfig.init_lora_weights that leave the base's weights as they are."""
+"""Values of LoraConfig.init_lora_weights that leave the base's weights unchanged."""
 
 VARIANTS = (
     "use_dora",
@@ -30,13 +30,13 @@ VARIANTS = (
     "monteclora_config",
     "kasa_config",
 )
-"""Options of a LoraConfig with which the change is not ``scaling * B @ A``, or PEFT should say what it is."""
+"""Options of a LoraConfig with which the task vector is not ``scaling * B @ A``, so that PEFT must compute it."""
 
 FACTOR = re.compile(r"\.lora_(embedding_)?(?P<side>[AB])(\.weight)?$")
 
 
 def variants(config: LoraConfig) -> list[str]:
-    """What distinguishes an adapter from plain LoRA."""
+    """The options and the initialisation that distinguish an adapter from plain LoRA."""
     found = [option for option in VARIANTS if getattr(config, option, None)]
     if config.init_lora_weights not in NEUTRAL_INITIALISATIONS:
         found.append(str(config.init_lora_weights))
@@ -44,21 +44,22 @@ def variants(config: LoraConfig) -> list[str]:
 
 
 def is_plain(config: LoraConfig) -> bool:
-    """Whether the change of each module is ``scaling * B @ A``, by which it can be merged without forming it."""
+    """Whether the task vector of each module is ``scaling * B @ A``, so that it need not be computed whole."""
     return config.peft_type == PeftType.LORA and not variants(config)
 
 
 @dataclass(frozen=True)
 class StoredLoRA:
-    """The task vector of a LoRA module, whose factors are read when they are needed: once for all blocks of a tensor.
+    """The task vector of a LoRA module. Its factors are read by `opened`, once for all blocks of a tensor.
 
     Attributes:
-        a: (r, in), or (r, tokens) of an embedding; of a convolution with its kernel.
-        b: (out, r), or (dim, r) of an embedding.
-        scaling: of their product.
-        is_embedding: whether the rows of the weight are those of ``(b @ a).T``.
-        module: for messages.
-        stored: the change of the weight under the factors, where the adapter holds that as well.
+        a: (r, in), followed by the kernel's axes for a convolution; (r, tokens) for an embedding.
+        b: (out, r), or (dim, r) for an embedding.
+        scaling: the factor of the product ``b @ a``.
+        is_embedding: whether the product is added to the weight as ``(b @ a).T``.
+        layout: how the entries of the weight form neurons.
+        module: the name of the module, for messages.
+        stored: the task vector to which the product is added, if the adapter also stores the whole weight.
     """
 
     a: StoredTensor
@@ -86,7 +87,7 @@ class StoredLoRA:
         return sum(math.prod(factor.shape) * factor.dtype.itemsize for factor in (self.a, self.b))
 
     def fits(self) -> bool:
-        """Whether the factors have the shapes of the weight."""
+        """Whether the shapes of the factors fit the weight."""
         rows, columns = (self.a, self.b) if self.is_embedding else (self.b, self.a)
         return (
             self.b.shape[1] == self.rank
@@ -95,10 +96,10 @@ class StoredLoRA:
         )
 
     def opened(self) -> LowRank:
-        """Read the factors, as float32.
+        """Read the factors as float32 to the CPU.
 
         Raises:
-            MergeError: if one holds a NaN or an infinity.
+            MergeError: if a factor holds a NaN or an infinity.
         """
         a, b = (read_whole(factor).float() for factor in (self.a, self.b))
         if not math.isfinite(a.sum() + b.sum()):
@@ -109,6 +110,9 @@ class StoredLoRA:
         left, right = (a.T, b.T) if self.is_embedding else (b, a)
         left = (self.scaling * left.flatten(1)).contiguous()
         return LowRank(left, right.flatten(1).contiguous(), self.layout, self.file, self.stored, self._factor_bytes)
+
+    def low_rank(self) -> LowRank | None:
+        return None if self.stored else self.opened()
 
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
         self.opened().write(out, block, base, buffer)
@@ -122,11 +126,15 @@ def open_factors(
     base: Base,
     stored: Mapping[ParameterRef, TaskVector],
 ) -> tuple[dict[ParameterRef, StoredLoRA], list[str]]:
-    """The task vectors of a plain LoRA adapter, and the problems that were found.
+    """Open the task vectors of a plain LoRA adapter.
 
     Args:
+        file: the adapter's weight file, for messages.
         tuned: the factors of each module.
-        stored: the changes of weights that the adapter stores whole.
+        stored: the task vectors of weights that the adapter stores whole.
+
+    Returns:
+        The task vectors, and the problems that were found.
     """
     refs = base.skeleton.refs(f"{module}.weight" for module in tuned)
     vectors: dict[ParameterRef, StoredLoRA] = {}
@@ -146,9 +154,9 @@ def open_factors(
         elif min(len(tensor.shape) for tensor in sides.values()) < 2:
             problems.append(f"lora_A or lora_B of {module} in {file} is no matrix. Save the adapter again, gathered.")
         elif ref is None or found is None:
-            problems.append(base.lacks(location, module))
+            problems.append(base.missing_module_message(location, module))
         elif base.is_tied(ref):
-            problems.append(base.cannot_untie(location, module))
+            problems.append(base.cannot_untie_message(location, module))
         else:
             a, b = sides["A"], sides["B"]
             is_embedding = any(".lora_embedding_" in key for key in tensors)
@@ -172,6 +180,6 @@ def _scaling(module: str, r: int, config: LoraConfig) -> float:
 
 
 def ranks(task_vectors: Mapping[ParameterRef, TaskVector]) -> list[str]:
-    """The ranks of the factors among some task vectors, as "r=4/8"; nothing if there are none."""
-    found = sorted({vector.rank for vector in task_vectors.values() if isinstance(vector, StoredLoRA)})
+    """The ranks of the low-rank task vectors, such as ["r=4/8"]; empty if there are none."""
+    found = sorted({vector.rank for vector in task_vectors.values() if vector.rank})
     return [f"r={'/'.join(map(str, found))}"] if found else []

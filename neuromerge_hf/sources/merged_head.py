@@ -1,4 +1,4 @@
-"""Heads of several experts as one. They have no base and no task vectors: each parameter is the mean."""
+"""The mean of several experts' heads. Heads have no base, so they have no task vectors that could be merged."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from neuromerge_hf.storage.tensors import StoredTensor
 
 @dataclass(frozen=True)
 class MeanTensor:
-    """The mean of tensors of one shape, in the widest of their dtypes."""
+    """The mean of tensors of one shape, in the dtype that their dtypes promote to."""
 
     name: str
     tensors: tuple[StoredTensor, ...]
@@ -42,7 +42,7 @@ class MeanTensor:
         return self.tensors[0].path
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """As `StoredTensor.read`.
+        """See `StoredTensor.read`. The mean is computed in float64.
 
         Raises:
             MergeError: if a weight is NaN or infinite.
@@ -65,9 +65,9 @@ class MergedHead:
     """The mean of the experts' heads.
 
     Attributes:
-        model_class_name: the task model's class.
-        tensors: by their name in the task model.
-        labels: the entries of the experts' configurations that say what the outputs mean.
+        model_class_name: the name of the task model's class.
+        tensors: the mean tensors by their names in the task model.
+        labels: the entries id2label and label2id of the experts' configurations.
     """
 
     model_class_name: str
@@ -75,7 +75,7 @@ class MergedHead:
     labels: dict[str, Any]
 
     def units(self, dtype: torch.dtype | None) -> tuple[Unit, ...]:
-        """What is written; `dtype` is None for the experts' own."""
+        """The units that write the head in `dtype`, or in the dtypes of the tensors if it is None."""
         return tuple(
             Unit(tensor, name, Layout(1, 1, prod(tensor.shape), 1), False, (), dtype or tensor.dtype)
             for name, tensor in sorted(self.tensors.items())
@@ -83,10 +83,13 @@ class MergedHead:
 
 
 def merge_heads(experts: Sequence[Expert]) -> tuple[list[Expert], MergedHead | None]:
-    """The experts without their own heads, and the mean of those; None if no expert has one.
+    """Merge the experts' heads by their mean.
+
+    Returns:
+        The experts without their heads, and the merged head; None if no expert has a head.
 
     Raises:
-        MergeError: if the heads are not of one class, shape and set of labels.
+        MergeError: if the heads differ in class, shapes or labels, or are not floating-point.
     """
     owners = [(expert, expert.head) for expert in experts if expert.head]
     if not owners:
@@ -109,7 +112,7 @@ def merge_heads(experts: Sequence[Expert]) -> tuple[list[Expert], MergedHead | N
 
 
 def _difference(first: Expert, head: Head, other: Expert, theirs: Head) -> str | None:
-    """Why two experts' heads have no mean."""
+    """The reason why two experts' heads have no mean; None if they have one."""
     if head.config.architectures != theirs.config.architectures:
         return (
             f"{first.location} is a {head.config.architectures}, but {other.location} is a "

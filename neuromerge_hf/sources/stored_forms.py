@@ -1,4 +1,4 @@
-"""An expert's tensors in the form in which the base stores them: fused or split, transposed or not."""
+"""Conversion of an expert's tensors to the form in which the base stores them: fused or split, transposed or not."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,15 +18,16 @@ from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 def to_base_form(
     tensors: Mapping[str, StoredTensor], refs: Mapping[str, ParameterRef | None], base: Base, main: Path
 ) -> tuple[dict[str, StoredTensor], dict[str, ParameterRef | None], ComputedTensors | None]:
-    """Replace the tensors that the base stores in another form by ones in its form, which are computed later.
+    """Replace the tensors that the base stores in another form by tensors in its form, which are computed later.
 
     Args:
-        tensors: a checkpoint's.
-        refs: of each in the base's model.
+        tensors: the tensors of an expert's checkpoint, by name.
+        refs: the parameter of the base's model that each tensor holds.
         main: the checkpoint's file, for messages.
 
     Returns:
-        Tensors and places, where those that are converted have the base's names, and how they are computed.
+        All tensors and the parameters that they hold, by the base's names for converted tensors; and the computation of
+        the converted tensors, None if there are none.
 
     Raises:
         MergeError: if transformers cannot convert them.
@@ -65,13 +66,13 @@ def to_base_form(
                 {name: read_whole(tensors[name]) for name in source}, source, target, base.skeleton
             ).items()
 
-    preparation = ComputedTensors(forms, compute, main)
+    computed = ComputedTensors(forms, compute, main)
     replaced = {name for source, _ in conversions for name in source}
     kept = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     return (
-        kept | preparation.tensors,
+        kept | computed.tensors,
         {name: refs[name] for name in kept} | {name: base.refs[name] for name in forms},
-        preparation,
+        computed,
     )
 
 
@@ -83,7 +84,7 @@ def _by_parameter(form: StoredForm) -> dict[str, dict[str, tuple[ParameterRef, S
 
 
 def _stored_together(*sides: Mapping[str, StoredForm]) -> list[list[str]]:
-    """Groups of parameters that share stored tensors, of those that are stored in pieces on any side."""
+    """Groups of the parameters that are stored in pieces on any side. Parameters of a group share stored tensors."""
     groups: dict[str, list[str]] = {}
     for side in sides:
         for form in side.values():
@@ -98,7 +99,7 @@ def _convert(
     tensors: dict[str, Tensor], source: StoredForm, target: StoredForm, skeleton: Skeleton
 ) -> dict[str, Tensor]:
     parameters = skeleton.to_parameters(tensors, {name: ref for name, (ref, _) in source.items()})
-    tensors.clear()  # they may be as large as a layer
+    tensors.clear()  # frees memory: they may be as large as a layer
     for name in sorted({name for ref, _ in target.values() for name in ref.parameters}):
         if name not in parameters:
             raise MergeError(f"the parameter {name} is missing.")

@@ -1,4 +1,4 @@
-"""One expert's change of one tensor of the base, formed a block of neurons at a time."""
+"""The task vector of one expert for one tensor of the base, computed a block of neurons at a time."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,38 +10,47 @@ from neuromerge_hf.storage.layout import Block, Layout
 from neuromerge_hf.storage.tensors import StoredTensor, read_rows
 
 TILE = 64
-"""How many rows of a low-rank product are formed at a time, counted from the tensor's first.
+"""The number of rows in a tile of a low-rank product. Tiles are counted from the tensor's first row.
 
-The last bits of a matrix product depend on how many rows are formed at once, and on where they are in memory if that is
-not aligned to 64 bytes (torch aligns what it allocates). In tiles, a row has the same bits in every block.
+The last bits of a matrix product depend on how many rows are computed at once, and on their address in memory if it is
+not aligned to 64 bytes (torch aligns its allocations). In tiles, a row has the same bits in every block.
 """
 
 
 class TaskVector(Protocol):
-    """``tau_t = theta_t - theta_0`` of one stored tensor."""
+    """The task vector ``tau_t = theta_t - theta_0`` of one stored tensor."""
 
     @property
     def file(self) -> str:
-        """The file that it comes from, for messages."""
+        """The file that the task vector comes from, for messages."""
         ...
 
     @property
     def bytes_read(self) -> int:
-        """How much one pass over all blocks reads."""
+        """The number of bytes that one pass over all blocks reads."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """The rank of its low-rank factors; 0 if there are none."""
         ...
 
     def opened(self) -> "TaskVector":
-        """The same, with what all blocks of the tensor share read into memory."""
+        """The same task vector, with the data that all blocks share read into memory."""
+        ...
+
+    def low_rank(self) -> "LowRank | None":
+        """The factors in memory, if the whole task vector is their product; else None."""
         ...
 
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
-        """Fill `out` with the task vector of a block of neurons.
+        """Write the task vector of a block of neurons to `out`.
 
         Args:
-            out: (neurons, width) float32, on any device; its rows are contiguous.
-            block: which neurons.
-            base: the base's weights of the block, like `out`.
-            buffer: uint8 memory on the CPU for the block in the expert's dtype.
+            out: (neurons, width) float32, on any device, with contiguous rows.
+            block: the neurons to compute.
+            base: the base's weights of the block, with the shape, dtype and device of `out`.
+            buffer: uint8 memory on the CPU, large enough for the block in the expert's dtype.
         """
         ...
 
@@ -61,8 +70,15 @@ class Difference:
     def bytes_read(self) -> int:
         return self.layout.rows * self.layout.width * self.tensor.dtype.itemsize
 
+    @property
+    def rank(self) -> int:
+        return 0
+
     def opened(self) -> "Difference":
         return self
+
+    def low_rank(self) -> None:
+        return None
 
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
         out.copy_(read_rows(self.tensor, self.layout, block, buffer))
@@ -71,14 +87,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The task vector ``left @ right`` of a LoRA adapter, of which only the rows that are asked for are ever formed.
+    """The task vector ``left @ right`` of a LoRA adapter. Only the tiles that hold a block's rows are computed.
 
     Attributes:
-        left: (rows, r) float32, the scaling included: one row for each neuron of the layout.
+        left: (rows, r) float32, including the scaling, with one row for each neuron of the layout.
         right: (r, width) float32.
-        file: the adapter's weight file.
-        stored: the change of the weight under the factors, where the adapter holds that as well.
-        factor_bytes: the size of the factors in the file.
+        file: the path of the adapter's weight file.
+        stored: the task vector to which the product is added, if the adapter also stores the whole weight.
+        factor_bytes: the size of the factors in the file, in bytes.
     """
 
     left: Tensor
@@ -92,8 +108,15 @@ class LowRank:
     def bytes_read(self) -> int:
         return self.factor_bytes + (self.stored.bytes_read if self.stored else 0)
 
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
     def opened(self) -> "LowRank":
         return self
+
+    def low_rank(self) -> "LowRank | None":
+        return None if self.stored else self
 
     def write(self, out: Tensor, block: Block, base: Tensor, buffer: Tensor) -> None:
         if self.stored:

@@ -1,4 +1,4 @@
-"""One stored tensor of the base, with the changes that the experts make to it."""
+"""The input of the engine: the base's stored tensors with the experts' task vectors."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,17 +10,19 @@ from neuromerge_hf.storage.layout import Layout
 from neuromerge_hf.storage.tensors import StoredTensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # units are compared by identity
 class Unit:
-    """One stored tensor of the base and what happens to it.
+    """One stored tensor of the base, with the experts' task vectors.
 
     Attributes:
-        tensor: the base's.
-        parameter: its name in the model; its name in the file if the model class does not know it.
-        layout: how its entries form neurons; one row if it is not neuronal, one row an entry if it is copied.
-        is_neuronal: whether it has neurons (ALGORITHM.md, section 1).
-        task_vectors: one for each expert, None for an expert that does not change it; empty if it is copied.
-        dtype: what it is written as.
+        tensor: the base's stored tensor.
+        parameter: the parameter's name in the model; the tensor's name in the file if the model class lacks it.
+        layout: how the entries form neurons. It has one row if the tensor is not neuronal, and a row for each entry if
+            the tensor is copied.
+        is_neuronal: whether the tensor has neurons.
+        task_vectors: the task vector of each expert, None for experts that do not change the tensor; empty if it is
+            copied.
+        dtype: the dtype in which the result is written.
     """
 
     tensor: StoredTensor
@@ -32,27 +34,51 @@ class Unit:
 
     @property
     def changing(self) -> list[int]:
-        """The experts that may change it, by their number."""
+        """The numbers of the experts that may change the tensor."""
         return [expert for expert, vector in enumerate(self.task_vectors) if vector]
 
     @property
     def entries(self) -> int:
-        """How many entries the tensor has."""
+        """The number of entries of the tensor."""
         return self.layout.rows * self.layout.width
 
     @property
     def nbytes(self) -> int:
-        """The size that is written."""
+        """The size of the written tensor in bytes."""
         return self.entries * self.dtype.itemsize
 
     @property
     def bytes_read(self) -> int:
-        """How much one pass over the base and the experts reads."""
+        """The number of bytes that one pass over the base and the experts reads."""
         return self.entries * self.tensor.dtype.itemsize + sum(
             vector.bytes_read for vector in self.task_vectors if vector
         )
 
     def opened(self) -> "Unit":
-        """The same unit for one pass over its blocks, with what they share (the factors of adapters) in memory."""
+        """The same unit with the data that all its blocks share in memory (the factors of adapters), for one pass."""
         vectors = tuple(vector.opened() if vector else None for vector in self.task_vectors)
         return dataclasses.replace(self, task_vectors=vectors)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The units of a merge and the names of its experts.
+
+    Attributes:
+        units: a unit for every tensor that is written. All sums run in this order.
+        expert_names: the names of the experts, in the order of their numbers.
+    """
+
+    units: tuple[Unit, ...]
+    expert_names: tuple[str, ...]
+
+    @property
+    def merged(self) -> list[Unit]:
+        """The units that at least one expert may change."""
+        return [unit for unit in self.units if unit.task_vectors]
+
+    @property
+    def entries(self) -> list[int]:
+        """The number of entries of each expert's task vector, over the units that the expert may change."""
+        experts = range(len(self.expert_names))
+        return [sum(unit.entries for unit in self.units if expert in unit.changing) for expert in experts]

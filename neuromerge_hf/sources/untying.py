@@ -1,17 +1,17 @@
-"""Bases whose embeddings are tied, opened untied for experts that change one of them: two matrices from one."""
+"""Untying the embeddings of a base, for experts that change only one of them."""
 
 import copy
 import dataclasses
 from collections.abc import Mapping
 
-from neuromerge_hf.skeleton import Skeleton
+from neuromerge_hf.skeleton import Skeleton, skeleton_of
 from neuromerge_hf.sources.base import Base
 from neuromerge_hf.sources.checks import stored_form
 from neuromerge_hf.storage.tensors import StoredTensor
 
 
 def untied(base: Base) -> Base:
-    """The base as if it stored its tied embeddings under each of their names, or unchanged if it cannot be untied."""
+    """The base with a tensor of its own for each tied embedding; the same base if it cannot be untied."""
     skeleton = untied_skeleton(base.skeleton)
     copies = separable(base.skeleton)
     if not copies:
@@ -25,16 +25,16 @@ def untied(base: Base) -> Base:
 
 
 def untied_skeleton(skeleton: Skeleton) -> Skeleton:
-    """The same model with tie_word_embeddings off."""
+    """The skeleton of the same model with tie_word_embeddings off."""
     config = copy.deepcopy(skeleton.model.config)
     config.tie_word_embeddings = False
-    return Skeleton(skeleton.model_class, config)
+    return skeleton_of(skeleton.model_class, config)
 
 
 def separable(skeleton: Skeleton) -> dict[str, str]:
-    """The tied parameters that can have values of their own, with the parameter that each shares.
+    """The tied parameters that can be untied, each with the parameter whose weights it shares.
 
-    Models with an encoder have none: some scale their output only where it is tied.
+    Encoder-decoder models have none, because some of them scale their output only if it is tied.
     """
     if not skeleton.ties or skeleton.model.config.is_encoder_decoder:
         return {}
@@ -45,7 +45,7 @@ def separable(skeleton: Skeleton) -> dict[str, str]:
 def missing_copies(
     tensors: Mapping[str, StoredTensor], skeleton: Skeleton, copies: Mapping[str, str]
 ) -> dict[str, str]:
-    """The copies that a tied checkpoint does not store, with the name of the tensor that each is a copy of."""
+    """The copies that a tied checkpoint does not store, each with the name of the stored tensor to copy."""
     stored = {ref.parameter: name for name, ref in skeleton.refs(tensors).items() if ref}
     return {name: stored[owner] for name, owner in copies.items() if owner in stored and name not in stored}
 

@@ -1,1 +1,1 @@
-"""Models with different tokens: whose tokenizer is taken, and how the rows of embeddings are aligned."""
+"""Models with different vocabularies: the choice of a tokenizer, and the alignment of embedding rows."""

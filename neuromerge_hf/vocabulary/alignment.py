@@ -1,4 +1,4 @@
-"""Bringing the base and the experts to one vocabulary, once they are opened."""
+"""Alignment of the opened base and experts to one vocabulary."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.skeleton import ParameterRef, Skeleton
+from neuromerge_hf.skeleton import ParameterRef, Skeleton, skeleton_of
 from neuromerge_hf.sources.aligned import AlignedTensor, AlignedVector
 from neuromerge_hf.sources.base import Base
 from neuromerge_hf.sources.expert import Expert
@@ -23,17 +23,19 @@ from neuromerge_hf.vocabulary.token_ids import renumber_config
 from neuromerge_hf.vocabulary.vocabulary import Alignment, resized, vocabulary_size
 
 
-def comparable(base: Skeleton, base_location: Location, expert: Location, config: PretrainedConfig) -> Skeleton:
-    """The base's skeleton, with an expert's number of tokens if the tokenizers can tell which tokens those are."""
+def comparable_skeleton(
+    base: Skeleton, base_location: Location, expert: Location, config: PretrainedConfig
+) -> Skeleton:
+    """The base's skeleton, with the expert's vocabulary size if both have tokenizer files to align them by."""
     rows = vocabulary_size(config)
     readable = tokenizer_files(base_location.folder) and tokenizer_files(expert.folder)
     if rows is None or rows == vocabulary_size(base.model.config) or not readable:
         return base
-    return Skeleton(base.model_class, resized(base.model.config, rows))
+    return skeleton_of(base.model_class, resized(base.model.config, rows))
 
 
 def adapter_rows(location: Location, base: Base) -> int | None:
-    """How many rows an adapter's embeddings have: those it stores, or the base's."""
+    """The number of rows of an adapter's embeddings, or of the base's if it stores none; None without a vocabulary."""
     rows = vocabulary_size(base.config)
     main = location.find_weights()
     if main is None or rows is None or not tokenizer_files(location.folder):
@@ -47,15 +49,15 @@ def adapter_rows(location: Location, base: Base) -> int | None:
 
 
 def vocabulary_parameters(skeleton: Skeleton) -> set[str]:
-    """The parameters that have a row for each token: those that grow with the vocabulary.
+    """The names of the parameters that have a row for each token, which are those that grow with the vocabulary.
 
     Raises:
-        MergeError: if one has its tokens along another axis than the first.
+        MergeError: if a parameter has its tokens along another axis than the first.
     """
     rows = vocabulary_size(skeleton.model.config)
     if rows is None:
         return set()
-    larger = Skeleton(skeleton.model_class, resized(skeleton.model.config, rows + 1)).shapes
+    larger = skeleton_of(skeleton.model_class, resized(skeleton.model.config, rows + 1)).shapes
     found = set()
     for name, shape in skeleton.shapes.items():
         growing = [axis for axis, size in enumerate(shape) if larger[name][axis] != size]
@@ -71,29 +73,29 @@ def vocabulary_parameters(skeleton: Skeleton) -> set[str]:
 
 
 def resized_base(base: Base, rows: int | None) -> Base:
-    """The base with the number of rows of an expert's embeddings: cut, or zeros added, as PEFT and resizing do it."""
+    """The base with its embeddings cut, or padded with zeros, to this many rows; None leaves the base unchanged."""
     own = vocabulary_size(base.config)
     if rows is None or own is None or rows == own:
         return base
     numbers = torch.arange(rows)
-    return _with_rows(base, {name: AlignedRows(numbers.where(numbers < own, -1)) for name in _names(base)}, rows)
+    return _with_rows(
+        base, {name: AlignedRows(numbers.where(numbers < own, -1)) for name in _vocabulary_refs(base)}, rows
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignedRows:
-    """Which of a tensor's own rows another vocabulary has where, and the experts' vectors for those it lacks."""
+    """The rows of a base tensor in the order of another vocabulary; the attributes are those of `AlignedTensor`."""
 
     rows: Tensor
     experts: tuple[AlignedVector, ...] = ()
 
 
-def align(
-    base: Base, experts: Sequence[Expert], are_adapters: Sequence[bool], alignment: Alignment
-) -> tuple[Base, list[Expert]]:
-    """The base and the experts with the rows of all vocabulary parameters in the order of the target.
+def align(base: Base, experts: Sequence[Expert], alignment: Alignment) -> tuple[Base, list[Expert]]:
+    """Bring the rows of all vocabulary parameters of the base and the experts into the order of the target.
 
-    A token's row of the base is the base's, a row that the base lacks is the mean over the experts that have it, and an
-    expert has a task vector only in the rows of tokens that both it and the base have.
+    A row that the base lacks becomes the mean over the experts that have it. An expert has a task vector only in the
+    rows of tokens that both it and the base have.
 
     Raises:
         MergeError: if an expert's embeddings cannot be read in another order, or no model has a row for a token.
@@ -104,19 +106,19 @@ def align(
     base_rows = alignment.base_rows
     expert_rows = [alignment.expert_rows(number) for number in range(len(experts))]
     numbers = torch.arange(alignment.target.rows)
-    for name, ref in _names(base).items():
+    for name, ref in _vocabulary_refs(base).items():
         given: list[AlignedVector] = []
-        for number, (expert, is_adapter) in enumerate(zip(experts, are_adapters, strict=True)):
+        for number, expert in enumerate(experts):
             rows = expert_rows[number]
             vector = expert.task_vectors.get(ref)
             layout = _layout(base, name, alignment.experts[number].rows)
-            if is_adapter and not _is_stored(vector):
+            if expert.is_adapter and not _is_stored(vector):
                 moved = (rows >= 0) & (base_rows >= 0) & (rows != base_rows)
                 new = (rows >= 0) & (base_rows < 0)
                 if moved.any() or (vector and new.any()):
                     token = alignment.target.texts.get(int((moved | new).nonzero()[0]), "padding")
                     problems.append(_not_stored(expert, ref, token))
-                if vector is None:  # its new tokens are on padding of the base, which it leaves as it is
+                if vector is None:  # its new tokens use the base's padding, which it leaves unchanged
                     vector = Difference(base.tensors[name], layout)
                     given.append(AlignedVector(vector, layout, rows.where(new & (rows < alignment.base.rows), -1)))
                     continue
@@ -146,8 +148,8 @@ def align(
     return _with_rows(base, aligned, alignment.target.rows), new_experts
 
 
-def _names(base: Base) -> dict[str, ParameterRef]:
-    """The base's stored vocabulary parameters, by their names in the file."""
+def _vocabulary_refs(base: Base) -> dict[str, ParameterRef]:
+    """The parameters of the base's stored vocabulary tensors, by the tensors' names in the file."""
     parameters = vocabulary_parameters(base.skeleton)
     return {
         name: ref
@@ -174,12 +176,12 @@ def _with_rows(base: Base, aligned: dict[str, AlignedRows], rows: int) -> Base:
         shape = *tensor.shape[:axis], rows, *tensor.shape[axis + 1 :]
         tensors[name] = AlignedTensor(tensor, shape, found.rows, found.experts)
         layouts[name] = _layout(base, name, rows) if layouts[name] else None
-    skeleton = Skeleton(base.skeleton.model_class, config)
+    skeleton = skeleton_of(base.skeleton.model_class, config)
     return dataclasses.replace(base, config=config, skeleton=skeleton, tensors=tensors, layouts=layouts)
 
 
 def _is_stored(vector: TaskVector | None) -> bool:
-    """Whether a task vector is made from weights that are stored whole, and not from the base's."""
+    """Whether a task vector comes from weights that the expert stores whole."""
     return isinstance(getattr(vector, "stored", vector), Difference)
 
 
@@ -192,10 +194,10 @@ def _not_stored(expert: Expert, ref: ParameterRef, token: str) -> str:
 
 
 def _aligned_head(expert: Expert, number: int, alignment: Alignment) -> Head | None:
-    """An expert's own head beside the merged vocabulary.
+    """An expert's own head, with its configuration converted to the merged vocabulary.
 
     Raises:
-        MergeError: if it has a row for each of the expert's own tokens, and the merged model has others.
+        MergeError: if the head has a row for each of the expert's tokens, and the merged model has other tokens.
     """
     if expert.head is None:
         return None

@@ -1,4 +1,4 @@
-"""The ids of special tokens in configurations, which must fit the merged model's vocabulary."""
+"""Conversion of the token ids in configurations to the merged model's vocabulary."""
 
 import re
 from typing import Any
@@ -8,11 +8,11 @@ from transformers import PretrainedConfig
 from neuromerge_hf.vocabulary.vocabulary import Alignment, Vocabulary
 
 TOKEN_KEY = re.compile(r"_token_(ids?|index)$|suppress_tokens$")
-"""The entries of a config.json or generation_config.json that hold ids of tokens."""
+"""The keys of a config.json or generation_config.json that hold token ids."""
 
 
 def renumbered(settings: dict[str, Any], vocabulary: Vocabulary, alignment: Alignment) -> dict[str, Any]:
-    """The settings of a model, with its token ids as they are in the merged vocabulary."""
+    """The settings of a model with this vocabulary, with its token ids converted to the merged vocabulary."""
 
     def renumber(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -23,7 +23,7 @@ def renumbered(settings: dict[str, Any], vocabulary: Vocabulary, alignment: Alig
 
 
 def with_ids_of(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a model with the token ids of another one of the same class."""
+    """The settings of a model with the token ids of another model of the same class."""
     mixed = {key: value for key, value in settings.items() if not TOKEN_KEY.search(key)}
     mixed |= {key: value for key, value in other.items() if TOKEN_KEY.search(key)}
     for key, value in mixed.items():
@@ -33,7 +33,7 @@ def with_ids_of(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, An
 
 
 def with_vocabulary_size(settings: dict[str, Any], config: PretrainedConfig, rows: int) -> dict[str, Any]:
-    """The contents of a config.json with another number of tokens, where `config` (what was read from it) has it."""
+    """The contents of a config.json, from which `config` was read, with another vocabulary size."""
     text = config.get_text_config()
     key = type(text).attribute_map.get("vocab_size", "vocab_size")
     section = next((name for name, value in vars(config).items() if value is text), None)
@@ -44,7 +44,7 @@ def with_vocabulary_size(settings: dict[str, Any], config: PretrainedConfig, row
 
 
 def renumber_config(config: PretrainedConfig, vocabulary: Vocabulary, alignment: Alignment) -> PretrainedConfig:
-    """A configuration with its token ids as they are in the merged vocabulary; it is changed in place."""
+    """Convert the token ids of a configuration to the merged vocabulary, in place, and return it."""
     for part in (config, config.get_text_config()):
         for key, value in list(vars(part).items()):
             if TOKEN_KEY.search(key):

@@ -1,4 +1,4 @@
-"""Choosing the merged model's tokenizer, and finding out how the models' vocabularies differ."""
+"""The choice of the merged model's tokenizer, and the comparison of the models' vocabularies."""
 
 import filecmp
 import json
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
 
 SHOWN = 3
-"""How many tokens an error names."""
+"""How many tokens an error message lists."""
 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Where the merged model's tokenizer comes from.
+    """The source of the merged model's tokenizer.
 
     Attributes:
-        location: the model that has its files.
-        is_expert: whether that is an expert, and not the base.
-        additions: tokens to be added to it.
-        chat_template: the one to be written, if not its own.
-        alignment: how rows are brought together; None where all models have the same.
+        location: the model whose tokenizer is taken.
+        is_expert: whether this model is an expert rather than the base.
+        additions: the tokens to add to the tokenizer.
+        chat_template: the chat template to write; None for the tokenizer's own.
+        alignment: how the vocabularies are aligned; None if all models have the same vocabulary.
     """
 
     location: Location
@@ -41,18 +41,18 @@ class TokenizerChoice:
 
     @property
     def has_files(self) -> bool:
-        """Whether there is a tokenizer at all."""
+        """Whether this model has tokenizer files."""
         return bool(tokenizer_files(self.location.folder))
 
 
 @dataclass(frozen=True)
 class ExpertVocabulary:
-    """An expert that may have a vocabulary of its own.
+    """An expert whose vocabulary may differ from the base's.
 
     Attributes:
-        name: its unique name.
-        config: its own configuration, or for an adapter the base's.
-        rows: how many rows its embeddings have.
+        name: the unique name of the expert.
+        config: the expert's configuration; the base's if the expert is an adapter.
+        rows: the number of rows of the expert's embeddings; None if it has no vocabulary.
     """
 
     name: str
@@ -69,18 +69,18 @@ def choose_tokenizer(
     experts: Sequence[ExpertVocabulary],
     trust_remote_code: bool = False,
 ) -> TokenizerChoice:
-    """Find the tokenizer and the chat template that were asked for, and align all models' tokens.
+    """Find the requested tokenizer and chat template, and align the tokens of all models.
 
-    Tokenizers are only read where their files differ from the base's, or the number of rows does. An expert without
-    tokenizer files is taken to have the base's vocabulary.
+    An expert's tokenizer is only read if its files or its number of rows differ from the base's. An expert without
+    tokenizer files is assumed to have the base's vocabulary.
 
     Args:
         tokenizer: "base", an expert's name or id, or "union".
-        chat_template: "base", or an expert's name or id; None for that of the tokenizer.
+        chat_template: "base", or an expert's name or id; None for the tokenizer's own.
 
     Raises:
-        MergeError: if no such tokenizer or template is there, a tokenizer cannot be read, or vocabularies cannot be
-            brought together.
+        MergeError: if the tokenizer or the template does not exist, a tokenizer cannot be read, or the vocabularies
+            cannot be aligned.
     """
     chosen = None if tokenizer in ("base", "union") else _find("tokenizer", tokenizer, experts)
     location = base if chosen is None else experts[chosen].location
@@ -112,7 +112,7 @@ def choose_tokenizer(
     }
     if not tokenizer_files(base.folder):
         problems.report()
-        _check_alike(base, rows, own, [vocabulary for vocabulary in read.values() if vocabulary])
+        _check_same_vocabulary(base, rows, own, [vocabulary for vocabulary in read.values() if vocabulary])
         return choice
     ours = problems.attempt(partial(_read_vocabulary, base, base_config, rows, trust_remote_code))
     problems.report()
@@ -128,7 +128,7 @@ def choose_tokenizer(
 
 
 def _find(option: str, choice: str, experts: Sequence[ExpertVocabulary]) -> int:
-    """The number of the expert that a user means by its name or id."""
+    """The number of the expert with this name or id."""
     names = [expert.name for expert in experts]
     if choice in names:
         return names.index(choice)
@@ -144,10 +144,10 @@ def _is_id(choice: str, location: Location) -> bool:
 
 
 def read_chat_template(location: Location) -> str:
-    """A model's chat template.
+    """Read a model's chat template.
 
     Raises:
-        MergeError: if it has none, or several.
+        MergeError: if the model has no chat template, or several.
     """
     path = location.folder / "chat_template.jinja"
     if path.is_file():
@@ -163,16 +163,16 @@ def read_chat_template(location: Location) -> str:
 
 
 def load_tokenizer(location: Location, config: PretrainedConfig, trust_remote_code: bool) -> Any:
-    """A model's tokenizer, from its own files alone.
+    """Load a model's tokenizer from the files in its folder.
 
     Raises:
-        MergeError: if they are damaged, incomplete, or need code that is not trusted.
+        MergeError: if the files are damaged or incomplete, or need code that is not trusted.
     """
     try:
         return AutoTokenizer.from_pretrained(
             location.folder, config=config, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # each tokenizer has its own ways to fail
+    except Exception as error:  # tokenizers document no exceptions
         raise MergeError(
             f"The tokenizer files of {location} cannot be read ({type(error).__name__}: {error}). The models' "
             "tokenizers differ, so their tokens must be compared: repair the files, or remove them from an expert that "
@@ -193,8 +193,10 @@ def _same_tokenizer_files(a: Location, b: Location) -> bool:
     return ours.keys() == theirs.keys() and all(filecmp.cmp(ours[name], theirs[name], shallow=False) for name in ours)
 
 
-def _check_alike(base: Location, rows: int, experts: Sequence[ExpertVocabulary], theirs: Sequence[Vocabulary]) -> None:
-    """For a base without tokenizer files, whose vocabulary can only be the one that all experts have."""
+def _check_same_vocabulary(
+    base: Location, rows: int, experts: Sequence[ExpertVocabulary], theirs: Sequence[Vocabulary]
+) -> None:
+    """Check that all experts have one vocabulary, which then is the vocabulary of a base without tokenizer files."""
     for expert, vocabulary in zip(experts, theirs, strict=True):
         if vocabulary.rows != rows or vocabulary.tokens != theirs[0].tokens:
             raise MergeError(
@@ -211,10 +213,10 @@ def _union(
     experts: Sequence[ExpertVocabulary],
     trust_remote_code: bool,
 ) -> "tuple[Vocabulary, tuple[AddedToken, ...]]":
-    """The base's vocabulary with the tokens that were added to the experts' tokenizers.
+    """The base's vocabulary with the tokens that were added to the experts' tokenizers, and these tokens.
 
-    The rows are those that the base's tokenizer gives to tokens that are added to it, in the order of the experts and
-    of their rows: after its own tokens, in the base's padding first.
+    The base's tokenizer numbers the added tokens in the order of the experts and of their rows. They follow its own
+    tokens, so they use the base's padding first.
     """
     additions: dict[str, AddedToken] = {}
     for expert in experts:
@@ -241,7 +243,7 @@ def _union(
 def extended_tokenizer(
     base: Location, config: PretrainedConfig, additions: "Sequence[AddedToken]", trust_remote_code: bool
 ) -> Any:
-    """The base's tokenizer with tokens added."""
+    """The base's tokenizer with further tokens added."""
     tokenizer = load_tokenizer(base, config, trust_remote_code)
     for token in additions:
         tokenizer.add_tokens([token], special_tokens=token.special)

@@ -1,4 +1,4 @@
-"""Experts that are PEFT adapters: what each of their tensors is, and how its task vector is found."""
+"""Opening PEFT adapters as experts: the roles of their tensors, and their task vectors."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
 from neuromerge_hf.errors import MergeError, abridged
-from neuromerge_hf.skeleton import ParameterRef, Skeleton
+from neuromerge_hf.skeleton import ParameterRef, skeleton_of
 from neuromerge_hf.sources import lora
 from neuromerge_hf.sources.base import Base
 from neuromerge_hf.sources.checks import is_mergeable, mismatch, missing_parameter, same_values
@@ -23,20 +23,21 @@ from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor
 
 WRAPPERS = (".base_layer.", ".modules_to_save.", ".token_adapter.")
-"""PEFT's modules around those of the model, in the names of biases (bias="all") and of adapted embeddings."""
+"""PEFT's wrapper modules in the names of biases (bias="all") and of adapted embeddings."""
 
 TOKENS = "trainable_tokens_delta"
-"""The name of the rows of an embedding that trainable tokens replace."""
+"""The end of the name of a tensor with the rows that trainable tokens replace in an embedding."""
 
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """What a file of adapter weights holds.
+    """The tensors of an adapter by their roles. Names lack the prefix "base_model.model.".
 
     Attributes:
-        tuned: the tuner's tensors of each module that it changes, by their names without "base_model.model.".
-        tokens: the new rows of modules of which only some tokens were trained.
-        stored: parameters that are stored whole.
+        file: the adapter's weight file.
+        tuned: the tuner's tensors by name, for each module that it changes.
+        tokens: the new rows of each embedding of which only some tokens were trained.
+        stored: the parameters that are stored whole, by name.
     """
 
     file: Path
@@ -46,10 +47,10 @@ class AdapterTensors:
 
 
 def read_adapter(location: Location, config: tuner.AnyConfig, ties: Mapping[str, str]) -> AdapterTensors:
-    """The tensors of an adapter, from their headers alone.
+    """Open the tensors of an adapter, from their headers alone.
 
     Args:
-        ties: the base's tied parameters, with the parameter that each shares.
+        ties: the base's tied parameters, each with the parameter whose weights it shares.
 
     Raises:
         MergeError: if a file is missing or damaged.
@@ -61,9 +62,9 @@ def read_adapter(location: Location, config: tuner.AnyConfig, ties: Mapping[str,
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
     for key, tensor in location.open_weights(main).items():
         name = key.removeprefix("base_model.model.")
-        if ".original_module." in name:  # bias="all" stores what modules_to_save has replaced
+        if ".original_module." in name:  # bias="all" also stores modules that modules_to_save replaced
             continue
-        if name.startswith("base_model."):  # what the tuner's layers share
+        if name.startswith("base_model."):  # state that the tuner's layers share
             continue
         if name.endswith(f".{TOKENS}"):
             adapter.tokens[name.removesuffix(f".{TOKENS}").removesuffix(".token_adapter")] = tensor
@@ -73,20 +74,20 @@ def read_adapter(location: Location, config: tuner.AnyConfig, ties: Mapping[str,
             for wrapper in WRAPPERS:
                 name = name.replace(wrapper, ".")
             adapter.stored[name] = tensor
-    if tuner.type_of(config) == "TRAINABLE_TOKENS":  # it also stores the tokens of what is tied to its embedding
+    if tuner.type_of(config) == "TRAINABLE_TOKENS":  # it also stores the rows of tied embeddings
         for name in list(adapter.tokens):
             if ties.get(f"{name}.weight", "").removesuffix(".weight") in adapter.tokens:
                 del adapter.tokens[name]
     return adapter
 
 
-def changes_one_of_two(location: Location, config: tuner.AnyConfig, base: Base) -> bool:
-    """Whether an adapter changes one of two tied embeddings and not the other."""
-    with suppress(MergeError):  # which is reported when the adapter is opened
+def changes_one_tied_embedding(location: Location, config: tuner.AnyConfig, base: Base) -> bool:
+    """Whether an adapter changes only one of two tied embeddings."""
+    with suppress(MergeError):  # open_adapter reports it
         adapter = read_adapter(location, config, base.ties)
         saved = [name for name in adapter.stored if _is_saved_module(name, config)]
         tokens = [f"{module}.weight" for module in adapter.tokens]
-        if len(tokens) == 1 and tokens[0] not in base.ties:  # PEFT changes the other embedding as well
+        if len(tokens) == 1 and tokens[0] not in base.ties:  # PEFT changes the tied embedding too
             tokens = []
         names = [*saved, *tokens, *(f"{module}.weight" for module in adapter.tuned)]
         return any(ref and base.is_tied(ref) for ref in base.skeleton.refs(names).values())
@@ -94,7 +95,7 @@ def changes_one_of_two(location: Location, config: tuner.AnyConfig, base: Base) 
 
 
 def _is_saved_module(parameter: str, config: tuner.AnyConfig) -> bool:
-    """Whether a stored parameter is of modules_to_save, and not PEFT's copy of the embeddings."""
+    """Whether a stored parameter belongs to modules_to_save. Otherwise it can be PEFT's copy of the embeddings."""
     module = parameter.rpartition(".")[0]
     return any(
         module == saved or module.endswith(f".{saved}") for saved in getattr(config, "modules_to_save", None) or ()
@@ -102,10 +103,10 @@ def _is_saved_module(parameter: str, config: tuner.AnyConfig) -> bool:
 
 
 def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: Base, notes: list[str]) -> Expert:
-    """Open an adapter, from the headers of its files.
+    """Open an adapter as an expert, from the headers of its files.
 
     Args:
-        notes: what the report shall say of it.
+        notes: remarks on the adapter for the report.
 
     Raises:
         MergeError: if a file is missing or damaged, or the adapter does not fit the base.
@@ -138,7 +139,7 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
                 f"{adapter.file} stores embeddings that its base ties as two that differ, {key} and another, and does "
                 "not name them in modules_to_save. Save the adapter again."
             )
-        elif not same_values(tensor, found[0]):  # PEFT's save_embedding_layers stores embeddings that nobody changed
+        elif not same_values(tensor, found[0]):  # save_embedding_layers also stores unchanged embeddings
             stored |= dict.fromkeys(base.tied_refs(ref), tensor)
     task_vectors: dict[ParameterRef, TaskVector] = {
         ref: Difference(tensor, found[1])
@@ -148,25 +149,27 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
 
     model_class = task_class(config.task_type, base.config)
     head_config = task_config(base.config, location.folder, model_class, head) if head else None
-    preparation = None
+    computed = None
     if isinstance(config, LoraConfig) and lora.is_plain(config):
         factors, found_problems = lora.open_factors(location, adapter.file, adapter.tuned, config, base, task_vectors)
         task_vectors |= factors
         problems += found_problems
         tuned: Mapping[str, dict[str, StoredTensor]] = {}
     else:
-        tuned = adapter.tuned or tuner.targets(config, base)
+        tuned = adapter.tuned or tuner.shared_state_targets(config, base)
     if tuned or adapter.tokens:
         changes, found_problems = tuner.find_changes(location, config, tuned, adapter.tokens, base)
         problems += found_problems
         if not problems:
-            preparation, vectors = effective.prepare(location, adapter.file, config, changes, base, stored, head_config)
+            computed, vectors = effective.open_computed(
+                location, adapter.file, config, changes, base, stored, head_config
+            )
             task_vectors |= vectors
     if problems:
         raise MergeError(abridged(problems))
 
     if model_class and model_class is not base.skeleton.model_class and not head:
-        skeleton = Skeleton(model_class, base.config)
+        skeleton = skeleton_of(model_class, base.config)
         missing = missing_parameter(skeleton, skeleton.refs(base.tensors))
         if missing:
             raise MergeError(
@@ -181,13 +184,13 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
         model_class_name=model_class.__name__ if model_class else None,
         task_vectors=task_vectors,
         head=Head(head_config, head) if head_config else None,
-        preparation=preparation,
+        computed=computed,
         notes=notes,
     )
 
 
 def _kind(config: tuner.AnyConfig, task_vectors: Mapping[ParameterRef, TaskVector]) -> str:
-    """What the report calls an adapter."""
+    """The adapter's type in the report, with the variants and ranks of LoRA."""
     if not isinstance(config, LoraConfig) or tuner.type_of(config) != "LORA":
         return tuner.type_of(config)
     return " ".join(["LoRA", *lora.variants(config), *lora.ranks(task_vectors)])

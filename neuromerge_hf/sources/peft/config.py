@@ -1,4 +1,4 @@
-"""The configuration of an adapter, and why some cannot be merged: found without its weights."""
+"""The configuration of an adapter, and the check that it can be merged, without reading its weights."""
 
 import json
 import warnings
@@ -20,7 +20,7 @@ NO_WEIGHT_CHANGES = {
     "SHADOW": "runs a second model beside the base",
     "XLORA": "mixes several adapters anew for each token",
 }
-"""What adapters do, by their type, that is no change of the base's weights. Prompts of all kinds are others."""
+"""What adapters of some types do instead of modifying the base's weights. Prompt tuning is checked separately."""
 
 NO_WEIGHT_CHANGE_OPTIONS = {
     "alora_invocation_tokens": "acts only on what follows its invocation tokens",
@@ -28,22 +28,22 @@ NO_WEIGHT_CHANGE_OPTIONS = {
     "layer_replication": "is made for a model with more layers than its base",
     "use_qalora": "acts on averages of its inputs, which PEFT adds to quantised layers and cannot merge",
 }
-"""The same, by the options of a LoraConfig."""
+"""What LoRA does with some options instead of modifying the base's weights."""
 
 TRAINED_INITIALISATIONS = ("corda", "lora_ga")
-"""Values of LoraConfig.init_lora_weights that change the base by what was seen of the training data."""
+"""Values of LoraConfig.init_lora_weights with which PEFT changes the base's weights depending on training data."""
 
 
 def load_adapter_config(location: Location) -> AnyConfig:
-    """An adapter's configuration.
+    """Load an adapter's configuration.
 
     Raises:
-        MergeError: if it is damaged, or that of an adapter that cannot be merged: found without its weights.
+        MergeError: if it is damaged, or describes an adapter that cannot be merged.
     """
     path = location.folder / "adapter_config.json"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice on training, and what _unknown_options finds
+            warnings.simplefilter("ignore")  # advice on training, and the options that _unknown_options reports
             config = PeftConfig.from_pretrained(str(location.folder))
     except ImportError as error:
         raise MergeError(f"{path} needs a package that is not installed here: {error}") from error
@@ -62,7 +62,7 @@ def load_adapter_config(location: Location) -> AnyConfig:
 
 
 def _unknown_options(path: Path, config: AnyConfig) -> list[str]:
-    """The options that a newer PEFT has set and the installed one ignores."""
+    """The options that a newer PEFT has written and the installed one ignores."""
     written = json.loads(path.read_text())
     version = str(written.get("peft_version") or "0").partition("@")[0]
     if Version(version) <= Version(peft.__version__):
@@ -71,7 +71,7 @@ def _unknown_options(path: Path, config: AnyConfig) -> list[str]:
 
 
 def _reasons_against(config: AnyConfig) -> Iterator[str]:
-    """Why an adapter cannot be merged, without its subject."""
+    """The reasons why an adapter cannot be merged, as sentences without their subject."""
     remedy = "which is no change of the base's weights, so that it cannot be merged. Leave it out."
     kind = type_of(config)
     if config.is_prompt_learning:

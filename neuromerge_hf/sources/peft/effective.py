@@ -1,7 +1,7 @@
-"""Adapters whose effective weights PEFT computes: one module at a time, or the whole model where layers share state.
+"""Adapters whose effective weights PEFT computes: one module at a time, or the whole model if layers share state.
 
-The weights are computed right before the merge, in float32 on the CPU, into a temporary file, and their task vectors
-are differences like those of a full checkpoint.
+The weights are computed right before the merge, in float32 on the CPU, into a temporary file. Their task vectors are
+differences from the base, as for a full checkpoint.
 """
 
 import copy
@@ -27,7 +27,7 @@ from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 
-SELECTIONS = (
+MODULE_SELECTORS = (
     "exclude_modules",
     "layers_pattern",
     "layers_to_transform",
@@ -35,10 +35,10 @@ SELECTIONS = (
     "target_parameters",
     "trainable_token_indices",
 )
-"""Options of configurations that choose modules."""
+"""Options of adapter configurations that select modules or parameters."""
 
 
-def prepare(
+def open_computed(
     location: Location,
     file: Path,
     config: AnyConfig,
@@ -47,15 +47,19 @@ def prepare(
     stored: Mapping[ParameterRef, StoredTensor],
     head_config: PretrainedConfig | None,
 ) -> tuple[ComputedTensors, dict[ParameterRef, TaskVector]]:
-    """What has to be computed for an adapter, and the task vectors that read it.
+    """Open the task vectors of an adapter whose effective weights PEFT computes.
 
     Args:
-        file: the adapter's weights, for messages.
-        stored: parameters that the adapter stores whole, in place of the base's.
-        head_config: of the model that the adapter was trained as, if it has a head of its own.
+        file: the adapter's weight file, for messages.
+        changes: the modules that the adapter changes.
+        stored: the parameters that the adapter stores whole, which replace the base's.
+        head_config: the configuration of the adapter's task model; None if the adapter has no head of its own.
+
+    Returns:
+        The effective weights to compute before the merge, and the task vectors that read them.
 
     Raises:
-        MergeError: if a parameter is stored in a form that is not known.
+        MergeError: if the base stores a changed parameter in one tensor with others.
     """
     forms, refs = {}, {}
     for change in changes:
@@ -72,7 +76,7 @@ def prepare(
                 ref = base.refs[key]
                 assert ref is not None
                 forms[key] = torch.float32, tuple(piece.shape)
-                refs[key] = base.tied_refs(ref) if change.together else [ref]
+                refs[key] = base.tied_refs(ref) if change.changes_tied else [ref]
 
     def compute() -> Iterator[tuple[str, Tensor]]:
         with _reproducible():
@@ -84,19 +88,19 @@ def prepare(
                 for key, piece in (base.split(name, tensor) or {}).items():
                     yield key, piece.float()
 
-    preparation = ComputedTensors(forms, compute, file)
+    computed = ComputedTensors(forms, compute, file)
     vectors: dict[ParameterRef, TaskVector] = {}
-    for key, tensor in preparation.tensors.items():
+    for key, tensor in computed.tensors.items():
         for ref in refs[key]:
             found = base.at(ref)
             assert found is not None
             vectors[ref] = Difference(tensor, found[1])
-    return preparation, vectors
+    return computed, vectors
 
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """Whatever PEFT draws before it reads an adapter is the same each time; none of its warnings but one matters."""
+    """Fix the random numbers that PEFT draws, and ignore its warnings, except that missing keys are an error."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", ".*missing adapter keys")
@@ -111,9 +115,9 @@ def _merged_modules(
     base: Base,
     stored: Mapping[ParameterRef, StoredTensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The effective parameters, by their names in the model, one module at a time."""
+    """Yield the effective parameters by their names in the base's class, one module at a time."""
     for change in changes:
-        layer = copy.deepcopy(base.skeleton.model.get_submodule(change.own)).to_empty(device="cpu").float()
+        layer = copy.deepcopy(base.skeleton.model.get_submodule(change.base_name)).to_empty(device="cpu").float()
         for name, parameter in layer.named_parameters():
             ref = ParameterRef(change.full_name(name, base))
             value = read_whole(stored[ref]).float() if ref in stored else base.read(ref.parameter)
@@ -141,7 +145,7 @@ def _merged_modules(
 
 
 def _with_new_tokens(layer: nn.Module, config: AnyConfig, change: TunedModule) -> dict[str, Tensor]:
-    """An embedding's parameters with the rows of trained tokens replaced."""
+    """The parameters of an embedding with the rows of trained tokens replaced."""
     indices = config.token_indices if hasattr(config, "token_indices") else config.trainable_token_indices
     if isinstance(indices, dict):
         indices = next(rows for module, rows in indices.items() if f".{change.module}".endswith(f".{module}"))
@@ -153,8 +157,8 @@ def _with_new_tokens(layer: nn.Module, config: AnyConfig, change: TunedModule) -
 
 def _merged_layer(layer: nn.Module, config: AnyConfig, change: TunedModule) -> dict[str, Tensor]:
     """The parameters of a layer after PEFT has merged an adapter into it."""
-    tree = _tree(change.module, layer)
-    inject_adapter_in_model(_only(config, change.module, layer), tree)
+    tree = _single_layer_model(change.module, layer)
+    inject_adapter_in_model(_single_module_config(config, change.module, layer), tree)
     tensors = {name: read_whole(tensor) for name, tensor in change.tensors.items()}
     loaded: Any = set_peft_model_state_dict(tree, tensors)
     missing = [key for key in loaded.missing_keys if PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] in key]
@@ -169,8 +173,8 @@ def _merged_layer(layer: nn.Module, config: AnyConfig, change: TunedModule) -> d
     return {name: parameter.data for name, parameter in merged.named_parameters()}
 
 
-def _tree(name: str, layer: nn.Module) -> nn.Module:
-    """A model of one layer only, which has its name in the whole: patterns of ranks and the like mean names."""
+def _single_layer_model(name: str, layer: nn.Module) -> nn.Module:
+    """A model of one layer under its full name, which patterns in an adapter's configuration refer to."""
     root = parent = nn.Module()
     *path, last = name.split(".")
     for part in path:
@@ -181,11 +185,11 @@ def _tree(name: str, layer: nn.Module) -> nn.Module:
     return root
 
 
-def _only(config: AnyConfig, module: str, layer: nn.Module) -> AnyConfig:
-    """An adapter's configuration for one module alone."""
+def _single_module_config(config: AnyConfig, module: str, layer: nn.Module) -> AnyConfig:
+    """A copy of an adapter's configuration that selects one module alone."""
     parameters = target_parameters(config, module, layer)
     config = copy.deepcopy(config)
-    for option in SELECTIONS:
+    for option in MODULE_SELECTORS:
         if hasattr(config, option):
             setattr(config, option, None)
     config.target_modules = [] if parameters else [module]
@@ -202,11 +206,11 @@ def _merged_model(
     base: Base,
     head_config: PretrainedConfig | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The effective parameters, by their names in the base's class, of the whole model merged on the CPU."""
+    """Yield the effective parameters of the whole model merged on the CPU, by their names in the base's class."""
     model_class: type[PreTrainedModel] = task_class(config.task_type, base.config) or base.skeleton.model_class
     model_config = copy.deepcopy(head_config or base.config)
     if base.copies:
-        model_config.tie_word_embeddings = True  # as it is stored
+        model_config.tie_word_embeddings = True  # the files of the base hold it tied
     model = model_class.from_pretrained(base.location.folder, config=model_config, dtype=torch.float32)
     try:
         merged = PeftModel.from_pretrained(model, str(location.folder)).merge_and_unload(safe_merge=True)

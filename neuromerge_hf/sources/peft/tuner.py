@@ -1,4 +1,4 @@
-"""What an adapter of any type changes, known from its configuration and the names of its tensors."""
+"""The modules and parameters that an adapter changes, from its configuration and the names of its tensors."""
 
 import re
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from neuromerge_hf.sources.base import Base
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor
 
-SHARING = ("FROD", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
-"""Types whose layers share state, so that a module alone cannot be computed; newer PEFT says so of its own."""
+SHARED_STATE_TYPES = ("FROD", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
+"""Types whose layers share state, so that no module can be computed alone. Newer types declare it themselves."""
 
 AnyConfig: TypeAlias = Any
 """A `PeftConfig`. Each type of adapter has options of its own."""
@@ -28,41 +28,41 @@ class TunedModule:
     """A module that an adapter changes.
 
     Attributes:
-        module: its name in the adapter.
-        own: its name in the base's class.
-        parameters: which of its parameters change, by their names in it.
-        tensors: the tuner's tensors, by their names in the adapter.
-        tokens: the new rows, where only some tokens were trained.
-        together: whether what is tied to it changes with it.
+        module: the name of the module in the adapter.
+        base_name: the name of the module in the base's class.
+        parameters: the names in the module of the parameters that change.
+        tensors: the tuner's tensors for the module, by their names in the adapter.
+        tokens: the new rows of an embedding of which only some tokens were trained.
+        changes_tied: whether the parameters that are tied to the module change with it.
     """
 
     module: str
-    own: str
+    base_name: str
     parameters: tuple[str, ...]
     tensors: Mapping[str, StoredTensor]
     tokens: StoredTensor | None = None
-    together: bool = False
+    changes_tied: bool = False
 
     def full_name(self, parameter: str, base: Base) -> str:
-        """The name of one of its parameters in the base's class."""
-        name = f"{self.own}.{parameter}"
+        """The name in the base's class of one of the module's parameters; the first of its names if it is tied."""
+        name = f"{self.base_name}.{parameter}"
         return base.skeleton.ties.get(name, name)
 
 
 def type_of(config: AnyConfig) -> str:
-    """The name of an adapter's type, as it is in its configuration."""
+    """The name of an adapter's type in its configuration."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def needs_whole_model(config: AnyConfig) -> bool:
-    """Whether the layers of an adapter share state, or PEFT loads them together."""
+    """Whether PEFT must merge an adapter in the whole model, because its layers share state or are loaded together."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     resized = type_of(config) == "ADALORA" and bool(config.rank_pattern)
-    return resized or type_of(config) in SHARING or getattr(tuner, "uses_shared_state", False)
+    return resized or type_of(config) in SHARED_STATE_TYPES or getattr(tuner, "uses_shared_state", False)
 
 
-def targets(config: AnyConfig, base: Base) -> dict[str, dict[str, StoredTensor]]:
-    """The modules that an adapter changes which stores nothing but what its layers share."""
+def shared_state_targets(config: AnyConfig, base: Base) -> dict[str, dict[str, StoredTensor]]:
+    """The modules that an adapter changes if it stores only the state that its layers share; empty for other types."""
     if not needs_whole_model(config):
         return {}
     modules = (name for name, _ in base.skeleton.model.named_modules() if name)
@@ -76,7 +76,15 @@ def find_changes(
     tokens: Mapping[str, StoredTensor],
     base: Base,
 ) -> tuple[list[TunedModule], list[str]]:
-    """What an adapter changes, and the problems that were found."""
+    """Find the modules that an adapter changes.
+
+    Args:
+        tuned: the tuner's tensors of each module.
+        tokens: the new rows of each embedding of which only some tokens were trained.
+
+    Returns:
+        The modules, and the problems that were found.
+    """
     changes, problems = [], []
     if needs_whole_model(config) and any(isinstance(tensor, AlignedTensor) for tensor in base.tensors.values()):
         problems.append(
@@ -85,43 +93,43 @@ def find_changes(
             "merge_and_unload(), save that model with its tokenizer, and give it in place of the adapter."
         )
     for module, tensors in [*tuned.items(), *((module, {}) for module in tokens)]:
-        own = _own_name(module, config, base)
-        if own is None:
-            problems.append(base.lacks(location, module))
+        base_name = _base_name(module, config, base)
+        if base_name is None:
+            problems.append(base.missing_module_message(location, module))
             continue
         rows = tokens.get(module)
         parameters = (
-            ("weight",) if rows else _changed_parameters(config, module, base.skeleton.model.get_submodule(own))
+            ("weight",) if rows else _changed_parameters(config, module, base.skeleton.model.get_submodule(base_name))
         )
-        together = rows is not None and len(tokens) == 1 and f"{own}.weight" not in base.ties
-        changes.append(TunedModule(module, own, parameters, tensors, rows, together))
+        changes_tied = rows is not None and len(tokens) == 1 and f"{base_name}.weight" not in base.ties
+        changes.append(TunedModule(module, base_name, parameters, tensors, rows, changes_tied))
         for parameter in parameters:
-            ref = ParameterRef(f"{own}.{parameter}")
+            ref = ParameterRef(f"{base_name}.{parameter}")
             if ref.parameter not in base.skeleton.shapes:
                 problems.append(
                     f"{location} adds {ref.parameter}, which the base {base.location} does not have. "
                     "Merge it into a model with this parameter, with zeros in it, or leave it out."
                 )
-            elif not together and (base.was_tied(ref) if needs_whole_model(config) else base.is_tied(ref)):
-                problems.append(base.cannot_untie(location, module))
+            elif not changes_tied and (base.was_tied(ref) if needs_whole_model(config) else base.is_tied(ref)):
+                problems.append(base.cannot_untie_message(location, module))
     return changes, problems
 
 
-def _own_name(module: str, config: AnyConfig, base: Base) -> str | None:
-    """The name of an adapter's module in the base's class."""
+def _base_name(module: str, config: AnyConfig, base: Base) -> str | None:
+    """The name of an adapter's module in the base's class; None if the base does not have it."""
     parameters = [target.rpartition(".")[2] for target in getattr(config, "target_parameters", None) or ()]
     names = [f"{module}.{parameter}" for parameter in ("weight", *parameters)]
     for name, ref in base.skeleton.refs(names).items():
         if ref and ref.piece is None:
             parameter = name.rpartition(".")[2]
             tied = [alias for alias, owner in base.skeleton.ties.items() if owner == ref.parameter]
-            own = next((alias for alias in tied if alias.endswith(name)), ref.parameter)
-            return own.removesuffix(f".{parameter}")
+            found = next((alias for alias in tied if alias.endswith(name)), ref.parameter)
+            return found.removesuffix(f".{parameter}")
     return None
 
 
 def _changed_parameters(config: AnyConfig, module: str, layer: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that a tuner changes, by their names in it. Checked when they are computed."""
+    """The names in a module of the parameters that a tuner changes. `effective` checks that no others change."""
     targets = target_parameters(config, module, layer)
     if targets:
         return targets
@@ -143,7 +151,7 @@ def _changed_parameters(config: AnyConfig, module: str, layer: nn.Module) -> tup
 
 
 def _is_feedforward(config: AnyConfig, module: str) -> bool:
-    """Whether IA3 scales the inputs of a module, and not its outputs."""
+    """Whether IA3 scales the inputs of a module rather than its outputs."""
     patterns = config.feedforward_modules or ()
     if isinstance(patterns, str):
         return re.fullmatch(patterns, module) is not None
@@ -151,7 +159,7 @@ def _is_feedforward(config: AnyConfig, module: str) -> bool:
 
 
 def target_parameters(config: AnyConfig, module: str, layer: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that LoRA's target_parameters name, by their names in it."""
+    """The names in a module of the parameters that LoRA's option target_parameters selects."""
     targets = getattr(config, "target_parameters", None) or ()
     return tuple(
         name
