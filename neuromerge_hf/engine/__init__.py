@@ -1,1 +1,1 @@
-"""Passes over the inputs, block by block: thresholds, merging, statistics, and writing."""
+"""Passes over the inputs, block by block: they find thresholds, merge, collect statistics and write."""

@@ -1,4 +1,4 @@
-"""Where a merge computes: the device, and how many threads."""
+"""The device of a merge, and its number of threads."""
 
 import os
 
@@ -8,20 +8,21 @@ from accelerate import PartialState
 from neuromerge_hf.errors import MergeError
 
 
-def find_device(device: str | torch.device | None) -> torch.device:
-    """The device to compute on: the accelerator that accelerate sees, or the CPU, if none is given.
+def find_device(device: str | int | torch.device | None) -> torch.device:
+    """Return the device to compute on. The default is the accelerator that accelerate sees, or else the CPU.
 
     Raises:
-        MergeError: if the device is not there.
+        MergeError: if the device cannot be used.
     """
     if device is None:
         return PartialState().device
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's own where it is built without this kind of device
-        raise MergeError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without this kind of device
+        name = device if isinstance(device, int) else repr(str(device))
+        raise MergeError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def default_threads() -> int:
-    """How many processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,70 +1,55 @@
-"""Counting values around a quantile, in bins so narrow that each float32 has its own."""
+"""Histograms of the values around a quantile, in bins so narrow that each float32 has its own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuromerge_hf.engine.passes import Memory
+from neuromerge_hf.engine.blocks import Memory
+from neuromerge_hf.engine.trimming import Trimming
 from neuromerge_hf.kernel import trim
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 BINS = 1 << 20
-"""How many bins there are at most: each float32 has its own in a range of 12% around the predicted threshold."""
-
+"""The largest number of bins. Each float32 in a range of 12% around the predicted threshold has its own."""
 
 INFINITY = 0x7F800000
-"""The bits of infinity: those of finite magnitudes are below."""
-
-
-@dataclass(frozen=True)
-class Trimming:
-    """How one expert's task vector is trimmed.
-
-    Attributes:
-        threshold: entries with a smaller magnitude become 0.
-        sigma: the share of the task vector's L1 norm that is trimmed.
-        entries: how many entries the task vector has: those of the parameters that the expert may change.
-        trimmed: how many of them become 0.
-    """
-
-    threshold: float
-    sigma: float
-    entries: int
-    trimmed: int = 0
+"""The bits of infinity, an integer above the bits of all finite magnitudes."""
 
 
 class Histogram:
-    """Counts an expert's magnitudes whose bits are in [low, high), in at most BINS bins, and those below.
+    """Counts an expert's magnitudes with bits in [low, high), in at most `max_bins` bins, and the magnitudes below.
 
     Attributes:
-        below: how many magnitudes are below the range.
-        counts: how many are in each bin.
+        below: the number of magnitudes below the range.
+        counts: (bins,) int64, the number of magnitudes in each bin.
         norm: the L1 norm of all entries.
         kept: the L1 norm of the entries that are not below the range.
     """
 
-    def __init__(self, expert: int, low: int, high: int):
+    def __init__(self, expert: int, low: int, high: int, max_bins: int = BINS):
         self.expert = expert
         self.low = low
-        self.shift = max(0, (high - low - 1).bit_length() - (BINS - 1).bit_length())
+        self.max_bins = max_bins
+        self.shift = max(0, (high - low - 1).bit_length() - (max_bins - 1).bit_length())
         self.bins = (high - low - 1 >> self.shift) + 1
         self.below = 0
         self.counts = torch.zeros(self.bins, dtype=torch.int64)
         self.norm = 0.0
         self.kept = 0.0
 
-    def look(self, magnitudes: Tensor, memory: Memory) -> tuple[int, Tensor, Tensor]:
-        """What to add for some neurons' magnitudes, (neurons, width) contiguous float32.
+    def count(self, magnitudes: Tensor, memory: Memory) -> tuple[int, Tensor, Tensor]:
+        """Count the magnitudes of some neurons, without changing the histogram.
 
         Args:
-            memory: reused, because a process that allocates megabytes for each block on each thread grows.
+            magnitudes: (neurons, width) float32, contiguous.
+            memory: buffers to reuse. A process that allocates megabytes for each block on each thread grows.
 
         Returns:
-            How many are below the range, the bins of those in it, and the norms (2, neurons) of all and of the kept.
+            The number of magnitudes below the range, the bin of each magnitude in the range, and the L1 norms of all
+            entries and of those not below the range: (2, neurons) float64.
         """
         low, high = magnitude_of(self.low), magnitude_of(min(self.low + (self.bins << self.shift), INFINITY))
         kept, below, inside = (
@@ -84,12 +69,12 @@ class Histogram:
         return count, found.view(torch.int32) - self.low >> self.shift, norms
 
     def add(self, below: int, bins: Tensor) -> None:
-        """Add what `look` found, but for the norms."""
+        """Add the counts that `count` returned. The caller adds the norms."""
         self.below += below
         np.add.at(self.counts.numpy(), bins.numpy(), 1)
 
     def settle(self, rank: int, entries: int) -> Trimming | None:
-        """The exact trimming, if the rank-th smallest magnitude is in a bin of one value."""
+        """Return the exact trimming, or None if the rank-th smallest magnitude is not in a bin of one value."""
         found = self._find(rank)
         if self.shift or not 0 <= found < self.bins:
             return None
@@ -100,34 +85,27 @@ class Histogram:
         return Trimming(magnitude_of(self.low + found), sigma, entries, trimmed)
 
     def narrowed(self, rank: int) -> "Histogram":
-        """The counter for the next pass, around the rank-th smallest magnitude."""
+        """Return an empty histogram for the next pass, around the rank-th smallest magnitude."""
         found = self._find(rank)
         if found < 0:
-            return Histogram(self.expert, 0, self.low)
+            return Histogram(self.expert, 0, self.low, self.max_bins)
         if found == self.bins:
-            return Histogram(self.expert, self.low + (self.bins << self.shift), INFINITY)
+            return Histogram(self.expert, self.low + (self.bins << self.shift), INFINITY, self.max_bins)
         first = self.low + (found << self.shift)
-        return Histogram(self.expert, first, first + (1 << self.shift))
+        return Histogram(self.expert, first, first + (1 << self.shift), self.max_bins)
 
     def _find(self, rank: int) -> int:
-        """The bin of the rank-th smallest magnitude: -1 below the range, `bins` above."""
+        """Return the bin of the rank-th smallest magnitude: -1 if it is below the range, `bins` if it is above."""
         if rank <= self.below:
             return -1
         return int(torch.searchsorted(self.counts.cumsum(0), rank - self.below))
 
 
 def magnitude_of(bits: int) -> float:
+    """Return the float32 with these bits."""
     return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
 
 
-@dataclass(frozen=True)
-class Rank:
-    """A value that is looked for: the `number`-th smallest of one expert's, counted from 1; 0 asks for 0.0."""
-
-    expert: int
-    number: int
-
-
 Values = Callable[[Tensor, Unit, Block], None]
-"""Puts what is ranked in the place of the task vectors x[1:] of a loaded block; values >= 0, in the same order as the
-experts that change the unit. It must give an entry the same bits in every block."""
+"""A function that replaces the task vectors x[1:] of a loaded block with the values to rank, which are >= 0. The bits
+of a value must not depend on how the unit is divided into blocks."""

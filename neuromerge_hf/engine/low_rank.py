@@ -1,4 +1,4 @@
-"""Units that only LoRA adapters change: at density 1 they are merged without forming a task vector."""
+"""The factors of units that only LoRA adapters change. At density 1 they are merged without forming a task vector."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuromerge_hf.sources.task_vector import LowRank
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
-
-BLOCK_ENTRIES = 1 << 20
-"""How many entries of a tensor are worked on at a time. A constant: the last bit of a product depends on it."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +25,30 @@ class StackedFactors:
     overlap: Tensor
 
     def rows(self, unit: Unit, block: Block) -> Tensor:
-        """The left factors of a block, (neurons, T, r)."""
+        """Return the left factors of a block: (neurons, T, r) float32."""
         first = block.batch * unit.layout.neurons + block.start
         return self.left[first : first + len(block)]
 
 
 def find_factors(unit: Unit, thresholds: Sequence[float], device: torch.device) -> StackedFactors | None:
-    """The factors of a unit, if all that changes it is untrimmed LoRA."""
-    vectors = [vector for vector in unit.task_vectors if isinstance(vector, LowRank) and vector.stored is None]
-    if not vectors or len(vectors) < len(unit.changing) or any(thresholds[expert] > 0 for expert in unit.changing):
+    """Return the factors of a unit, or None if anything but untrimmed LoRA adapters changes it.
+
+    Args:
+        unit: an opened unit, which holds its factors in memory.
+        thresholds: the trim threshold of each expert.
+        device: the device of the result.
+    """
+    if not unit.changing or any(thresholds[expert] > 0 for expert in unit.changing):
         return None
-    rank = max(vector.left.shape[1] for vector in vectors)
+    found = [vector.low_rank() for vector in unit.task_vectors if vector]
+    vectors = [vector for vector in found if vector]
+    if len(vectors) < len(found):
+        return None
+    rank = max(vector.rank for vector in vectors)
     left = torch.zeros(unit.layout.rows, len(vectors), rank, device=device)
     right = torch.zeros(len(vectors), rank, unit.layout.width, device=device)
     for task, vector in enumerate(vectors):
-        left[:, task, : vector.left.shape[1]] = vector.left
-        right[task, : vector.left.shape[1]] = vector.right[:, : unit.layout.width]
+        left[:, task, : vector.rank] = vector.left
+        right[task, : vector.rank] = vector.right[:, : unit.layout.width]
     rows = right.double().flatten(0, 1)
     return StackedFactors(left, right, (rows @ rows.T).view(len(vectors), rank, len(vectors), rank))

@@ -1,92 +1,99 @@
-"""Merging the blocks of a plan with a method."""
+"""The merging pass: every block is merged by a method, or copied, and written."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from neuromerge_hf.engine import low_rank
-from neuromerge_hf.engine.low_rank import StackedFactors
-from neuromerge_hf.engine.method import Method, Recorder
-from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Memory, load_base, load_block, map_in_order, non_finite
+from neuromerge_hf.engine.blocks import load_base, load_block
+from neuromerge_hf.engine.method import Method
+from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
 from neuromerge_hf.engine.statistics import BlockStatistics
 from neuromerge_hf.engine.writer import CheckpointWriter
-from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
 
-Item = tuple[Unit, Block, StackedFactors | None]
 
+class UnitMerger:
+    """Merges or copies one opened unit, block by block, on any number of threads.
 
-class BlockMerger:
-    """Merges the blocks of a plan's units, on any number of threads."""
+    Attributes:
+        factors: the factors of the unit's LoRA adapters if it is merged from them, else None.
+    """
 
-    def __init__(self, plan: MergePlan, method: Method[Any], device: torch.device):
-        self._names = [expert.name for expert in plan.experts]
+    def __init__(self, passes: Passes, method: Method[Any], unit: Unit):
+        self.factors = method.find_factors(unit, passes.device)
+        self._passes = passes
         self._method = method
-        self._device = device
-        self._memory = Memory()
+        self._unit = unit
 
-    def items(self, units: Iterable[Unit]) -> Iterator[Item]:
-        """The blocks of some units, with the factors of those that are merged from them."""
-        for unit in map(Unit.opened, units):
-            factors = self._method.find_factors(unit, self._device)
-            for block in unit.layout.blocks(low_rank.BLOCK_ENTRIES if factors else BLOCK_ENTRIES):
-                yield unit, block, factors
+    def blocks(self) -> Iterator[Block]:
+        """Return the blocks in which the unit is merged."""
+        if self.factors:  # The last bits of low-rank products depend on the number of rows, so the size is fixed.
+            return self._unit.layout.blocks(BLOCK_ENTRIES)
+        return self._passes.blocks(self._unit)
 
-    def merge(self, item: Item, record: Recorder, look: Callable[[Tensor], object] = lambda _: None) -> Tensor:
-        """Merge a block that some expert may change.
+    def merge(
+        self,
+        block: Block,
+        record: Callable[[BlockStatistics], object],
+        observe: Callable[[Tensor], object] = lambda _: None,
+    ) -> Tensor:
+        """Merge or copy a block.
 
         Args:
-            record: called with what the elections tell.
-            look: is shown base and task vectors, (1 + T, neurons, width), untrimmed, where they are formed.
+            block: a block of `blocks`.
+            record: called with the statistics of the block; see `Method.merge_block`.
+            observe: called with the base and the untrimmed task vectors, (1 + T, neurons, width), if they are formed.
+
+        Returns:
+            (neurons, width): the merged rows in float32. If no expert changes the unit, the base's
+            rows in their own dtype.
 
         Raises:
-            MergeError: if a weight is NaN or infinite.
+            FloatingPointError: if a weight is NaN or infinite.
         """
-        unit, block, factors = item
-        try:
-            if factors:
-                base = load_base(unit, block, self._memory, self._device)
-                return self._method.merge_factors(base, factors.rows(unit, block), factors, record)
-            x = load_block(unit, block, self._memory, self._device)
-            look(x)
-            return self._method.merge_block(x, unit, block, record)
-        except FloatingPointError:
-            raise non_finite(unit, block, self._names, self._device) from None
+        unit, memory, device = self._unit, self._passes.memory, self._passes.device
+        if not unit.task_vectors:
+            return read_rows(unit.tensor, unit.layout, block)
+        if self.factors:
+            base = load_base(unit, block, memory, device)
+            return self._method.merge_factors(base, self.factors.rows(unit, block), self.factors, record)
+        x = load_block(unit, block, memory, device)
+        observe(x)
+        return self._method.merge_block(x, unit, block, record)
 
 
 def merge_weights(
-    plan: MergePlan,
+    passes: Passes,
     method: Method[Any],
     writer: CheckpointWriter,
-    device: torch.device,
-    threads: int,
-    advance: Callable[[int], object] = lambda _: None,
     record: Callable[[Unit, BlockStatistics], object] = lambda _, __: None,
 ) -> None:
-    """Merge or copy every unit of a plan.
+    """Merge or copy every unit.
 
     Args:
-        method: with what it needs of the whole model; see `methods.fit_method`.
-        advance: called with the number of bytes that have been read.
-        record: called with the sums of every block that is merged by neurons' elections, in the order of the plan.
+        method: the fitted method; see `fit_method`.
+        writer: writes the merged and copied blocks. The caller closes it.
+        record: called with the statistics of every block that the method has them for, in the order of the units.
 
     Raises:
         MergeError: if a weight is NaN or infinite.
     """
-    merger = BlockMerger(plan, method, device)
 
-    def process(item: Item) -> tuple[Unit, Block, list[BlockStatistics]]:
-        unit, block, _ = item
-        sums: list[BlockStatistics] = []
-        merged = merger.merge(item, sums.append) if unit.task_vectors else read_rows(unit.tensor, unit.layout, block)
-        writer.write(unit, block, merged)
-        return unit, block, sums
+    def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], list[BlockStatistics]]]:
+        merger = UnitMerger(passes, method, unit)
 
-    for unit, block, found in map_in_order(process, merger.items(plan.units), threads):
-        for sums in found:
-            record(unit, sums)
-        advance(unit.bytes_read * len(block) // unit.layout.rows)
+        def process(block: Block) -> list[BlockStatistics]:
+            found: list[BlockStatistics] = []
+            writer.write(unit, block, merger.merge(block, found.append))
+            return found
+
+        return merger.blocks(), process
+
+    for unit, results in passes.run(start):
+        for found in results:
+            for sums in found:
+                record(unit, sums)
+        writer.finish(unit)

@@ -1,64 +1,103 @@
-"""What the engine asks of a method."""
+"""The interface between the engine and a method, and steps that several methods share.
+
+Importing this module does not import torch, so the command line can list methods and their options at once.
+"""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from neuromerge_hf.config import MergeConfig
-from neuromerge_hf.engine.histogram import Trimming
-from neuromerge_hf.engine.low_rank import StackedFactors
-from neuromerge_hf.engine.statistics import BlockStatistics
-from neuromerge_hf.engine.thresholds import count_entries
-from neuromerge_hf.planning.plan import MergePlan
-from neuromerge_hf.sources.unit import Unit
-from neuromerge_hf.storage.layout import Block
+from neuromerge_hf.engine.trimming import Trimming
+from neuromerge_hf.errors import MergeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from neuromerge_hf.engine.low_rank import StackedFactors
+    from neuromerge_hf.engine.passes import Passes
+    from neuromerge_hf.engine.statistics import BlockStatistics
+    from neuromerge_hf.sources.unit import Unit
+    from neuromerge_hf.storage.layout import Block
+
+Recorder: TypeAlias = "Callable[[BlockStatistics], object]"
+"""A function that receives the statistics of a block."""
 
 Config = TypeVar("Config", bound=MergeConfig)
 
-Recorder = Callable[[BlockStatistics], object]
-
 
 class Method(ABC, Generic[Config]):
-    """A method that is ready to merge the blocks of a plan.
+    """A method that is fitted to the experts and can merge blocks.
+
+    A subclass names its configuration: ``class TIES(Method[TIESConfig], config=TIESConfig)``. `of` finds it by that.
 
     Args:
-        trimmings: how each expert's task vector is trimmed, for the report as well.
+        config: the hyper-parameters.
+        trimmings: how each expert's task vector is trimmed. The report shows them.
+
+    Attributes:
+        sigma: the largest share of a task vector's L1 norm that is trimmed; None if the report is to show no shares.
     """
+
+    sigma: float | None = None
+    _by_config: ClassVar[dict[type[MergeConfig], type[Method[Any]]]] = {}
+
+    def __init_subclass__(cls, config: type[MergeConfig] | None = None) -> None:
+        super().__init_subclass__()
+        if config:
+            Method._by_config[config] = cls
 
     def __init__(self, config: Config, trimmings: list[Trimming]):
         self.config = config
         self.trimmings = trimmings
 
+    @staticmethod
+    def of(config: MergeConfig) -> type[Method[Any]]:
+        """Return the method class of a configuration.
+
+        Raises:
+            MergeError: if no method class names the configuration's class.
+        """
+        name = type(config).__name__
+        if type(config) not in Method._by_config:
+            raise MergeError(
+                f"No method is known for {name}: define `class M(Method[{name}], config={name})` beside it."
+            )
+        return Method._by_config[type(config)]
+
     @classmethod
-    def fit(
-        cls, config: Config, plan: MergePlan, device: torch.device, threads: int, advance: Callable[[int], object]
-    ) -> "Method[Config]":
-        """The method with what it needs of the whole model; see `fit_method`. Here: nothing."""
-        return cls(config, [Trimming(0.0, 0.0, entries) for entries in count_entries(plan)])
+    def fit(cls, config: Config, passes: Passes) -> Method[Config]:
+        """Return the method, fitted to the whole model; see `fit_method`. The default reads nothing."""
+        return cls(config, [Trimming(0.0, 0.0, entries) for entries in passes.work.entries])
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters by name, with the values that replaced the names of rules, for the report."""
+        return self.config.to_dict()
 
     @abstractmethod
     def merge_block(self, x: Tensor, unit: Unit, block: Block, record: Recorder) -> Tensor:
         """Merge a block of neurons.
 
         Args:
-            x: (1 + T, neurons, width) float32, the base and the task vectors of the experts that change it, which may
-                be overwritten.
-            unit: what the block is of.
-            block: which neurons.
-            record: called with what the elections tell of the experts, by methods that hold them neuron by neuron.
+            x: (1 + T, neurons, width) float32, the base and the task vectors of the experts that change the unit. It
+                may be overwritten.
+            unit: the unit that the block belongs to.
+            block: the neurons of the unit that `x` holds.
+            record: called with the statistics of the block, if the configuration has `by_neuron`.
 
         Returns:
-            (neurons, width) float32; each entry has the same bits whatever the block.
+            (neurons, width) float32. The bits of an entry do not depend on how the unit is divided into blocks.
 
         Raises:
             FloatingPointError: if an input holds a NaN or an infinity.
         """
 
     def find_factors(self, unit: Unit, device: torch.device) -> StackedFactors | None:
-        """The factors of a unit that can be merged without forming its task vectors."""
+        """Return the factors of an opened unit, or None if it cannot be merged without forming its task vectors."""
         return None
 
     def merge_factors(self, base: Tensor, left: Tensor, factors: StackedFactors, record: Recorder) -> Tensor:
@@ -66,8 +105,17 @@ class Method(ABC, Generic[Config]):
         raise NotImplementedError
 
 
+def fit_method(config: Config, passes: Passes) -> Method[Config]:
+    """Return the method of a configuration, fitted to the whole model. This reads the inputs if the method needs it.
+
+    Raises:
+        MergeError: if a weight is NaN or infinite.
+    """
+    return Method.of(config).fit(config, passes)
+
+
 def summed(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of tensors, in their order. (The last bits of torch's own sums depend on where an entry is in memory.)"""
+    """Add tensors in their order. The last bits of torch's own sums depend on an entry's place in memory."""
     iterator = iter(terms)
     total = next(iterator).clone()
     for term in iterator:
@@ -76,13 +124,28 @@ def summed(terms: Iterable[Tensor]) -> Tensor:
 
 
 def add_change(base: Tensor, change: Tensor) -> Tensor:
-    """``base + change``; entries that are not changed are the base's bit for bit. `change` is overwritten.
+    """Return ``base + change``, and overwrite `change`. Entries whose change is 0 keep the bits of the base.
 
     Raises:
         FloatingPointError: if the result is not finite.
     """
     unchanged = change == 0
-    merged = torch.where(unchanged, base, change.add_(base))
+    merged = base.where(unchanged, change.add_(base))
     if not merged.isfinite().all():
         raise FloatingPointError("a weight is NaN or infinite")
     return merged
+
+
+def trim_block(x: Tensor, unit: Unit, thresholds: Sequence[float]) -> None:
+    """Trim the task vectors x[1:] of a block in place.
+
+    Args:
+        x: (1 + T, neurons, width) float32.
+        unit: the unit that the block belongs to.
+        thresholds: the trim threshold of each expert, by its number.
+    """
+    from neuromerge_hf.kernel import trim
+
+    for t, expert in enumerate(unit.changing, start=1):
+        if thresholds[expert] > 0:
+            trim(x[t], thresholds[expert], out=x[t])

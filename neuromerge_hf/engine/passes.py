@@ -1,92 +1,107 @@
-"""Reading a plan's units block by block, on several threads, in reused memory."""
+"""Passes over the inputs of a merge: unit by unit, block by block, in order, on threads, with progress."""
 
-import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from neuromerge_hf.errors import MergeError
-from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.engine.blocks import Memory, non_finite
+from neuromerge_hf.sources.unit import Unit, Work
 from neuromerge_hf.storage.layout import Block
-from neuromerge_hf.storage.tensors import read_rows
 
 BLOCK_ENTRIES = 1 << 20
-"""How many entries of a tensor are worked on at a time. Threads that return to Python too often wait for each other."""
+"""How many entries of a tensor a block has. With smaller blocks, threads often wait for Python's lock."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-
-class Memory(threading.local):
-    """Memory that each thread reuses from one block to the next."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised 1-D tensor, valid until the same name is taken again on this thread."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < count or buffer.dtype != dtype:
-            buffer = self._buffers[name] = torch.empty(count, dtype=dtype, device=device)
-        return buffer[:count]
+Start = Callable[[Unit], tuple[Iterable[Block], Callable[[Block], Result]]]
+"""A function that is called once with each opened unit. It returns the unit's blocks and a function to process one."""
 
 
-def load_base(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
-    """A block of the base, (neurons, width) float32, valid until the next call on the same thread."""
-    x = memory.take("x", len(block) * unit.layout.width, torch.float32, device).view(len(block), unit.layout.width)
-    return x.copy_(read_rows(unit.tensor, unit.layout, block, _raw(unit, block, memory)))
+def _ignore(_: int) -> None:
+    pass
 
 
-def load_block(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
-    """A block of the base and of the task vectors of the experts that change it: (1 + T, neurons, width) float32.
+@dataclass(frozen=True)
+class Passes:
+    """How passes over the inputs are run.
 
-    The result is valid until the next call on the same thread.
+    Attributes:
+        work: the units and the experts.
+        device: where blocks are loaded and computed.
+        threads: how many blocks are processed at once.
+        advance: called with the number of bytes that were read since the last call.
+        block_entries: how many entries of a tensor a block has. No result depends on it.
+        memory: the buffers that blocks are loaded into.
     """
-    vectors = [vector for vector in unit.task_vectors if vector]
-    shape = 1 + len(vectors), len(block), unit.layout.width
-    x = memory.take("x", math.prod(shape), torch.float32, device).view(shape)
-    raw = _raw(unit, block, memory)
-    x[0].copy_(read_rows(unit.tensor, unit.layout, block, raw))
-    for task_vector, vector in zip(x[1:], vectors, strict=True):
-        vector.write(task_vector, block, x[0], raw)
-    return x
+
+    work: Work
+    device: torch.device
+    threads: int = 1
+    advance: Callable[[int], object] = _ignore
+    block_entries: int = BLOCK_ENTRIES
+    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
+
+    def blocks(self, unit: Unit) -> Iterator[Block]:
+        """Return all blocks of a unit."""
+        return unit.layout.blocks(self.block_entries)
+
+    def run(self, start: Start[Result], units: Iterable[Unit] | None = None) -> Iterator[tuple[Unit, Iterator[Result]]]:
+        """Make one pass: process the blocks of units on threads, and yield the results in order.
+
+        Args:
+            start: called with each unit on the calling thread. The function that it returns is called on other threads.
+            units: the units of the pass; by default all units of the work.
+
+        Yields:
+            Each unit that has blocks, opened, with the results of its blocks. Take all results of a unit before the
+            next unit.
+
+        Raises:
+            MergeError: if processing a block raises a `FloatingPointError`. It names the source of the NaN or infinity.
+        """
+        results = self._results(start, self.work.units if units is None else units)
+        for unit, found in groupby(results, key=itemgetter(0)):
+            yield unit, (result for _, result in found)
+
+    def _results(self, start: Start[Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:
+        def items() -> Iterator[tuple[Unit, Block, Callable[[Block], Result]]]:
+            for unit in map(Unit.opened, units):
+                blocks, process = start(unit)
+                for block in blocks:
+                    yield unit, block, process
+
+        def process_item(item: tuple[Unit, Block, Callable[[Block], Result]]) -> tuple[Unit, Block, Result]:
+            unit, block, process = item
+            try:
+                return unit, block, process(block)
+            except FloatingPointError:
+                raise non_finite(unit, block, self.work.expert_names, self.device) from None
+
+        for unit, block, result in _map_in_order(process_item, items(), self.threads):
+            yield unit, result
+            first = block.batch * unit.layout.neurons + block.start
+            done, doing = (unit.bytes_read * rows // unit.layout.rows for rows in (first, first + len(block)))
+            self.advance(doing - done)  # the sum over all blocks is exact
 
 
-def _raw(unit: Unit, block: Block, memory: Memory) -> Tensor:
-    # float64 is the widest dtype that a file may hold
-    return memory.take("raw", len(block) * unit.layout.width * 8, torch.uint8, torch.device("cpu"))
+def _map_in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Map a function over items on threads, and yield the results in the order of the items.
 
-
-def non_finite(unit: Unit, block: Block, experts: list[str], device: torch.device) -> MergeError:
-    """The error for a block that holds a NaN or an infinity, naming the first source of it."""
-    x = load_block(unit, block, Memory(), device)
-    names = [expert for expert, vector in zip(experts, unit.task_vectors, strict=True) if vector]
-    files = [str(unit.tensor.path), *(vector.file for vector in unit.task_vectors if vector)]
-    for t, (name, file) in enumerate(zip(["the base model", *names], files, strict=True)):
-        if not x[t].isfinite().all():
-            return MergeError(
-                f"{unit.parameter} of {name} holds a NaN or an infinity ({file}). "
-                "A damaged model cannot be merged: train or download it again, or leave it out."
-            )
-    return MergeError(f"{unit.parameter}: the task vectors are too large for float32.")
-
-
-def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Like `map`, on threads that each take whole items; the results come in the order of the items.
-
-    At most a few items are ahead of the one that is waited for. torch's own operations run on one thread meanwhile:
-    threads that each take whole blocks beat one operation that is split over threads.
+    At most ``2 * threads`` items are ahead of the next result, which bounds the memory. Each torch operation runs on
+    one thread meanwhile, because threads with blocks of their own are faster than operations split over threads.
     """
-    # Every thread is told: MKL counts for each thread by itself, and torch passes its own count on only in some
-    # operations, without which a thread's first matrix products would be split, with other last bits.
+    # MKL has a thread count for each thread, and torch sets it only in some operations. Without the initializer, a
+    # thread's first matrix products would be split, with other last bits.
     workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    with single_threaded_torch(), workers as pool:
+    with _single_threaded_torch(), workers as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -101,8 +116,8 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], thre
 
 
 @contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """torch's operations run on one thread each, in this thread."""
+def _single_threaded_torch() -> Iterator[None]:
+    """Run each torch operation of the calling thread on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,71 +1,86 @@
-"""Predicting where the quantiles of task vectors are, from a sample of their entries."""
+"""Predicts the quantiles of task vectors from a sample of their entries."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuromerge_hf.engine.histogram import INFINITY, Histogram, Rank, Values
-from neuromerge_hf.engine.passes import Memory, load_block, map_in_order
-from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.engine.blocks import load_block
+from neuromerge_hf.engine.histogram import INFINITY, Values
+from neuromerge_hf.engine.passes import Passes
+from neuromerge_hf.engine.trimming import Rank
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 
 SAMPLE_ENTRIES = 1 << 22
-"""How many entries of each expert predict its threshold."""
-
+"""How many entries of an expert predict its threshold."""
 
 SAMPLE_BLOCK = 1 << 11
-"""How many entries of the sample are in one block of neurons."""
-
+"""How many entries a sampled block of neurons has."""
 
 SAMPLE_RUN = 1 << 6
-"""How many entries of the sample at least follow each other on the disk, where a neuron's own do not."""
-
+"""The least number of adjacent sampled entries in tensors that do not store a neuron's entries side by side."""
 
 MARGIN = 0.002
-"""The first pass looks at the values between the sample's quantiles at least this far from the wanted one."""
-
+"""The least distance of a predicted range's ends from the wanted quantile, as a share of all entries."""
 
 STANDARD_ERRORS = 4
-"""The margin is larger where neurons differ: this many standard errors of the sample."""
+"""The distance is at least this many standard errors of the sample, which are large where neurons differ."""
+
+Sampled = list[tuple[int, Tensor]]
+"""The numbers of the experts that change a block, and the values of each in it: 1-D float32 on the CPU."""
 
 
 def predict_ranges(
-    plan: MergePlan, ranks: Sequence[Rank], entries: list[int], device: torch.device, threads: int, values: Values
-) -> dict[int, Histogram]:
-    """Counters around the quantiles of a sample: some neurons of every unit, evenly spaced."""
-    memory = Memory()
-    units = [unit for unit in plan.units if unit.task_vectors]
-    step = max(1, max(entries) // SAMPLE_ENTRIES)
+    passes: Passes, ranks: Sequence[Rank], values: Values, sample_entries: int = SAMPLE_ENTRIES
+) -> dict[int, tuple[int, int]]:
+    """Predict the range of each rank's value, from evenly spaced neurons of every unit.
 
-    def sample(item: tuple[Unit, Block]) -> list[tuple[int, Tensor]]:
-        unit, block = item
-        x = load_block(unit, block, memory, device)
-        values(x, unit, block)
-        return [(expert, x[t].flatten().to("cpu", copy=True)) for t, expert in enumerate(unit.changing, start=1)]
+    Args:
+        passes: how the inputs are read.
+        ranks: the ranks of the values.
+        values: replaces the task vectors with the values to rank; see `Values`.
+        sample_entries: the size of each expert's sample.
 
-    blocks = list(_evenly_spaced(units, step))
-    # One allocation for each expert: many small ones that stay, among large ones that come and go, take gigabytes.
+    Returns:
+        The bits [low, high) that probably enclose the value, by the position in `ranks`, without ranks of number 0.
+    """
+    entries = passes.work.entries
+    units = passes.work.merged
+    blocks = _evenly_spaced(units, max(1, max(entries) // sample_entries))
+
+    def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], Sampled]]:
+        def sample(block: Block) -> Sampled:
+            x = load_block(unit, block, passes.memory, passes.device)
+            values(x, unit, block)
+            return [(expert, x[t].flatten().to("cpu", copy=True)) for t, expert in enumerate(unit.changing, start=1)]
+
+        return blocks[unit.tensor.name], sample
+
+    # One allocation for each expert: many small lasting ones between large temporary ones fragment gigabytes of memory.
     samples: list[list[Tensor]] = []
-    for expert in range(len(plan.experts)):
-        sizes = [len(block) * unit.layout.width for unit, block in blocks if expert in unit.changing]
+    for expert in range(len(entries)):
+        changed = [unit for unit in units if expert in unit.changing]
+        sizes = [len(block) * unit.layout.width for unit in changed for block in blocks[unit.tensor.name]]
         samples.append(list(torch.empty(sum(sizes)).split(sizes)))
-    places = [iter(sample) for sample in samples]
-    for found in map_in_order(sample, blocks, threads):
-        for expert, sampled in found:
-            next(places[expert]).copy_(sampled)
+    targets = [iter(sample) for sample in samples]
+    silent = replace(passes, advance=lambda _: None)  # progress counts only the bytes that whole passes read
+    for _, results in silent.run(start, units):
+        for found in results:
+            for expert, sampled in found:
+                next(targets[expert]).copy_(sampled)
     return {
-        i: Histogram(rank.expert, *_range_around(rank.number, entries[rank.expert], samples[rank.expert]))
+        i: _range_around(rank.number, entries[rank.expert], samples[rank.expert])
         for i, rank in enumerate(ranks)
         if rank.number > 0
     }
 
 
 def _range_around(rank: int, entries: int, samples: list[Tensor]) -> tuple[int, int]:
-    """The bits between which the magnitude of a rank is, as far as the samples tell."""
+    """Return the bits between which the value of a rank is, according to the samples."""
     if not samples:
         return 0, INFINITY
     ordered = np.sort(torch.cat(samples).numpy())
@@ -82,15 +97,18 @@ def _range_around(rank: int, entries: int, samples: list[Tensor]) -> tuple[int, 
     return int(value(quantile - margin).view(np.int32)), int(value(quantile + margin).view(np.int32)) + 1
 
 
-def _evenly_spaced(units: Sequence[Unit], step: int) -> Iterator[tuple[Unit, Block]]:
-    """Small blocks that hold one in `step` of all entries."""
+def _evenly_spaced(units: Sequence[Unit], step: int) -> dict[str, list[Block]]:
+    """Return small blocks of each unit, by the name of its tensor. Together they hold one of every `step` entries."""
+    found: dict[str, list[Block]] = {}
     due = 0
-    for unit in map(Unit.opened, units):
+    for unit in units:
         layout = unit.layout
+        blocks = found[unit.tensor.name] = []
         count = SAMPLE_BLOCK // layout.width if layout.before == 1 else SAMPLE_RUN // layout.after
         while due < unit.entries:
             batch, start = divmod(due // layout.width, layout.neurons)
             block = Block(batch, start, min(start + max(1, count), layout.neurons))
-            yield unit, block
+            blocks.append(block)
             due += step * len(block) * layout.width
         due -= unit.entries
+    return found

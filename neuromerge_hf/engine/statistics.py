@@ -1,10 +1,10 @@
-"""What the elections of a merge tell of the experts: sums over neurons of numbers that the kernel has computed anyway.
+"""Statistics of a merge's elections: sums over neurons of numbers that the kernel computes anyway.
 
 Each neuron's task vectors have one coordinate along ``w_0`` and one along each singular direction of their orthogonal
-parts. The experts *share* a direction in which at least two of them have a coordinate; there they *conflict* where
-these do not all have one sign, and a coordinate that lacks the elected sign is *outvoted*: the merge leaves it out.
-Directions are weighted by their energy, the sum of the squared coordinates. Merely counted they would say little:
-singular vectors are orthogonal, so at most one direction of a neuron that all T experts share can have equal signs.
+parts. Experts *share* a direction if at least two of them have a coordinate in it. They *conflict* in it if these
+coordinates have different signs. A coordinate without the elected sign is *outvoted*: the merge leaves it out.
+Directions are weighted by their energy, the sum of the squared coordinates. Plain counts would say little: singular
+vectors are orthogonal, so all T experts can have equal signs in at most one of the directions that they share.
 """
 
 from collections.abc import Sequence
@@ -13,27 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuromerge_hf.engine.histogram import Trimming
+from neuromerge_hf.engine.trimming import Trimming
 from neuromerge_hf.folder.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics
 from neuromerge_hf.kernel import Election
-from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.skeleton.layers import find_layers
-from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.sources.unit import Unit, Work
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
     """Sums over some neurons, or over the entries of a parameter without neurons; all float64, on the CPU.
 
-    Where there are two rows, the first is of the parallel parts, the second of the orthogonal ones. Parameters without
-    neurons have no parts: there these are 0.
+    In attributes with two rows, the first row sums parallel parts, the second orthogonal parts. Parameters without
+    neurons have no parts, so both rows are 0.
 
     Attributes:
         gram: (1 + T, 1 + T), the inner products of the base and the trimmed task vectors.
         energy: (2, T), the squared norms of each task's parts.
-        outvoted: (2, T), how much of `energy` is in coordinates that lack the elected sign.
-        shared: (2,), the energy in directions that at least two tasks have a coordinate in.
-        conflicting: (2,), how much of `shared` is in directions where their signs differ.
+        outvoted: (2, T), the energy in coordinates without the elected sign.
+        shared: (2,), the energy in directions in which at least two tasks have a coordinate.
+        conflicting: (2,), the energy in shared directions in which the signs differ.
         merged: (), the squared norm of the merged task vector.
     """
 
@@ -46,36 +45,36 @@ class BlockStatistics:
 
 
 def sum_neurons(election: Election) -> BlockStatistics:
-    """The sums over the neurons of an election."""
+    """Return the sums over the neurons of an election."""
     gram, coefficients = election.gram, election.coefficients
-    # Direction 0 is that of w_0, the others are the singular ones: (T, 1 + T, neurons), the neurons last for speed.
+    # (T, 1 + T, neurons): direction 0 is w_0, the others are the singular directions. Neurons come last for speed.
     coordinates = torch.cat([election.alpha.T.unsqueeze(1), election.u.permute(1, 2, 0)], dim=1)
     elected = torch.cat([election.elected_alpha.unsqueeze(0), election.elected.T])
-    squared_unit = torch.cat([gram[:, 0, 0].unsqueeze(0), election.lengths.T.clamp(min=0)])
+    squared_lengths = torch.cat([gram[:, 0, 0].unsqueeze(0), election.eigenvalues.T.clamp(min=0)])
 
-    energy = coordinates.square().mul_(squared_unit)
+    energy = coordinates.square().mul_(squared_lengths)
     outvoted = energy * (coordinates * elected <= 0)
     signs = coordinates.sign()
     voters = signs.abs().sum(0)
-    of_directions = energy.sum(0)
+    by_direction = energy.sum(0)
     merged = (gram @ coefficients.unsqueeze(2)).squeeze(2).mul_(coefficients).sum()
     return BlockStatistics(
         gram=gram.sum(0).cpu(),
         energy=_parts(energy.sum(2)),
         outvoted=_parts(outvoted.sum(2)),
-        shared=_parts((of_directions * (voters > 1)).sum(1)),
-        conflicting=_parts((of_directions * (signs.sum(0).abs() < voters)).sum(1)),
+        shared=_parts((by_direction * (voters > 1)).sum(1)),
+        conflicting=_parts((by_direction * (signs.sum(0).abs() < voters)).sum(1)),
         merged=merged.clamp(min=0).cpu(),
     )
 
 
 def _parts(directions: Tensor) -> Tensor:
-    """The sums of the parallel and of the orthogonal part, (2, ...), from those of the directions, (..., 1 + T)."""
+    """Sum directions (..., 1 + T) to the parallel and the orthogonal part: (2, ...) on the CPU."""
     return torch.stack([directions[..., 0], directions[..., 1:].sum(-1)]).cpu()
 
 
 def sum_entries(x: Tensor, merged: Tensor) -> BlockStatistics:
-    """The sums over the entries of a parameter without neurons.
+    """Return the sums over the entries of a parameter without neurons.
 
     Args:
         x: (1 + T, n) float32, the base and the trimmed task vectors.
@@ -87,18 +86,20 @@ def sum_entries(x: Tensor, merged: Tensor) -> BlockStatistics:
     return BlockStatistics((exact @ exact.T).cpu(), parts, parts, part, part, (change @ change).cpu())
 
 
-ROUNDING = 1e-12
-"""A part with less than this share of the energy is rounding, and has no shares itself."""
+NEGLIGIBLE = 1e-12
+"""A part with less than this share of the energy consists of rounding errors, so shares of it are not reported."""
 
 
 class InterferenceTotals:
-    """Sums over the parts of one layer; those of `BlockStatistics` at the places of all E experts.
+    """The sums of one layer over all E experts; float64 on the CPU.
+
+    `energy`, `outvoted`, `shared`, `conflicting` and `merged` are as in `BlockStatistics`.
 
     Attributes:
-        base: (E,), the squared norm of the base, over what each expert may change.
+        base: (E,), the squared norm of the base over the parameters that each expert may change.
         products: (E, E), the inner products of the experts' task vectors.
-        norms: (E, E), row s the squared norm of expert s over what it and each other expert may change.
-        chance: (), the parallel energy of changes with the same norms that point anywhere.
+        norms: (E, E). Entry (s, t) is the squared norm of expert s over the parameters that s and t both may change.
+        chance: (), the expected parallel energy if all changes had random directions.
     """
 
     def __init__(self, experts: int):
@@ -109,7 +110,13 @@ class InterferenceTotals:
         self.chance, self.merged = torch.zeros(2, dtype=torch.float64)
 
     def add(self, sums: BlockStatistics, experts: list[int], width: int) -> None:
-        """Add the sums of a block that these experts may change, of neurons with `width` incoming weights."""
+        """Add the sums of a block.
+
+        Args:
+            sums: the sums over the block's neurons.
+            experts: the numbers of the experts that may change the block.
+            width: the number of incoming weights of a neuron.
+        """
         pairs = torch.tensor(experts).unsqueeze(1), torch.tensor(experts)
         products = sums.gram[1:, 1:]
         self.base[experts] += sums.gram[0, 0]
@@ -129,29 +136,33 @@ class InterferenceTotals:
 
 
 class StatisticsCollector:
-    """The tallies of a merge, layer by layer.
+    """Collects the statistics of a merge, layer by layer.
 
-    Blocks have one size and are added in the order of the plan, so the sums depend on the inputs alone.
+    Blocks have a fixed size and are added in the order of the units, so the sums depend on the inputs alone.
     """
 
-    def __init__(self, plan: MergePlan):
-        self._experts = [expert.name for expert in plan.experts]
-        self._layers = find_layers(plan.merged)
-        self._tallies = {layer: InterferenceTotals(len(plan.experts)) for layer in self._layers.values()}
+    def __init__(self, work: Work):
+        self._experts = work.expert_names
+        self._layers = find_layers(unit.parameter for unit in work.merged)
+        self._totals = {layer: InterferenceTotals(len(self._experts)) for layer in self._layers.values()}
 
     def add(self, unit: Unit, sums: BlockStatistics) -> None:
         """Add the sums of a block of a unit."""
-        self._tallies[self._layers[unit.parameter]].add(sums, unit.changing, unit.layout.width)
+        self._totals[self._layers[unit.parameter]].add(sums, unit.changing, unit.layout.width)
 
     def diagnostics(self, trimmings: Sequence[Trimming]) -> Diagnostics:
-        """What the tallies say, once all blocks are added."""
+        """Return the diagnostics of the merge. Call this once all blocks are added.
+
+        Args:
+            trimmings: how each expert's task vector was trimmed.
+        """
         model = InterferenceTotals(len(self._experts))
-        for tally in self._tallies.values():
-            model += tally
+        for totals in self._totals.values():
+            model += totals
         return Diagnostics(
             experts=[self._expert(t, model, trimming) for t, trimming in enumerate(trimmings)],
             cosines=_cosines(model),
-            layers=[_layer(name, tally) for name, tally in self._tallies.items() if tally.energy.any()],
+            layers=[_layer(name, totals) for name, totals in self._totals.items() if totals.energy.any()],
             model=_layer("model", model),
             merged_norm=_rounded(model.merged.sqrt()),
         )
@@ -169,16 +180,16 @@ class StatisticsCollector:
         )
 
 
-def _layer(name: str, tally: InterferenceTotals) -> LayerDiagnostics:
-    energy = tally.energy.sum(1)
-    base = tally.base.sum()
+def _layer(name: str, totals: InterferenceTotals) -> LayerDiagnostics:
+    energy = totals.energy.sum(1)
+    base = totals.base.sum()
     return LayerDiagnostics(
         name=name,
-        relative_norm=_rounded((tally.products.trace() / base).sqrt()) if base > 0 else None,
+        relative_norm=_rounded((totals.products.trace() / base).sqrt()) if base > 0 else None,
         parallel=_shares(energy, energy.sum())[0],
-        parallel_by_chance=round((tally.chance / energy.sum()).item(), 6) if energy.any() else None,
-        **_named("conflicting", _shares(tally.conflicting, tally.shared)),
-        **_named("outvoted", _shares(tally.outvoted.sum(1), energy)),
+        parallel_by_chance=round((totals.chance / energy.sum()).item(), 6) if energy.any() else None,
+        **_named("conflicting", _shares(totals.conflicting, totals.shared)),
+        **_named("outvoted", _shares(totals.outvoted.sum(1), energy)),
     )
 
 
@@ -189,8 +200,8 @@ def _cosines(model: InterferenceTotals) -> list[list[float | None]]:
 
 
 def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:
-    """What two numbers, of the parallel and of the orthogonal part, are of one whole, or each of its own."""
-    present = wholes > ROUNDING * wholes.sum()
+    """Return the shares of the parallel and the orthogonal part in their wholes; None for a negligible whole."""
+    present = wholes > NEGLIGIBLE * wholes.sum()
     shares = torch.where(present, parts / wholes, torch.nan).tolist()
     return [None if share != share else round(share, 6) for share in shares]
 

@@ -1,37 +1,41 @@
-"""Writing a checkpoint in the order in which its blocks arrive, straight to their place in the files."""
+"""Writes the blocks of a checkpoint straight to their places in its files, in any order."""
 
 import json
 import os
-import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.engine.hashing import FileHasher
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.formats import make_header
 from neuromerge_hf.storage.layout import Block
-from neuromerge_hf.storage.tensors import DTYPES
 
-SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-
-FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER = ""
+"""The name of a file's header among the parts of a `FileHasher`. The other parts have the names of tensors."""
 
 
 class CheckpointWriter:
-    """Writes safetensors files whose headers are known beforehand. Safe to use from any number of threads.
+    """Writes safetensors files whose headers are known beforehand. Any number of threads may call `write`.
+
+    Attributes:
+        hashes: the sha256 of each weight file by its name. It is empty until the files are closed, and stays empty if
+            a unit is not finished or `hashed` is False.
 
     Args:
-        folder: where ``model.safetensors``, or its shards with their index, are made.
-        units: what is written.
-        max_shard_size: as in transformers ("5GB").
+        folder: the folder for ``model.safetensors``, or for its shards and their index.
+        units: the units to write.
+        max_shard_size: the largest size of a file, as in transformers ("5GB").
+        hashed: whether to compute the hashes, in the background while the files are written.
     """
 
-    def __init__(self, folder: Path, units: Sequence[Unit], max_shard_size: str | int):
+    def __init__(self, folder: Path, units: Sequence[Unit], max_shard_size: str | int, *, hashed: bool = False):
         by_name = {unit.tensor.name: unit for unit in units}
-        # The format's own order, wide dtypes first, keeps every tensor aligned.
+        # As in safetensors' own files, wide dtypes come first, which keeps every tensor aligned.
         names = sorted(by_name, key=lambda name: (-by_name[name].dtype.itemsize, name))
         split = split_state_dict_into_shards_factory(
             {name: by_name[name] for name in names},
@@ -39,8 +43,12 @@ class CheckpointWriter:
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
+        self.hashes: dict[str, str] = {}
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
+        self._pool = ThreadPoolExecutor(1, "hash") if hashed else None
+        self._hashers: dict[str, FileHasher] = {}
+        self._files = split.tensor_to_filename
         for file, in_file in split.filename_to_tensors.items():
             self._start(folder / file, [by_name[name] for name in in_file])
         if split.is_sharded:
@@ -48,27 +56,20 @@ class CheckpointWriter:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _start(self, path: Path, units: list[Unit]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for unit in units:
-            header[unit.tensor.name] = {
-                "dtype": FORMAT_NAMES[unit.dtype],
-                "shape": list(unit.tensor.shape),
-                "data_offsets": [offset, offset + unit.nbytes],
-            }
-            offset += unit.nbytes
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        header, offsets, size = make_header({unit.tensor.name: (unit.dtype, unit.tensor.shape) for unit in units})
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
-        _pwrite(descriptor, memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
-        os.truncate(descriptor, 8 + len(encoded) + offset)
-        for unit in units:
-            begin = header[unit.tensor.name]["data_offsets"][0]  # type: ignore[index]
-            self._places[unit.tensor.name] = (descriptor, 8 + len(encoded) + begin)
+        _pwrite(descriptor, memoryview(header), 0)
+        os.truncate(descriptor, size)
+        self._places |= {name: (descriptor, offset) for name, offset in offsets.items()}
+        if self._pool:
+            sizes = {unit.tensor.name: unit.nbytes for unit in units}
+            hasher = FileHasher(descriptor, {HEADER: len(header), **sizes}, self._pool)
+            hasher.finish(HEADER)
+            self._hashers[path.name] = hasher
 
     def write(self, unit: Unit, block: Block, rows: Tensor) -> None:
-        """Write a block of a unit: (neurons, width) of any dtype, on any device."""
+        """Write a block of a unit from (neurons, width) rows of any dtype, on any device."""
         descriptor, offset = self._places[unit.tensor.name]
         stored = unit.layout.from_rows(rows.to("cpu", unit.dtype), block).contiguous()
         data = memoryview(stored.view(-1).view(torch.uint8).numpy().data)
@@ -77,20 +78,22 @@ class CheckpointWriter:
             _pwrite(descriptor, data[:size], offset + start * unit.dtype.itemsize)
             data = data[size:]
 
+    def finish(self, unit: Unit) -> None:
+        """Mark a unit as completely written. Only one thread may call this."""
+        if self._hashers:
+            self._hashers[self._files[unit.tensor.name]].finish(unit.tensor.name)
+
     def close(self) -> None:
-        """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
-
-def check_shard_size(max_shard_size: str | int) -> None:
-    """Raise a `MergeError` if this is no size."""
-    if isinstance(max_shard_size, str):
-        is_size = SHARD_SIZE.fullmatch(max_shard_size) is not None
-    else:
-        is_size = isinstance(max_shard_size, int) and max_shard_size > 0
-    if not is_size:
-        raise MergeError(f'max_shard_size must be a size such as "5GB", or a number of bytes, not {max_shard_size!r}.')
+        """Close the files. If every unit is finished, wait for the hashes first."""
+        try:
+            if self._pool:
+                is_complete = all(hasher.is_complete for hasher in self._hashers.values())
+                self._pool.shutdown(cancel_futures=not is_complete)  # a failed merge does not wait for hashes
+                if is_complete:
+                    self.hashes = {name: hasher.hexdigest() for name, hasher in self._hashers.items()}
+        finally:
+            while self._descriptors:
+                os.close(self._descriptors.pop())
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:

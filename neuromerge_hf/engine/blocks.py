@@ -1,0 +1,68 @@
+"""Loads the blocks of a unit into buffers that each thread reuses."""
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.layout import Block
+from neuromerge_hf.storage.tensors import read_rows
+
+
+class Memory(threading.local):
+    """Buffers that each thread reuses from one block to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised 1-D tensor. It is valid until this thread takes the same name again."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < count or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(count, dtype=dtype, device=device)
+        return buffer[:count]
+
+
+def load_base(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
+    """Load a block of the base: (neurons, width) float32 on `device`, valid until the thread loads another block."""
+    x = memory.take("x", len(block) * unit.layout.width, torch.float32, device).view(len(block), unit.layout.width)
+    return x.copy_(read_rows(unit.tensor, unit.layout, block, _raw_bytes(unit, block, memory)))
+
+
+def load_block(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
+    """Load a block of the base and of the task vectors of the experts that change it.
+
+    Returns:
+        (1 + T, neurons, width) float32 on `device`, valid until the thread loads another block.
+    """
+    vectors = [vector for vector in unit.task_vectors if vector]
+    shape = 1 + len(vectors), len(block), unit.layout.width
+    x = memory.take("x", math.prod(shape), torch.float32, device).view(shape)
+    raw = _raw_bytes(unit, block, memory)
+    x[0].copy_(read_rows(unit.tensor, unit.layout, block, raw))
+    for task_vector, vector in zip(x[1:], vectors, strict=True):
+        vector.write(task_vector, block, x[0], raw)
+    return x
+
+
+def _raw_bytes(unit: Unit, block: Block, memory: Memory) -> Tensor:
+    # 8 bytes an entry: float64 is the widest dtype that a file may hold
+    return memory.take("raw", len(block) * unit.layout.width * 8, torch.uint8, torch.device("cpu"))
+
+
+def non_finite(unit: Unit, block: Block, experts: Sequence[str], device: torch.device) -> MergeError:
+    """Return the error for a block that holds a NaN or an infinity. It names the first model that holds one."""
+    x = load_block(unit, block, Memory(), device)
+    names = [expert for expert, vector in zip(experts, unit.task_vectors, strict=True) if vector]
+    files = [str(unit.tensor.path), *(vector.file for vector in unit.task_vectors if vector)]
+    for t, (name, file) in enumerate(zip(["the base model", *names], files, strict=True)):
+        if not x[t].isfinite().all():
+            return MergeError(
+                f"{unit.parameter} of {name} holds a NaN or an infinity ({file}). "
+                "A damaged model cannot be merged: train or download it again, or leave it out."
+            )
+    return MergeError(f"{unit.parameter}: the task vectors are too large for float32.")
