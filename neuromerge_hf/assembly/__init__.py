@@ -1,1 +1,1 @@
-"""From a plan to a complete folder."""
+"""Carries out a plan, and leaves a complete folder."""

@@ -12,12 +12,12 @@ from neuromerge_hf.vocabulary.tokenizer import extended_tokenizer
 
 GENERATION = "generation_config.json"
 
-PLACES = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
-"""Settings of a tokenizer that older transformers wrote, and nothing reads: where files were on somebody's machine."""
+LOCAL_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
+"""Settings of a tokenizer that older transformers wrote and nothing reads: paths on the machine that saved it."""
 
 
 def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
-    """Write them: the base's, those of the tokenizer from the model whose tokenizer is chosen, and everyone's terms."""
+    """Write the base's companion files, the files of the chosen tokenizer, and the licences of all models."""
     base, tokenizer = plan.base.location.folder, plan.tokenizer
     _write(folder / "config.json", _config(plan))
     for path in companion_files(base):
@@ -30,7 +30,7 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
         extended_tokenizer(
             plan.base.location, plan.base.config, tokenizer.additions, trust_remote_code
         ).save_pretrained(folder)
-        _rewrite_tokenizer_config(folder, without=("is_local", "local_files_only"))  # how it was loaded here
+        _rewrite_tokenizer_config(folder, without=("is_local", "local_files_only"))  # how it was loaded
     if tokenizer.is_expert:
         chosen = tokenizer.location.folder
         own = chosen / GENERATION
@@ -39,18 +39,17 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
         if tokenizer.alignment and not own.is_file() and (base / GENERATION).is_file():
             settings = renumbered(_read(base / GENERATION), tokenizer.alignment.base, tokenizer.alignment)
             _write(folder / GENERATION, settings)
-    _rewrite_tokenizer_config(folder, without=PLACES)
+    _rewrite_tokenizer_config(folder, without=LOCAL_PATHS)
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
         _rewrite_tokenizer_config(folder, without=("chat_template",))
-    locations = [plan.base.location, *(expert.location for expert in plan.experts)]
-    for name, location in zip(plan.model_names, locations, strict=True):
+    for name, location in zip(plan.model_names, plan.locations, strict=True):
         for path in licence_files(location.folder):
             shutil.copyfile(path, folder / f"{path.stem}-{name}{path.suffix}")
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
-    config = _without_name(_read(plan.base.location.folder / "config.json"))
+    config = _without_path(_read(plan.base.location.folder / "config.json"))
     if plan.base.copies:
         config["tie_word_embeddings"] = False
     if plan.architecture:
@@ -70,10 +69,10 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     return config
 
 
-def _without_name(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, and those inside of it, without the place that it was loaded from."""
+def _without_path(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, and all nested ones, without the path that it was loaded from."""
     return {
-        key: _without_name(value) if isinstance(value, dict) else value
+        key: _without_path(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key != "_name_or_path"
     }

@@ -1,4 +1,4 @@
-"""The report of a finished merge."""
+"""Makes the report on a finished merge."""
 
 import platform
 from collections.abc import Iterable
@@ -13,7 +13,6 @@ from neuromerge_hf.folder.diagnostics import Diagnostics
 from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.recipe import PACKAGES
 from neuromerge_hf.folder.report import ExpertReport, MergeReport, ParameterReport
-from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.sources.unit import Unit
 
@@ -22,16 +21,23 @@ def make_report(
     plan: MergePlan,
     method: Method[Any],
     diagnostics: Diagnostics | None,
+    weights: dict[str, str],
     output_dir: Path,
     seconds: float,
     device: torch.device,
-    tuned_on: str | None = None,
 ) -> MergeReport:
-    """The report of a finished merge."""
-    neuronal = method if isinstance(method, NeuroMerging) else None
-    settings = plan.config.to_dict()
-    if neuronal:
-        settings["lambda_orthogonal"] = neuronal.lambda_orthogonal
+    """Return the report on a finished merge.
+
+    Args:
+        plan: the plan that was carried out.
+        method: the fitted method.
+        diagnostics: the statistics of the elections, if the method has them.
+        weights: the sha256 of each weight file, by its path in the folder.
+        output_dir: the directory of the merged model.
+        seconds: the wall time of the merge.
+        device: the device that computed it.
+    """
+    settings = method.settings()
     experts = [
         ExpertReport(
             name=expert.name,
@@ -40,7 +46,7 @@ def make_report(
             model_class=expert.model_class_name,
             entries=trimming.entries,
             threshold=trimming.threshold,
-            sigma=trimming.sigma if neuronal else None,
+            sigma=None if method.sigma is None else trimming.sigma,
             head=sorted(expert.head.tensors) if expert.head else [],
             ignored=expert.ignored,
         )
@@ -52,9 +58,9 @@ def make_report(
         base_model=plan.base.location.public_name,
         experts=experts,
         density=settings.get("density"),
-        sigma=neuronal.sigma if neuronal else None,
-        lambda_parallel=neuronal.config.lambda_parallel if neuronal else None,
-        lambda_orthogonal=neuronal.lambda_orthogonal if neuronal else None,
+        sigma=method.sigma,
+        lambda_parallel=settings.get("lambda_parallel"),
+        lambda_orthogonal=settings.get("lambda_orthogonal"),
         by_neuron=_parameters(unit for unit in merged if unit.is_neuronal),
         by_entry=_parameters(unit for unit in merged if not unit.is_neuronal),
         from_base=_parameters(plan.copied_units),
@@ -69,10 +75,11 @@ def make_report(
         diagnostics=diagnostics,
         method=method.config.method,
         settings=settings,
-        tuned_on=tuned_on,
+        tuned_on=plan.spec.tuned_on,
         environment=_environment(device, plan.threads),
         notes=[note for expert in plan.experts for note in expert.notes],
-        parents=[Parent.of(location) for location in (plan.base.location, *(each.location for each in plan.experts))],
+        weights=weights,
+        parents=[Parent.of(location) for location in plan.locations],
     )
 
 

@@ -1,1 +1,1 @@
-"""What a merge will do, found and checked from metadata alone."""
+"""Plans of merges: what a merge will do, found and checked from metadata alone."""

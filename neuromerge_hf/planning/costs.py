@@ -1,55 +1,88 @@
-"""What a merge costs, estimated from its plan."""
+"""Estimates of what a merge costs: bytes, memory and time."""
 
-from neuromerge_hf.config import NeuroMergingConfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.engine.histogram import BINS
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES
 from neuromerge_hf.engine.sample import SAMPLE_ENTRIES
 from neuromerge_hf.kernel import ALIGNMENT
-from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.unit import Unit
 
 START_MEMORY = 300_000_000
-"""Python, torch and transformers, in bytes."""
+"""The memory of Python, torch and transformers, in bytes."""
 
 START_SECONDS = 6
-"""Loading torch and transformers."""
-
-OTHER_METHODS = 32
-"""What other methods hold of a block beside it, in bytes an entry: sums, counts, scores, or random numbers."""
+"""The time to load torch and transformers, in seconds."""
 
 VALUES_PER_SECOND = 150_000_000
-"""How many entries of the base and of task vectors a thread works on: 130 to 210 million in the benchmarks."""
+"""How many entries of the base and of task vectors a thread processes: 130 to 210 million in the benchmarks."""
 
 
-def memory_needed(plan: MergePlan) -> int:
-    """The private memory of a merge on the CPU, in bytes: mapped files, which the kernel may drop, are not counted.
+@dataclass(frozen=True)
+class Costs:
+    """What a merge costs.
 
-    What is loaded at the start stays; of LoRA adapters, the factors of one tensor. Each thread has a block of the base
-    and of the T experts that change it in float32, as it was read (8 bytes an entry), as it is merged (4) and as it is
-    written (4); a padded copy where neurons do not fill whole cache lines. If values are trimmed there are, for each
-    expert, the counters and the sample that predicts the threshold, which is copied twice while it is sorted. The
-    largest head is held while it is written. What preparing an adapter takes is not counted.
+    Attributes:
+        bytes_to_download: the size of the weight files that are not in the Hub's cache yet.
+        bytes_read: the bytes that all passes read, without the samples that predict the thresholds and without hashing.
+        bytes_written: the size of the merged weights and of the heads beside them.
+        disk: the size of all files that are downloaded, written, or kept beside the output for a time, in bytes.
+        memory: an estimate of the private memory on the CPU, in bytes.
+        seconds: a rough estimate of the time on a CPU, without the download.
     """
-    untrimmed = isinstance(plan.config, NeuroMergingConfig) and plan.config.density == 1
-    experts = 0 if untrimmed or plan.config.passes == 1 else len(plan.experts)
-    trimming = experts * (8 * BINS + 4 * SAMPLE_ENTRIES) + (8 * SAMPLE_ENTRIES if experts else 0)
-    blocks = plan.threads * max(map(_block_memory, plan.units))
-    if not isinstance(plan.config, NeuroMergingConfig):
-        blocks += plan.threads * BLOCK_ENTRIES * OTHER_METHODS
-    heads = max((expert.head.nbytes for expert in plan.experts if expert.head), default=0)
-    return START_MEMORY + _factors(plan) + trimming + blocks + heads
+
+    bytes_to_download: int
+    bytes_read: int
+    bytes_written: int
+    disk: int
+    memory: int
+    seconds: float
 
 
-def seconds_needed(plan: MergePlan) -> float:
-    """The time of a merge on a CPU without the download, in seconds. Machines differ, so this is very rough.
+def estimate(
+    units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfig, threads: int, bytes_to_download: int
+) -> Costs:
+    """Estimate the costs of merging units with the method of `config` on a number of threads."""
+    passes = config.passes
+    written = sum(unit.nbytes for unit in units) + sum(_head_bytes(experts))
+    temporary = sum(expert.computed.nbytes for expert in experts if expert.computed)
+    return Costs(
+        bytes_to_download=bytes_to_download,
+        bytes_read=sum(unit.bytes_read * (passes if unit.task_vectors else 1) for unit in units),
+        bytes_written=written,
+        disk=bytes_to_download + written + temporary,
+        memory=_memory(units, experts, config, threads),
+        seconds=_seconds(units, passes, threads),
+    )
 
-    Each pass works on every entry of the base and of the T experts that change it: the pass that merges, and before
-    it, if values are trimmed, the pass that finds the thresholds.
+
+def _memory(units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfig, threads: int) -> int:
+    """Estimate the private memory of a merge on the CPU, in bytes. Mapped files do not count: the kernel may drop them.
+
+    The libraries and the factors of one tensor's LoRA adapters are counted. Each thread holds a block of the base and
+    of T experts in float32, an input buffer (8 bytes an entry), the merged (4) and the written block (4), and a padded
+    copy if neurons do not fill whole cache lines, and what the method says that it needs. Finding thresholds takes a
+    histogram and a sample for each expert, and two copies of one sample while it is sorted. The largest head is in
+    memory while it is written. The memory that PEFT needs to compute an adapter's weights is not counted.
     """
-    passes = plan.config.passes
-    merged = sum(unit.entries * (1 + len(unit.changing)) for unit in plan.units if unit.task_vectors)
-    copied = sum(unit.entries for unit in plan.units if not unit.task_vectors)
-    return START_SECONDS + (passes * merged + copied) / (VALUES_PER_SECOND * plan.threads)
+    thresholds = 0
+    if config.finds_thresholds:
+        thresholds = len(experts) * (8 * BINS + 4 * SAMPLE_ENTRIES) + 8 * SAMPLE_ENTRIES
+    blocks = threads * (max(map(_block_memory, units)) + BLOCK_ENTRIES * config.bytes_per_entry)
+    return START_MEMORY + _factor_bytes(units) + thresholds + blocks + max(_head_bytes(experts), default=0)
+
+
+def _seconds(units: Sequence[Unit], passes: int, threads: int) -> float:
+    """Estimate the time of a merge on a CPU without the download, in seconds. It is very rough, as machines differ.
+
+    Each pass processes every entry of the base and of the T experts that change it.
+    """
+    merged = sum(unit.entries * (1 + len(unit.changing)) for unit in units if unit.task_vectors)
+    copied = sum(unit.entries for unit in units if not unit.task_vectors)
+    return START_SECONDS + (passes * merged + copied) / (VALUES_PER_SECOND * threads)
 
 
 def _block_memory(unit: Unit) -> int:
@@ -59,9 +92,13 @@ def _block_memory(unit: Unit) -> int:
     return entries * (rows * (1 + padded) + 8 + 4 + 4) if unit.task_vectors else entries * unit.dtype.itemsize
 
 
-def _factors(plan: MergePlan) -> int:
-    """The factors of the LoRA adapters of one tensor in float32, which are in memory while it is merged."""
+def _factor_bytes(units: Sequence[Unit]) -> int:
+    """Return the largest size of the LoRA factors of one tensor in float32. They are in memory while it is merged."""
     return max(
-        4 * (unit.layout.rows + unit.layout.width) * sum(getattr(vector, "rank", 0) for vector in unit.task_vectors)
-        for unit in plan.units
+        4 * (unit.layout.rows + unit.layout.width) * sum(vector.rank for vector in unit.task_vectors if vector)
+        for unit in units
     )
+
+
+def _head_bytes(experts: Sequence[Expert]) -> list[int]:
+    return [expert.head.nbytes for expert in experts if expert.head]

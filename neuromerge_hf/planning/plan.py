@@ -1,47 +1,66 @@
-"""What a merge will do: the units that it writes, from which tensors, and what that costs."""
+"""The plan of a merge: the units to write, the tensors that they are made from, and the costs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.folder.report import VocabularyReport
-from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.planning.costs import Costs
+from neuromerge_hf.sources.base import Base
+from neuromerge_hf.sources.expert import Expert
+from neuromerge_hf.sources.merged_head import MergedHead
+from neuromerge_hf.sources.unit import Unit, Work
+from neuromerge_hf.spec import MergeSpec
+from neuromerge_hf.storage.location import Location
 from neuromerge_hf.text import counted, different_names, listed, readable_size
-
-if TYPE_CHECKING:  # they load transformers
-    from neuromerge_hf.sources.base import Base
-    from neuromerge_hf.sources.expert import Expert
-    from neuromerge_hf.sources.merged_head import MergedHead
-    from neuromerge_hf.vocabulary.tokenizer import TokenizerChoice
+from neuromerge_hf.vocabulary.tokenizer import TokenizerChoice
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge will do.
+    """What a merge will do. `str` summarises it in a few lines.
 
     Attributes:
-        config: the method and its hyper-parameters.
-        base: the base model, opened.
-        experts: the experts, opened, in the user's order.
-        units: every tensor that will be written, in the order of their names, which is the order of all sums.
-        dtype: the name of the dtype that was asked for, or "auto" for each tensor's own.
-        tokenizer: where the tokenizer comes from. The rows of `base` and of the experts are already in its order.
-        head: the head that is made of the experts' own; None if they are kept apart.
-        bytes_to_download: the size of the weight files that are not in the Hub's cache yet.
-        downloaded: the models whose weights had to be downloaded to be planned, because ``.bin`` files have no header.
-        threads: how many compute.
+        spec: the spec that was planned.
+        base: the opened base model.
+        experts: the opened experts, in the user's order.
+        units: a unit for every tensor that will be written, in the order of their names. All sums have this order.
+        tokenizer: the choice of the tokenizer. The rows of `base` and of the experts are already in its order.
+        costs: the bytes, the memory and the time that the merge needs.
+        head: the merged head of the experts; None if their heads are kept apart.
+        downloaded: the models whose weights were downloaded for the plan, because ``.bin`` files have no header.
+        threads: the number of threads that compute.
+
+    Example:
+        >>> plan = plan_merge(["math", "code-lora"], base_model="base")
+        >>> plan.model_names
+        ['base', 'math', 'code-lora']
     """
 
-    config: MergeConfig
-    base: "Base"
-    experts: "tuple[Expert, ...]"
+    spec: MergeSpec
+    base: Base
+    experts: tuple[Expert, ...]
     units: tuple[Unit, ...]
-    dtype: str
-    tokenizer: "TokenizerChoice"
-    head: "MergedHead | None" = None
-    bytes_to_download: int = 0
+    tokenizer: TokenizerChoice
+    costs: Costs
+    head: MergedHead | None = None
     downloaded: tuple[str, ...] = ()
     threads: int = 1
+
+    @property
+    def work(self) -> Work:
+        """The units and the experts' names, for the engine."""
+        return Work(self.units, tuple(expert.name for expert in self.experts))
+
+    @property
+    def config(self) -> MergeConfig:
+        """The method and its hyper-parameters."""
+        return self.spec.config
+
+    @property
+    def dtype(self) -> str:
+        """The name of the spec's dtype, or "auto" for each tensor's own."""
+        return self.spec.dtype
 
     @property
     def merged(self) -> list[str]:
@@ -60,13 +79,18 @@ class MergePlan:
         return [unit for unit in self.units if not unit.task_vectors and unit.tensor.name not in head]
 
     @property
+    def locations(self) -> list[Location]:
+        """The locations of the base and the experts, in this order."""
+        return [self.base.location, *(expert.location for expert in self.experts)]
+
+    @property
     def model_names(self) -> list[str]:
-        """Different names for the base and then the experts."""
+        """Distinct names of the base and the experts, in this order."""
         return different_names(self.base.location.name, [expert.name for expert in self.experts])
 
     @property
     def architecture(self) -> str | None:
-        """The merged model's class, if not the base's: the experts', where they agree and none has its own head."""
+        """The class of the merged head, or the class that all experts share if none has its own head; else None."""
         if self.head:
             return self.head.model_class_name
         classes = {expert.model_class_name for expert in self.experts}
@@ -74,9 +98,9 @@ class MergePlan:
             return classes.pop()
         return None
 
-    @property
+    @cached_property
     def vocabulary(self) -> VocabularyReport | None:
-        """How tokens are aligned; None where all models have the same."""
+        """How tokens are aligned; None if all models have the same tokens."""
         alignment = self.tokenizer.alignment
         if alignment is None:
             return None
@@ -96,39 +120,34 @@ class MergePlan:
         )
 
     @property
-    def bytes_written(self) -> int:
-        """The size of the merged weights, and of the heads beside them."""
-        heads = sum(expert.head.nbytes for expert in self.experts if expert.head)
-        return sum(unit.nbytes for unit in self.units) + heads
+    def bytes_to_download(self) -> int:
+        """See `Costs`."""
+        return self.costs.bytes_to_download
 
     @property
     def bytes_read(self) -> int:
-        """How much is read in all: for the thresholds, if values are trimmed, and once for the merge.
+        """See `Costs`."""
+        return self.costs.bytes_read
 
-        Not counted: the samples that predict the thresholds, and hashing local files for the recipe.
-        """
-        passes = self.config.passes
-        return sum(unit.bytes_read * (passes if unit.task_vectors else 1) for unit in self.units)
+    @property
+    def bytes_written(self) -> int:
+        """See `Costs`."""
+        return self.costs.bytes_written
 
     @property
     def disk_needed(self) -> int:
-        """What is downloaded, written, and kept in temporary files beside the output, in bytes."""
-        temporary = sum(expert.preparation.nbytes for expert in self.experts if expert.preparation)
-        return self.bytes_to_download + self.bytes_written + temporary
+        """See `Costs.disk`."""
+        return self.costs.disk
 
     @property
     def memory_needed(self) -> int:
-        """An estimate of the private memory, in bytes; see `costs.memory_needed`."""
-        from neuromerge_hf.planning.costs import memory_needed  # looks at the engine, which needs this module
-
-        return memory_needed(self)
+        """See `Costs.memory`."""
+        return self.costs.memory
 
     @property
     def seconds_needed(self) -> float:
-        """A rough estimate of the time on a CPU, without the download; see `costs.seconds_needed`."""
-        from neuromerge_hf.planning.costs import seconds_needed
-
-        return seconds_needed(self)
+        """See `Costs.seconds`."""
+        return self.costs.seconds
 
     def __str__(self) -> str:
         experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
@@ -141,19 +160,19 @@ class MergePlan:
             if expert.ignored:
                 lines.append(f"    left out, not of its model class: {listed(expert.ignored)}")
         neuronal = sum(unit.is_neuronal for unit in self.units)
-        merged, copied = self.merged, self.copied
+        merged, copied, costs = self.merged, self.copied, self.costs
         lines += [
             f"  merged: {counted(len(merged))}, {neuronal} by neurons, {len(merged) - neuronal} by single entries",
             f"  copied from the base: {counted(len(copied))}" + (f" ({listed(copied)})" if copied else ""),
             *([f"  heads merged by their mean: {', '.join(sorted(self.head.tensors))}"] if self.head else []),
             *([f"  tokenizer of {self.tokenizer.location}"] if self.tokenizer.is_expert else []),
             *([f"  {self.vocabulary}"] if self.vocabulary else []),
-            f"  to download: {readable_size(self.bytes_to_download)}",
-            f"  to read: {readable_size(self.bytes_read)}",
-            f"  to write: {readable_size(self.bytes_written)}",
-            f"  disk needed: {readable_size(self.disk_needed)}",
-            f"  memory needed: about {readable_size(self.memory_needed)}",
-            f"  time, after the download: very roughly {self.seconds_needed:.0f} s with threads={self.threads}",
+            f"  to download: {readable_size(costs.bytes_to_download)}",
+            f"  to read: {readable_size(costs.bytes_read)}",
+            f"  to write: {readable_size(costs.bytes_written)}",
+            f"  disk needed: {readable_size(costs.disk)}",
+            f"  memory needed: about {readable_size(costs.memory)}",
+            f"  time, after the download: very roughly {costs.seconds:.0f} s with threads={self.threads}",
         ]
         lines += [f"  Note: {note}" for expert in self.experts for note in expert.notes]
         if self.downloaded:

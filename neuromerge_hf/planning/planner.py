@@ -1,221 +1,202 @@
-"""Finding and checking everything that a merge needs, before any weight is read."""
+"""Plans a merge: finds and checks everything that it needs, before any weight is read."""
 
-import os
-from collections.abc import Callable, Sequence
+import dataclasses
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import PretrainedConfig
-
-from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
+from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.engine.device import default_threads
+from neuromerge_hf.engine.method import Method
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.folder.inputs import watch_inputs
+from neuromerge_hf.planning.costs import estimate
 from neuromerge_hf.planning.plan import MergePlan
-from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay, check_output
-from neuromerge_hf.planning.resolve import (
-    FoundModels,
-    ModelId,
-    about_quantised_base,
-    find_models,
-    load_config,
-    unique_names,
-)
+from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
+from neuromerge_hf.planning.resolve import Resolved, ResolvedExpert, load_config, quantised_base_notes
 from neuromerge_hf.planning.units import make_units, resolve_dtype
-from neuromerge_hf.skeleton import Skeleton, model_class_of
+from neuromerge_hf.skeleton import Skeleton, model_class_of, skeleton_of
 from neuromerge_hf.sources.base import Base, open_base
 from neuromerge_hf.sources.expert import Expert
-from neuromerge_hf.sources.full import check_architecture, has_two_matrices, open_full
-from neuromerge_hf.sources.merged_head import merge_heads as merge_experts_heads
+from neuromerge_hf.sources.full import check_architecture, has_untied_embeddings, open_full
+from neuromerge_hf.sources.merged_head import merge_heads
 from neuromerge_hf.sources.untying import untied
+from neuromerge_hf.spec import MergeSpec, Runtime
 from neuromerge_hf.storage.location import Location
-from neuromerge_hf.vocabulary.alignment import adapter_rows, align, comparable, resized_base
+from neuromerge_hf.vocabulary.alignment import adapter_rows, align, comparable_skeleton, resized_base
 from neuromerge_hf.vocabulary.tokenizer import ExpertVocabulary, choose_tokenizer
 from neuromerge_hf.vocabulary.vocabulary import vocabulary_size
 
 
-def plan_merge(
-    models: Sequence[ModelId],
-    *,
-    base_model: ModelId | None = None,
-    config: MergeConfig | None = None,
-    dtype: str | torch.dtype = "auto",
-    tokenizer: str = "base",
-    chat_template: str | None = None,
-    merge_heads: bool = False,
-    output_dir: str | os.PathLike[str] | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    token: str | bool | None = None,
-    trust_remote_code: bool = False,
-) -> MergePlan:
-    """Find and check everything that a merge needs, from metadata alone; see `neuromerge_hf.merge` for the arguments.
+def plan_with_weights(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Path | None = None) -> MergePlan:
+    """Plan a merge, download the weights that are missing, and return a plan of the files on this machine.
 
-    Of models on the Hub only small files are downloaded (configurations, tokenizers, indexes), and the headers of
-    safetensors files. ``.bin`` files have no header: where a model has nothing else, and its configuration shows
-    nothing wrong, they are downloaded. What depends on values (a NaN, copies of a tied parameter that differ) is found
-    by the merge.
+    Raises:
+        MergeError: if the models cannot be merged, before weights are downloaded, or if a download fails.
+    """
+    plan = make_plan(spec, runtime, resolved, target)
+    if plan.costs.bytes_to_download:
+        resolved.fetch_weights()
+        plan = make_plan(spec, runtime, resolved, target)  # the first plan refers to files on the Hub
+    return plan
+
+
+def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Path | None = None) -> MergePlan:
+    """Check everything that a merge needs, from metadata alone.
 
     Args:
-        output_dir: if given, it is also checked that the merged model can be written there.
+        spec: what to merge.
+        runtime: how to run the merge.
+        resolved: the models of the spec.
+        target: the output directory, to check it as well.
 
     Raises:
-        MergeError: with all the problems that were found, each with what to do.
+        MergeError: if the models cannot be merged. It lists all problems, including those of `resolved`.
     """
-    problems = Problems()
-    target = None if output_dir is None else Path(output_dir).expanduser().absolute()
+    problems, trust_remote_code = resolved.problems, runtime.trust_remote_code
+    watch_inputs(*resolved.locations)
+    dtype = problems.attempt(partial(resolve_dtype, spec.dtype))
+    problems.attempt(partial(Method.of, spec.config))
     if target:
-        problems.attempt(partial(check_output, target, overwrite))
-    return plan_found(
-        find_models(models, base_model, token, problems),
-        config=config or NeuroMergingConfig(),
-        dtype=dtype,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        merge_heads=merge_heads,
-        target=target,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def plan_found(
-    found: FoundModels,
-    *,
-    config: MergeConfig,
-    dtype: str | torch.dtype = "auto",
-    tokenizer: str = "base",
-    chat_template: str | None = None,
-    merge_heads: bool = False,
-    target: Path | None = None,
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-) -> MergePlan:
-    """`plan_merge` for models whose folders are known.
-
-    Raises:
-        MergeError: with all the problems that were found, those of `found` among them.
-    """
-    problems = found.problems
-    target_dtype = problems.attempt(partial(resolve_dtype, dtype))
-    if target:
-        problems.attempt(partial(check_inputs_stay, target, found.locations))
-    expert_configs = [
-        None if adapter else problems.attempt(partial(load_config, location, trust_remote_code))
-        for location, adapter in zip(found.experts, found.adapters, strict=True)
-    ]
-    base_config = problems.attempt(partial(load_config, found.base, trust_remote_code))
+        problems.attempt(partial(check_inputs_stay, target, resolved.locations))
+    experts = [_load_expert_config(expert, trust_remote_code, problems) for expert in resolved.experts]
+    base_config = problems.attempt(partial(load_config, resolved.base, trust_remote_code))
     if base_config is None:
         raise problems.error
-    skeleton = Skeleton(model_class_of(base_config, found.base.folder, trust_remote_code), base_config)
-
-    fitting = _fitting(found, expert_configs, skeleton, trust_remote_code)
-    downloaded = [name for model in found.locations for name in _download_headerless(model, problems)]
-    base = problems.attempt(partial(open_base, found.base, base_config, skeleton))
+    skeleton = skeleton_of(model_class_of(base_config, resolved.base.folder, trust_remote_code), base_config)
+    accepted = [each for each in experts if _config_fits(each, skeleton, resolved.base, trust_remote_code, problems)]
+    downloaded = [name for location in resolved.locations for name in _download_headerless(location, problems)]
+    base = problems.attempt(partial(open_base, resolved.base, base_config, skeleton))
     if base is None:
         raise problems.error
-    candidates, openers, unties = _openers(found, expert_configs, fitting, base, trust_remote_code)
-    if unties:
+    fitting = [_FittingExpert.of(expert, base, trust_remote_code, problems) for expert in accepted]
+    if any(expert.unties for expert in fitting):
         base = untied(base)
 
-    # Where some experts cannot be merged anyway, the others are only looked at for what else is wrong.
+    # With problems, planning goes on only to find more of them, and an expert that gives the tokenizer may be missing.
     choice = problems.attempt(
         partial(
             choose_tokenizer,
-            "base" if problems else tokenizer,
-            None if problems else chat_template,
-            found.base,
+            "base" if problems else spec.tokenizer,
+            None if problems else spec.chat_template,
+            resolved.base,
             base_config,
-            candidates,
+            [expert.vocabulary for expert in fitting],
             trust_remote_code,
         )
     )
     alignment = choice.alignment if choice else None
-    experts: list[Expert] = []
-    for candidate, open_expert in zip(candidates, openers, strict=True):
+    opened: list[Expert] = []
+    for expert in fitting:
         with problems:
-            experts.append(open_expert(resized_base(base, candidate.rows) if alignment else base))
-    units = problems.attempt(partial(make_units, base, experts, config, target_dtype))
+            opened.append(expert.open(resized_base(base, expert.vocabulary.rows) if alignment else base))
+    units = problems.attempt(partial(make_units, base, opened, spec.config, dtype))
     problems.report()
     assert choice is not None
     assert units is not None
 
     head = None
     if alignment:
-        base, experts = align(base, experts, [adapter is not None for adapter in found.adapters], alignment)
-    if merge_heads:
-        experts, head = merge_experts_heads(experts)
+        base, opened = align(base, opened, alignment)
+    if spec.merge_heads:
+        opened, head = merge_heads(opened)
     if alignment or head:
-        units = make_units(base, experts, config, target_dtype) + (head.units(target_dtype) if head else ())
-    plan = MergePlan(
-        config,
-        base,
-        tuple(experts),
-        units,
-        "auto" if target_dtype is None else str(target_dtype).removeprefix("torch."),
-        choice,
-        head,
-        found.bytes_to_download,
-        tuple(downloaded),
-        threads or default_threads(),
-    )
-    if not plan.merged:
+        units = make_units(base, opened, spec.config, dtype) + (head.units(dtype) if head else ())
+    if not any(unit.task_vectors for unit in units):
         raise MergeError("No expert changes any parameter of the base that is not excluded. There is nothing to merge.")
+    threads = runtime.threads or default_threads()
+    costs = estimate(units, opened, spec.config, threads, resolved.bytes_to_download)
     if target:
-        check_disk(plan, target)
-    return plan
+        check_disk(costs, target)
+    return MergePlan(spec, base, tuple(opened), units, choice, costs, head, tuple(downloaded), threads)
 
 
-def _fitting(
-    found: FoundModels, configs: Sequence[PretrainedConfig | None], base: Skeleton, trust_remote_code: bool
-) -> list[int]:
-    """The numbers of the experts whose configurations show nothing wrong; what is wrong with others is noted."""
-    fitting = []
-    for number, (location, config) in enumerate(zip(found.experts, configs, strict=True)):
-        differences: list[str] = []
+def with_config(plan: MergePlan, config: MergeConfig, tuned_on: str | None = None) -> MergePlan:
+    """Return the plan with another configuration.
+
+    Args:
+        plan: the plan to change.
+        config: the new configuration. Its `exclude` must be the same.
+        tuned_on: the data on which the hyper-parameters were chosen.
+    """
+    assert config.exclude == plan.config.exclude
+    spec = dataclasses.replace(plan.spec, config=config, tuned_on=tuned_on)
+    costs = estimate(plan.units, plan.experts, config, plan.threads, plan.costs.bytes_to_download)
+    return dataclasses.replace(plan, spec=spec, costs=costs)
+
+
+def _load_expert_config(expert: ResolvedExpert, trust_remote_code: bool, problems: Problems) -> ResolvedExpert:
+    """Return a full checkpoint with its configuration, or without one if that is damaged; then record the problem."""
+    if expert.adapter_config:
+        return expert
+    config = problems.attempt(partial(load_config, expert.location, trust_remote_code))
+    return dataclasses.replace(expert, config=config)
+
+
+def _config_fits(
+    expert: ResolvedExpert, base: Skeleton, base_location: Location, trust_remote_code: bool, problems: Problems
+) -> bool:
+    """Return whether the configuration of an expert fits the base, and record problems if it does not."""
+    if expert.adapter_config:
+        return True
+    if expert.config is None:
+        return False
+    like = comparable_skeleton(base, base_location, expert.location, expert.config)
+    differences = check_architecture(expert.location, expert.config, like, base_location, trust_remote_code)
+    problems.add(differences)
+    return not differences
+
+
+@dataclass(frozen=True)
+class _FittingExpert:
+    """An expert whose configuration fits the base.
+
+    Attributes:
+        expert: the resolved expert.
+        vocabulary: the vocabulary of the expert.
+        unties: whether the expert's input and output embeddings differ, while the base ties them.
+        notes: sentences on the expert for the report.
+        trust_remote_code: whether code from the expert's repository may run.
+    """
+
+    expert: ResolvedExpert
+    vocabulary: ExpertVocabulary
+    unties: bool
+    notes: list[str]
+    trust_remote_code: bool
+
+    @classmethod
+    def of(cls, expert: ResolvedExpert, base: Base, trust_remote_code: bool, problems: Problems) -> "_FittingExpert":
+        """Find out what the tokenizer and the base must allow for, and record problems."""
+        name, location, config = expert.name, expert.location, expert.config
         if config:
-            like = comparable(base, found.base, location, config)
-            differences = check_architecture(location, config, like, found.base, trust_remote_code)
-            found.problems.add(differences)
-        if (config or found.adapters[number]) and not differences:
-            fitting.append(number)
-    return fitting
+            vocabulary = ExpertVocabulary(name, location, config, vocabulary_size(config))
+            unties = has_untied_embeddings(location, config, base.skeleton, trust_remote_code)
+            return cls(expert, vocabulary, unties, [], trust_remote_code)
+        # PEFT is imported for adapters alone.
+        from neuromerge_hf.sources.peft.adapter import changes_one_tied_embedding
 
+        rows = problems.attempt(partial(adapter_rows, location, base))
+        unties = changes_one_tied_embedding(location, expert.adapter_config, base)
+        notes = quantised_base_notes(expert, base.location)
+        return cls(expert, ExpertVocabulary(name, location, base.config, rows), unties, notes, trust_remote_code)
 
-def _openers(
-    found: FoundModels,
-    configs: Sequence[PretrainedConfig | None],
-    fitting: Sequence[int],
-    base: Base,
-    trust_remote_code: bool,
-) -> tuple[list[ExpertVocabulary], list[Callable[[Base], Expert]], bool]:
-    """What the vocabulary of each fitting expert may be, how it is opened, and whether one unties the embeddings."""
-    candidates: list[ExpertVocabulary] = []
-    openers: list[Callable[[Base], Expert]] = []
-    unties = False
-    names = unique_names(found.experts)
-    for number in fitting:
-        name, location, adapter, config = names[number], found.experts[number], found.adapters[number], configs[number]
-        if adapter is not None:
-            from neuromerge_hf.sources.peft.adapter import (  # PEFT, which only adapters need
-                changes_one_of_two,
-                open_adapter,
-            )
+    def open(self, base: Base) -> Expert:
+        """Open the expert from the headers of its files.
 
-            unties |= changes_one_of_two(location, adapter, base)
-            notes = about_quantised_base(location, adapter, found.base)
-            openers.append(partial(open_adapter, name, location, adapter, notes=notes))
-            rows = found.problems.attempt(partial(adapter_rows, location, base))
-            candidates.append(ExpertVocabulary(name, location, base.config, rows))
-        elif config is not None:
-            unties |= has_two_matrices(location, config, base.skeleton, trust_remote_code)
-            openers.append(partial(open_full, name, location, config, trust_remote_code=trust_remote_code))
-            candidates.append(ExpertVocabulary(name, location, config, vocabulary_size(config)))
-    return candidates, openers, unties
+        Raises:
+            MergeError: if a file is missing or damaged, or does not fit the base.
+        """
+        name, location = self.expert.name, self.expert.location
+        if self.expert.config:
+            return open_full(name, location, self.expert.config, base, self.trust_remote_code)
+        from neuromerge_hf.sources.peft.adapter import open_adapter
+
+        return open_adapter(name, location, self.expert.adapter_config, base, self.notes)
 
 
 def _download_headerless(location: Location, problems: Problems) -> list[str]:
-    """Download weights that have no header, unless something else is wrong already; returns what was downloaded."""
+    """Download weights that have no header, unless there are problems already, and return the models downloaded."""
     if location.has_headers:
         return []
     problems.report()

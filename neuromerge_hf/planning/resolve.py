@@ -1,13 +1,14 @@
-"""Which models a merge is of: the experts, the base that they share, and the configurations of all."""
+"""Finds the models of a merge: the experts, and the base that they share."""
 
+import dataclasses
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.files import ADAPTER_FILES
 from neuromerge_hf.storage.location import Location, locate
 
@@ -15,86 +16,95 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PretrainedConfig
 
-ModelId = str | os.PathLike[str]
+NO_MODELS = "models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), but it is empty."
 
 
 @dataclass(frozen=True)
-class FoundModels:
-    """Which models a merge is of.
+class ResolvedExpert:
+    """An expert whose files were found.
 
     Attributes:
-        base: where the base is.
-        experts: where the experts are that were found and, if they are adapters, are of a kind that can be merged.
-        adapters: their configurations, if they are adapters; None for full checkpoints.
-        problems: why the other experts were not found or cannot be merged.
+        name: the last part of the expert's id, with a number if an earlier expert has the same name.
+        location: the location of the expert's files.
+        adapter_config: the configuration of an adapter; None for a full checkpoint.
+        config: the configuration of a full checkpoint; None until it is loaded, and for an adapter.
+    """
+
+    name: str
+    location: Location
+    adapter_config: "PeftConfig | None" = None
+    config: "PretrainedConfig | None" = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The models of a merge.
+
+    Attributes:
+        base: the location of the base.
+        experts: the experts that were found, in the user's order.
+        problems: the reasons why other experts were not found or cannot be merged.
     """
 
     base: Location
-    experts: "list[Location]"
-    adapters: "list[PeftConfig | None]"
+    experts: tuple[ResolvedExpert, ...]
     problems: Problems
 
     @property
     def locations(self) -> list[Location]:
-        """The base and the experts."""
-        return [self.base, *self.experts]
+        """The locations of the base and the experts, in this order."""
+        return [self.base, *(expert.location for expert in self.experts)]
 
     @property
     def bytes_to_download(self) -> int:
-        """The size of the weight files that are not downloaded yet."""
+        """The size of the weight files that are not on this machine yet."""
         return sum({file: size for model in self.locations for file, size in model.missing_weights().items()}.values())
 
     def fetch_weights(self) -> None:
-        """Download the weight files that are not here yet.
+        """Download the weight files that are not on this machine yet.
 
         Raises:
-            MergeError: if they cannot be had.
+            MergeError: if a file cannot be downloaded.
         """
         for location in self.locations:
             location.fetch_weights()
 
 
-def find_models(
-    models: Sequence[ModelId],
-    base_model: ModelId | None,
-    token: str | bool | None,
-    problems: Problems | None = None,
-) -> FoundModels:
-    """Find the base and the experts.
+def resolve(spec: MergeSpec, token: str | bool | None = None, problems: Problems | None = None) -> Resolved:
+    """Find the base and the experts from their small files alone, without importing transformers for full checkpoints.
 
     Args:
-        problems: what has been found wrong before, to be reported together.
+        spec: the spec that names the models.
+        token: the token for private and gated models.
+        problems: problems that were found before, to report them together.
+
+    Returns:
+        The models. Problems of single experts stay in the result, because the plan may find more of them.
 
     Raises:
-        MergeError: if the base is not found, with everything else that was found wrong. Problems with experts alone
-            are left in the result, because more may be found wrong with the others.
+        MergeError: if the base is not found. It lists all problems that were found.
     """
     problems = Problems() if problems is None else problems
-    if isinstance(models, str | os.PathLike) or not models:
-        problems.add(
-            [f"models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), not {models!r}."]
-        )
+    if not spec.models:
+        problems.add([NO_MODELS])
         raise problems.error
-    located = [problems.attempt(partial(locate, model, token=token)) for model in models]
-    experts: list[Location] = []
-    adapters: list[PeftConfig | None] = []
-    for location in filter(None, located):
-        with problems:
-            adapter = _adapter_config(location)
-            adapters.append(adapter)
-            experts.append(replace(location, weight_names=ADAPTER_FILES) if adapter else location)
-    if base_model is None and not any(adapter and adapter.base_model_name_or_path for adapter in adapters):
-        problems.report()  # one of those may have named it
+    experts: list[ResolvedExpert] = []
+    for location in [problems.attempt(partial(locate, model, token=token)) for model in spec.models]:
+        if location:
+            with problems:
+                experts.append(_resolve_expert(location))
+    if spec.base_model is None and not any(_named_base(expert) for expert in experts):
+        problems.report()  # an expert that was not found may name the base, so its problem comes first
     with problems:
-        return FoundModels(_find_base(base_model, experts, adapters, token), experts, adapters, problems)
+        return Resolved(_find_base(spec.base_model, experts, token), _with_unique_names(experts), problems)
     raise problems.error
 
 
 def load_config(location: Location, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """A model's configuration.
+    """Return the configuration of a base or a full checkpoint.
 
     Raises:
-        MergeError: if there is none, it is damaged, needs code that is not trusted, or is that of a quantised model.
+        MergeError: if there is none, it is damaged, it needs code that is not trusted, or the model is quantised.
     """
     if not (location.folder / "config.json").is_file():
         if (location.folder / "adapter_config.json").is_file():
@@ -121,15 +131,16 @@ def load_config(location: Location, trust_remote_code: bool = False) -> "Pretrai
     return config
 
 
-def about_quantised_base(location: Location, adapter: "PeftConfig", base: Location) -> list[str]:
-    """What the report says of an adapter that was trained on a quantised base, and is merged into another."""
-    named = adapter.base_model_name_or_path
-    if not named or named == base.id:
+def quantised_base_notes(expert: ResolvedExpert, base: Location) -> list[str]:
+    """Return a note for the report if an adapter was trained on a quantised base and is merged into another model."""
+    named = _named_base(expert)
+    if not named or named[0] == base.id:
         return []
+    location = expert.location
     try:
-        trained_on = locate(named, revision=adapter.revision, token=location.token)
+        trained_on = locate(named[0], revision=named[1], token=location.token)
         quantization = json.loads((trained_on.folder / "config.json").read_text()).get("quantization_config")
-    except (MergeError, OSError, ValueError):  # it is gone or private, and not needed
+    except (MergeError, OSError, ValueError):  # the named base is gone or private; the merge does not need it
         return []
     if not quantization:
         return []
@@ -140,39 +151,42 @@ def about_quantised_base(location: Location, adapter: "PeftConfig", base: Locati
     ]
 
 
-def unique_names(locations: Sequence[Location]) -> list[str]:
-    """A name for each expert: the last part of its id, with a number where two are the same."""
-    names: list[str] = []
-    for location in locations:
-        name, count = location.name, 1
-        while name in names:
-            count += 1
-            name = f"{location.name}-{count}"
-        names.append(name)
-    return names
+def _resolve_expert(location: Location) -> ResolvedExpert:
+    """Return the expert at a location, under the location's name.
 
-
-def _adapter_config(location: Location) -> "PeftConfig | None":
+    Raises:
+        MergeError: if it is an adapter that cannot be merged.
+    """
     if not (location.folder / "adapter_config.json").is_file():
-        return None
+        return ResolvedExpert(location.name, location)
     from neuromerge_hf.sources.peft.config import load_adapter_config  # imports PEFT, which only adapters need
 
-    return load_adapter_config(location)
+    location = dataclasses.replace(location, weight_names=ADAPTER_FILES)
+    return ResolvedExpert(location.name, location, load_adapter_config(location))
 
 
-def _find_base(
-    base_model: ModelId | None,
-    locations: Sequence[Location],
-    adapters: "Sequence[PeftConfig | None]",
-    token: str | bool | None,
-) -> Location:
-    named = {
-        (adapter.base_model_name_or_path, adapter.revision): location
-        for location, adapter in zip(locations, adapters, strict=True)
-        if adapter and adapter.base_model_name_or_path
-    }
+def _with_unique_names(experts: Sequence[ResolvedExpert]) -> tuple[ResolvedExpert, ...]:
+    """Return the experts with a number added to a name that an earlier expert has."""
+    named: dict[str, ResolvedExpert] = {}
+    for expert in experts:
+        name, count = expert.name, 1
+        while name in named:
+            count += 1
+            name = f"{expert.name}-{count}"
+        named[name] = dataclasses.replace(expert, name=name)
+    return tuple(named.values())
+
+
+def _named_base(expert: ResolvedExpert) -> tuple[str, str | None] | None:
+    """Return the base that an adapter names and its revision; None if it names none, and for a full checkpoint."""
+    config = expert.adapter_config
+    return (config.base_model_name_or_path, config.revision) if config and config.base_model_name_or_path else None
+
+
+def _find_base(base_model: str | None, experts: Sequence[ResolvedExpert], token: str | bool | None) -> Location:
     if base_model is not None:
         return locate(base_model, token=token)
+    named = {known: expert.location for expert in experts if (known := _named_base(expert))}
     if not named:
         raise MergeError(
             "No base model: none of the models is an adapter that names its base. Pass base_model= (--base-model), "
@@ -184,10 +198,8 @@ def _find_base(
             f"The adapters name different bases: {sides}. Only experts of the same base can be merged; if these are "
             "names of the same model, pass base_model=."
         )
-    ((base, revision),) = named
+    (((base, revision), location),) = named.items()
     try:
         return locate(base, revision=revision, token=token)
     except MergeError as error:
-        raise MergeError(
-            f"{next(iter(named.values()))} names its base {base!r}: {error} Or pass base_model=."
-        ) from error
+        raise MergeError(f"{location} names its base {base!r}: {error} Or pass base_model=.") from error

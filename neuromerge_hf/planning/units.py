@@ -1,4 +1,4 @@
-"""What happens to each stored tensor of the base: merged, or copied."""
+"""The units of a merge: each stored tensor of the base is merged or copied."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,16 @@ from neuromerge_hf.storage.layout import Layout
 def make_units(
     base: Base, experts: Sequence[Expert], config: MergeConfig, dtype: torch.dtype | None
 ) -> tuple[Unit, ...]:
-    """A unit for every stored tensor of the base, by name.
+    """Return a unit for every stored tensor of the base, in the order of their names.
+
+    Args:
+        base: the base model.
+        experts: the experts in the user's order.
+        config: the configuration whose `exclude` names parameters to copy.
+        dtype: the dtype of the merged weights; None for each tensor's own.
 
     Raises:
-        MergeError: for tensors whose neurons are not known, and patterns of `config.exclude` that match nothing.
+        MergeError: if a merged tensor's neurons are not known, or a pattern of `config.exclude` matches nothing.
     """
     units = []
     problems = []
@@ -34,7 +40,8 @@ def make_units(
         }
         unused -= excluding
         vectors = [expert.task_vectors.get(ref) for expert in experts] if ref else []
-        merged = is_mergeable(tensor) and not excluding and any(vectors)
+        has_entries = math.prod(tensor.shape) > 0
+        merged = is_mergeable(tensor) and has_entries and not excluding and any(vectors)
         layout = base.layouts.get(name)
         if merged and name in base.unknown:
             problems.append(f"{name} of {base.location} cannot be merged: {base.unknown[name]}")
@@ -61,7 +68,11 @@ def make_units(
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The dtype of the output; None for "auto", each tensor's own dtype in the base."""
+    """Return the dtype of the output; None for "auto", which keeps each tensor's dtype in the base.
+
+    Raises:
+        MergeError: if weights cannot be written in the dtype.
+    """
     if dtype == "auto":
         return None
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
