@@ -1,4 +1,4 @@
-"""What went wrong between here and the Hub, in a sentence, and how to go on."""
+"""Errors of the Hub's client as a `MergeError` that says what went wrong and how to resume."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,34 +10,34 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from neuromerge_hf.errors import MergeError
 
 QUOTA = re.compile(r"storage|quota|billing|upgrade your plan|too large", re.IGNORECASE)
-"""What the Hub's own words name when the account is full, for which it has no status of its own."""
+"""Words in the Hub's message if the account is full. No HTTP status says only that."""
 
 
 @contextmanager
-def failures_in_a_sentence(
+def hub_errors_as_merge_errors(
     repo_id: str,
     folder: Path,
     command: str,
     token: str | bool | None,
     is_unchanged: Callable[[], bool] | None = None,
 ) -> Iterator[None]:
-    """Turn what the Hub's client raises in the block into a `MergeError`.
+    """Turn an exception of the Hub's client in the block into a `MergeError`.
 
     Args:
-        repo_id: the repository.
-        folder: where the model is on this machine.
-        command: what goes on with the push.
-        token: kept out of the message.
-        is_unchanged: asks the Hub, if the answer to a commit got lost, whether the repository is as it was; false if
-            that cannot be told.
+        repo_id: the repository that is pushed to.
+        folder: the folder of the model on this machine.
+        command: the command that resumes the push.
+        token: the user's token, which the message must not show.
+        is_unchanged: asks the Hub whether the repository is unchanged, after the answer to a commit was lost.
+            Returns False if that cannot be known.
     """
     try:
         yield
     except MergeError:
         raise
-    except Exception as error:  # the client's own exceptions, which depend on its version
+    except Exception as error:  # the classes of the client's exceptions depend on its version
         outcome = "Nothing was published."
-        if is_unchanged and _may_be_committed(error) and not _holds(is_unchanged):
+        if is_unchanged and _may_be_committed(error) and not _is_true(is_unchanged):
             outcome = (
                 "Whether the commit was taken is not known: look at the repository, and at its pull requests. "
                 "What it has already is not sent a second time."
@@ -56,10 +56,10 @@ def _reason(error: Exception, repo_id: str) -> str:
     if answer is None:
         if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
             return "HF_HUB_OFFLINE is set, so that the Hub is not asked. Unset it."
-        if isinstance(error, OSError | RuntimeError) or _request(error):
-            return f"the connection to the Hub broke off ({_words(_causes(error)[-1])})."
-        return f"{_words(error)}."
-    status, words = answer.response.status_code, _words(answer.server_message or "")
+        if isinstance(error, OSError | RuntimeError) or _failed_url(error):
+            return f"the connection to the Hub broke off ({_first_line(_causes(error)[-1])})."
+        return f"{_first_line(error)}."
+    status, words = answer.response.status_code, _first_line(answer.server_message or "")
     said = f" ({words})" if words else ""
     if status == 413 or (status in (402, 403, 507) and QUOTA.search(words)):
         return f"your storage on the Hub is full{said}. Free some or enlarge your plan."
@@ -85,37 +85,37 @@ def _reason(error: Exception, repo_id: str) -> str:
 
 
 def _may_be_committed(error: Exception) -> bool:
-    """Whether the request that failed was the commit, and nothing is known of its effect."""
+    """Whether the failed request was a commit that may still have taken effect."""
     answer = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
-    return "/commit/" in _request(error) and (answer is None or answer.response.status_code >= 500)
+    return "/commit/" in _failed_url(error) and (answer is None or answer.response.status_code >= 500)
 
 
-def _holds(question: Callable[[], bool]) -> bool:
+def _is_true(question: Callable[[], bool]) -> bool:
     try:
         return question()
-    except Exception:  # no answer
+    except Exception:  # the Hub did not answer
         return False
 
 
-def _request(error: Exception) -> str:
-    """The address of the request that failed, if it was one."""
+def _failed_url(error: Exception) -> str:
+    """The address of the failed request; empty if no request failed."""
     for cause in _causes(error):
         try:
             return str(cause.request.url)  # type: ignore[attr-defined]
-        except (AttributeError, RuntimeError):  # not of a request, or of one that was never made
+        except (AttributeError, RuntimeError):  # the error is not a request's, or the request was never made
             continue
     return ""
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what led to it."""
+    """The error and the chain of its causes."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     return causes
 
 
-def _words(message: object) -> str:
-    """The first line of a message, without what ends it."""
+def _first_line(message: object) -> str:
+    """The first line of a message, without its full stop and cut to 300 characters."""
     lines = str(message).strip().splitlines()
     return lines[0].rstrip(". ")[:300] if lines else type(message).__name__ if isinstance(message, Exception) else ""

@@ -1,1 +1,1 @@
-"""Merged models in memory."""
+"""Loading merged models."""
