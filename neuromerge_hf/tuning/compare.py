@@ -1,5 +1,6 @@
-"""Comparing methods of merging on the user's own tasks."""
+"""Comparing merging methods on the user's own tasks."""
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -9,99 +10,118 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
-from neuromerge_hf.api import merge
-from neuromerge_hf.config import CONFIGS, MergeConfig, TaskArithmeticConfig
+from neuromerge_hf.assembly.assemble import assemble
+from neuromerge_hf.config import MergeConfig, config_classes
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.planning.resolve import ModelId
-from neuromerge_hf.skeleton import model_class_of
+from neuromerge_hf.folder.inputs import InputHasher
+from neuromerge_hf.loading.classes import class_of_files
+from neuromerge_hf.loading.heads import load_with_head
+from neuromerge_hf.methods.task_arithmetic import TaskArithmeticConfig
+from neuromerge_hf.options import with_options
+from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.planning.planner import plan_with_weights, with_config
+from neuromerge_hf.planning.preflight import check_settings
+from neuromerge_hf.planning.resolve import ResolvedExpert, resolve
+from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.tuning.bootstrap import Interval, differences
-from neuromerge_hf.tuning.comparison import Comparison
+from neuromerge_hf.tuning.comparison import NOT_COMPARED, Comparison
 from neuromerge_hf.tuning.evaluation import Evaluate, Scores, name_of, run_evaluation
 
 
+@with_options(MergeSpec, Runtime, without=NOT_COMPARED, takes_others=True)
 def compare_methods(
     models: Sequence[ModelId],
     evaluate: Evaluate,
     *,
-    base_model: ModelId | None = None,
     methods: Sequence[MergeConfig] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     auto_class: Any = None,
     work_dir: str | os.PathLike[str] | None = None,
-    dtype: str | torch.dtype = "auto",
-    tokenizer: str = "base",
-    chat_template: str | None = None,
-    merge_heads: bool = False,
-    device: str | torch.device | None = None,
-    threads: int | None = None,
-    token: str | bool | None = None,
-    trust_remote_code: bool = False,
-    **kwargs: Any,
+    **options: Any,
 ) -> Comparison:
     """Merge with each method, and evaluate each merge, the base and every expert.
 
-    All are loaded as the same class, without the experts' own heads: an expert is evaluated as the merge of itself
-    alone. A winner is declared only if it is better on average than every other method by more than the noise: a paired
-    bootstrap interval over the examples, at 95% for all comparisons together. Without scores by example none is.
+    All models are loaded as the same class, without the experts' own heads. An expert is evaluated as the merge of that
+    expert alone. A winner is named only if its average lead over every other method is statistically significant: a
+    paired bootstrap over the examples, at 95% for all comparisons together. This needs scores by example.
 
     Args:
-        models, base_model, dtype, tokenizer, chat_template, merge_heads, device, threads, token, trust_remote_code: see
-            `neuromerge_hf.merge`.
-        evaluate: called with each model, in evaluation mode; returns its score, or a dictionary of scores by task, or
-            one of lists of scores by example, always in the same order. Greater is better. Or a dictionary of functions
-            by the names of experts that have heads of their own, each called with every model under that head.
-        methods: configurations; by default each method at its customary settings.
-        output_dir: where ``comparison.json``, ``.md`` and ``.png`` are written, if wanted.
-        auto_class: an Auto class or a model class of transformers to load the models as.
-        work_dir: where each merge lies while it is evaluated; by default the system's temporary folder.
-        **kwargs: anything else that `from_pretrained` takes.
+        models: the experts, as in `merge`.
+        evaluate: a function that takes a model in evaluation mode and returns its score, a dictionary of scores by
+            task, or a dictionary of lists of scores by example, always in the same order. Greater is better. Or a
+            dictionary of such functions by expert name, each of which gets every model with that expert's own head.
+        methods: the methods' configurations; by default every method with its default settings.
+        output_dir: the folder for ``comparison.json``, ``.md`` and ``.png``. By default nothing is written.
+        auto_class: the Auto class or model class of transformers to load the models with.
+        work_dir: the folder for each merge while it is evaluated; by default the system's temporary folder.
+        **options: any other argument of `from_pretrained`.
+
+    Returns:
+        All scores, and the verdict.
 
     Raises:
-        MergeError: if the models cannot be merged, or what `evaluate` returns cannot be compared.
+        MergeError: if the models cannot be merged, a file of theirs changes meanwhile, or the scores cannot be
+            compared.
+
+    Example:
+        >>> def evaluate(model):
+        ...     return {"size": [float(p.abs().mean()) for p in model.parameters()]}
+        >>> found = compare_methods(["math", "code-lora"], evaluate, base_model="base", methods=[AverageConfig()])
+        >>> list(found.methods)
+        ['average']
     """
+    for name in options:
+        if name in NOT_COMPARED:
+            raise TypeError(f"compare_methods has no argument {name!r}: {NOT_COMPARED[name]}.")
     target = None if output_dir is None else Path(output_dir).expanduser()
     if target:
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MergeError(f"The folder {target} cannot be made: {error.strerror}. Choose another one.") from error
-    configs = {label_of(config): config for config in methods or [config() for config in CONFIGS.values()]}
-    settings: dict[str, Any] = {
-        "base_model": base_model,
-        "dtype": dtype,
-        "tokenizer": tokenizer,
-        "chat_template": chat_template,
-        "merge_heads": merge_heads,
-        "device": device,
-        "threads": threads,
-        "token": token,
-        "trust_remote_code": trust_remote_code,
-    }
-    kwargs |= {"trust_remote_code": True} if trust_remote_code else {}
-    progress = tqdm(total=1 + len(models) + len(configs), desc="Comparing", name="neuromerge_hf.comparison")
+    configs = {label_of(config): config for config in methods or [config() for config in config_classes()]}
+    spec, runtime, others = split_options(models, {**options, "config": TaskArithmeticConfig(scale=0.0)})
+    others |= {"trust_remote_code": True} if runtime.trust_remote_code else {}
+    resolved = resolve(spec, runtime.token, check_settings(spec, runtime))
+    progress = tqdm(total=1 + len(spec.models) + len(configs), desc="Comparing", name="neuromerge_hf.comparison")
 
     with tempfile.TemporaryDirectory(prefix="neuromerge-", dir=work_dir) as folder, progress:
+        heads = Path(folder, HEADS)
 
-        def evaluated(merged: Sequence[ModelId], config: MergeConfig) -> tuple[Scores, list[str]]:
-            report = merge(merged, Path(folder) / "merged", config=config, overwrite=True, **settings)
-            loaded = AutoConfig.from_pretrained(report.output_dir, trust_remote_code=trust_remote_code)
-            model_class = auto_class or model_class_of(loaded, report.output_dir, trust_remote_code)
-            model = model_class.from_pretrained(report.output_dir, **kwargs).eval()
-            if (report.output_dir / HEADS).is_dir() and not heads.is_dir():  # of all experts, the first time
-                shutil.copytree(report.output_dir / HEADS, heads)
+        def evaluated(plan: MergePlan) -> Scores:
+            merged = Path(folder, "merged")
+            with InputHasher(plan.base.location, [expert.location for expert in plan.experts]) as inputs:
+                assemble(plan, merged, dataclasses.replace(runtime, overwrite=True), inputs)
+            if (merged / HEADS).is_dir() and not heads.is_dir():  # the first merge has all experts' heads
+                shutil.copytree(merged / HEADS, heads)
+
+            def model_with_head(head: str | None) -> PreTrainedModel:
+                if head is not None:
+                    return load_with_head(merged, heads, head, Path(folder, "links"), "evaluate", **others)
+                model_class = class_of_files(merged, auto_class, trust_remote_code=runtime.trust_remote_code)
+                model: PreTrainedModel = model_class.from_pretrained(merged, **others)
+                return model.eval()
+
             with torch.no_grad():
-                scores = run_evaluation(evaluate, model, heads)
+                scores = run_evaluation(evaluate, model_with_head)
             progress.update()
-            return scores, [expert.name for expert in report.experts]
+            return scores
 
-        heads = Path(folder) / HEADS
-        base, names = evaluated(models, TaskArithmeticConfig(scale=0.0))
+        def planned(config: MergeConfig, experts: Sequence[ResolvedExpert] = resolved.experts) -> MergePlan:
+            chosen = dataclasses.replace(resolved, experts=tuple(experts))
+            return plan_with_weights(dataclasses.replace(spec, config=config), runtime, chosen, Path(folder, "merged"))
+
+        full_plan = planned(TaskArithmeticConfig(scale=0.0))
+        base = evaluated(full_plan)
         alone = TaskArithmeticConfig(scale=1.0)
-        experts = {name: evaluated([model], alone)[0] for name, model in zip(names, models, strict=True)}
-        merges = {label: evaluated(models, config)[0] for label, config in configs.items()}
+        experts = {expert.name: evaluated(planned(alone, [expert])) for expert in resolved.experts}
+        merges = {
+            label: evaluated(with_config(full_plan, config) if not config.exclude else planned(config))
+            for label, config in configs.items()
+        }
     for name, scores in {**experts, **merges}.items():
         _check_same_tasks(evaluate, base, name, scores)
     comparison = Comparison(base, experts, merges, *judge(merges))
@@ -111,7 +131,7 @@ def compare_methods(
 
 
 def judge(methods: dict[str, Scores]) -> tuple[dict[str, Interval], str | None, str]:
-    """By how much the best method leads each other, whether it is the winner, and why or why not."""
+    """The best method's lead over each other method, the winner if there is one, and the verdict in words."""
     best = max(methods, key=lambda name: methods[name].average)
     others = {name: scores for name, scores in methods.items() if name != best}
     if not others:
@@ -132,7 +152,7 @@ def judge(methods: dict[str, Scores]) -> tuple[dict[str, Interval], str | None, 
 
 
 def label_of(config: MergeConfig) -> str:
-    """The method with the settings that are not the defaults."""
+    """The method's name, with the settings that are not the defaults."""
     default = type(config)().to_dict()
     chosen = [f"{name} {value}" for name, value in config.to_dict().items() if value != default[name]]
     return f"{config.method} ({', '.join(chosen)})" if chosen else config.method

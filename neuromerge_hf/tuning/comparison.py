@@ -1,52 +1,69 @@
-"""A comparison of methods: its scores, as a table, as JSON, and as a picture."""
+"""The result of comparing methods, as a table, as JSON and as a picture."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from neuromerge_hf.tuning.bootstrap import Interval
 from neuromerge_hf.tuning.evaluation import Scores
 
+if TYPE_CHECKING:
+    from neuromerge_hf.tuning.bootstrap import Interval  # imports numpy, and the command line imports this module
+
 TABLE = "comparison"
-"""The name of the files: .json, .md and .png."""
+"""The name of the files, without .json, .md or .png."""
+
+NOT_COMPARED = {
+    "config": "pass a list of configurations as methods=",
+    "overwrite": "the files of an earlier comparison are always replaced",
+    "max_shard_size": "no merged model is kept",
+    "tuned_on": "no merged model is kept, and so no card that could name the data",
+}
+"""The options of a merge that a comparison does not take, each with the reason or what to do."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_methods` found.
+    """The result of `compare_methods`.
 
     Attributes:
         base: the scores of the base.
         experts: the scores of each expert by its name.
-        methods: the scores of each method's merge, by its name, with the settings that are not the defaults.
-        intervals: how much better the best method is on average than each other, where it is known by example.
-        winner: the method that is better than all others beyond the noise, if there is one.
-        verdict: the same in words, with the reason.
+        methods: the scores of each merge, by the method's name with the settings that are not the defaults.
+        intervals: the best method's average lead over each other method; empty without scores by example.
+        winner: the method whose lead over all others is statistically significant; None if there is none.
+        verdict: the result in words, with the reason.
+
+    Example:
+        >>> def evaluate(model):
+        ...     return -float(model.lm_head.weight.norm())
+        >>> found = compare_methods(["math"], evaluate, base_model="base", methods=[TIESConfig()])
+        >>> found.verdict
+        'Only ties was evaluated, so there is nothing to compare it with.'
     """
 
     base: Scores
     experts: dict[str, Scores]
     methods: dict[str, Scores]
-    intervals: dict[str, Interval]
+    intervals: dict[str, "Interval"]
     winner: str | None
     verdict: str
 
     @property
     def best_expert(self) -> dict[str, float]:
-        """The best score of an expert on each task."""
+        """The best expert's score on each task."""
         return {task: max(scores.tasks[task] for scores in self.experts.values()) for task in self.base.tasks}
 
     def retained(self, scores: Scores) -> float | None:
-        """The mean over the tasks of a score's share of the best expert's; None where that is not positive."""
+        """The share of the best expert's score, averaged over the tasks; None if one of these is not positive."""
         best = self.best_expert
         if min(best.values()) <= 0:
             return None
         return sum(scores.tasks[task] / best[task] for task in best) / len(best)
 
     def save(self, folder: Path) -> None:
-        """Write the table as JSON and Markdown, and draw it."""
+        """Write the table as JSON and Markdown, and draw the picture."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(self, folder / f"{TABLE}.json")
         (folder / f"{TABLE}.md").write_text(str(self))
@@ -57,13 +74,13 @@ class Comparison:
 
 
 def rows(comparison: Comparison) -> dict[str, Scores]:
-    """Everything that was evaluated, by the name that the table gives it."""
+    """All scores, by the name of their row in the table."""
     experts = {f"expert {name}": scores for name, scores in comparison.experts.items()}
     return {"base": comparison.base, **experts, **comparison.methods}
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """A Markdown table: a line for each model, its score on each task, the average, and the share retained."""
+    """A Markdown table. Each row has a model's score on each task, their average, and the share retained."""
     tasks = list(comparison.base.tasks)
     lines = [["", *tasks, "average", "of the experts' own"]]
     lines.append(["---"] + ["---:"] * (len(tasks) + 2))
@@ -82,7 +99,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
-    """Everything, without the scores by example."""
+    """Write the comparison as JSON, without the scores by example."""
     content: dict[str, Any] = {
         "models": [
             {"name": name, "tasks": scores.tasks, "average": scores.average, "retained": comparison.retained(scores)}

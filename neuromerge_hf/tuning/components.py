@@ -1,9 +1,9 @@
-"""The two parts of a NeuroMerging merge, computed once and kept on the disk, so that any lambdas' model follows.
+"""The parallel and the orthogonal part of a merge, computed once and stored on disk for any lambdas.
 
-The merged weights are ``theta_0 + lambda_1 psi_par + lambda_2 psi_orth``, linear in the lambdas. The engine writes each
-term in float32 as a checkpoint of its own, which transformers loads like the model itself (its conversions of names and
-shapes are linear too). The terms are kept by the names that parameters have in memory, in files that are mapped, so
-that they take no private memory.
+The merged weights ``theta_0 + lambda_1 psi_par + lambda_2 psi_orth`` are linear in the lambdas. The engine writes each
+term as a float32 checkpoint of its own, which transformers loads like the model itself (its conversions of names and
+shapes are linear too). The loaded terms are stored by the in-memory names of their parameters, in memory-mapped files
+that take no private memory.
 """
 
 import dataclasses
@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 
 from neuromerge_hf.assembly.companions import write_companions
 from neuromerge_hf.engine.merge import merge_weights
-from neuromerge_hf.engine.method import Method, Recorder
+from neuromerge_hf.engine.method import Method, Recorder, trim_block
+from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.kernel import elect_entries, neuron_change
-from neuromerge_hf.methods.neuromerging import NeuroMerging, trim_block
+from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block, Layout
@@ -35,7 +36,7 @@ Load = Callable[..., Any]
 
 
 class DeltaOnly(Method[Any]):
-    """What some lambdas change in the base, without the base."""
+    """The change that NeuroMerging with given lambdas makes to the base, without the base itself."""
 
     def __init__(self, fitted: NeuroMerging, lambda_parallel: float, lambda_orthogonal: float):
         super().__init__(fitted.config, fitted.trimmings)
@@ -49,13 +50,14 @@ class DeltaOnly(Method[Any]):
 
 
 class LambdaComponents:
-    """The terms of a plan's merged weights, in a folder.
+    """The three terms of a plan's merged weights, stored in a folder.
 
     Args:
-        plan: what is merged, from files that are there.
-        folder: exists and is empty; it gets three times the model in float32, and while a term is computed four.
+        plan: the plan of the merge, whose files are on this machine.
+        folder: an empty folder. It will hold the model three times in float32, and four times during `compute`.
         load: `from_pretrained` of the model's class.
-        device: where to compute.
+        device: the device that computes the terms.
+        trust_remote_code: whether the models' custom code may run.
     """
 
     def __init__(self, plan: MergePlan, folder: Path, load: Load, device: torch.device, trust_remote_code: bool):
@@ -66,33 +68,38 @@ class LambdaComponents:
         self._trust_remote_code = trust_remote_code
 
     def compute(self, fitted: NeuroMerging) -> None:
-        """Compute the parts for some trim thresholds; those of an earlier call are replaced.
+        """Compute the parts for the trim thresholds of `fitted`. They replace those of an earlier call.
 
         The inputs are read once for each part.
 
         Raises:
             MergeError: if a weight is NaN or infinite.
         """
-        single = [dataclasses.replace(unit, dtype=_single(unit.dtype)) for unit in self._plan.units]
+        single = [dataclasses.replace(unit, dtype=_to_float32(unit.dtype)) for unit in self._plan.units]
         parallel, orthogonal = DeltaOnly(fitted, 1, 0), DeltaOnly(fitted, 0, 1)
         if not self._file("base").exists():
-            self._write(self._folder / "model", self._plan.units, map(_copied, self._plan.units), parallel)
-            self._keep("base", single, map(_copied, single), parallel)
+            self._write_term(self.base_folder, self._plan.units, map(_unchanged, self._plan.units), parallel)
+            self._store_term("base", single, map(_unchanged, single), parallel)
         changed = [unit for unit in single if unit.task_vectors]
-        self._keep("parallel", single, changed, parallel)
-        self._keep("orthogonal", single, changed, orthogonal)
+        self._store_term("parallel", single, changed, parallel)
+        self._store_term("orthogonal", single, changed, orthogonal)
+
+    @property
+    def base_folder(self) -> Path:
+        """The folder of the base in the merged model's dtype and with its vocabulary, for `from_pretrained`."""
+        return self._folder / "model"
 
     def load_base(self, **kwargs: Any) -> PreTrainedModel:
-        """The base in the dtype of the merged model, and with its vocabulary, in evaluation mode."""
-        model: PreTrainedModel = self._load(self._folder / "model", **kwargs)
+        """Load the base in the merged model's dtype and with its vocabulary, in evaluation mode."""
+        model: PreTrainedModel = self._load(self.base_folder, **kwargs)
         return model.eval()
 
     @torch.no_grad()
-    def put(self, model: torch.nn.Module, lambda_parallel: float, lambda_orthogonal: float) -> None:
+    def set_lambdas(self, model: torch.nn.Module, lambda_parallel: float, lambda_orthogonal: float) -> None:
         """Turn a model that `load_base` returned into the merge with these lambdas, in place.
 
         Raises:
-            MergeError: if parameters are not in memory.
+            MergeError: if a parameter is not in memory, but on the meta device.
         """
         weights = {"parallel": lambda_parallel, "orthogonal": lambda_orthogonal}
         with ExitStack() as stack:
@@ -102,31 +109,31 @@ class LambdaComponents:
                 for name, weight in weights.items()
                 if weight
             ]
-            for name, tensor in _floating(model).items():
+            for name, tensor in _floating_tensors(model).items():
                 if tensor.is_meta:
                     raise MergeError(f"{name} is not in memory, where lambdas are tried out: leave device_map= out.")
-                if name in base.keys():  # noqa: SIM118  # the head that the base lacks is not in it
+                if name in base.keys():  # noqa: SIM118  # a head that the base lacks is not a key
                     merged = base.get_tensor(name)
                     for part, weight in parts:
                         merged = merged.add(part.get_tensor(name), alpha=weight)
                     tensor.copy_(merged)
 
-    def _keep(self, name: str, units: Iterable[Unit], computed: Iterable[Unit], method: Method[Any]) -> None:
-        """Keep a term by the names that parameters have in memory."""
+    def _store_term(self, name: str, units: Iterable[Unit], computed: Iterable[Unit], method: Method[Any]) -> None:
+        """Store a term by the in-memory names of its parameters."""
         stored = self._folder / "stored"
-        self._write(stored, units, computed, method)
+        self._write_term(stored, units, computed, method)
         model, info = self._load(stored, dtype=torch.float32, output_loading_info=True)
-        tensors = {key: tensor.contiguous() for key, tensor in _floating(model).items()}
+        tensors = {key: tensor.contiguous() for key, tensor in _floating_tensors(model).items()}
         save_file({key: tensor for key, tensor in tensors.items() if key not in info["missing_keys"]}, self._file(name))
         shutil.rmtree(stored)
 
-    def _write(self, folder: Path, units: Iterable[Unit], computed: Iterable[Unit], method: Method[Any]) -> None:
-        """Write a checkpoint of all units, of which those that are not computed are 0."""
+    def _write_term(self, folder: Path, units: Iterable[Unit], computed: Iterable[Unit], method: Method[Any]) -> None:
+        """Write a checkpoint of all units. Units that are not in `computed` are 0."""
         folder.mkdir()
-        writer = CheckpointWriter(folder, list(units), "5GB")  # what is not written of a new file is 0
+        writer = CheckpointWriter(folder, list(units), "5GB")  # unwritten parts of a new file are 0
         try:
-            plan = dataclasses.replace(self._plan, units=tuple(computed))
-            merge_weights(plan, method, writer, self._device, self._plan.threads)
+            work = dataclasses.replace(self._plan.work, units=tuple(computed))
+            merge_weights(Passes(work, self._device, self._plan.threads), method, writer)
         finally:
             writer.close()
         write_companions(self._plan, folder, self._trust_remote_code)
@@ -135,16 +142,16 @@ class LambdaComponents:
         return self._folder / f"{name}.safetensors"
 
 
-def _single(dtype: torch.dtype) -> torch.dtype:
+def _to_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point else dtype
 
 
-def _copied(unit: Unit) -> Unit:
+def _unchanged(unit: Unit) -> Unit:
     return dataclasses.replace(unit, layout=Layout(1, 1, unit.entries, 1), is_neuronal=False, task_vectors=())
 
 
-def _floating(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of a floating-point dtype, by name; of tied ones, the first."""
+def _floating_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The floating-point parameters and persistent buffers, by name. Tied ones have their first name only."""
     persistent = model.state_dict(keep_vars=True)
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: named[name].detach() for name in persistent if name in named and named[name].is_floating_point()}

@@ -1,4 +1,4 @@
-"""The user's own evaluation of models, and what it returns."""
+"""The user's own evaluation function, and the scores that it returns."""
 
 import importlib
 import math
@@ -7,34 +7,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel
-
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.files import HEAD_WEIGHTS
 
 Function = Callable[[Any], Any]
-"""Takes a model and returns its score, or a dictionary of scores by task, or one of lists of scores by example."""
+"""Takes a model and returns its score, a dictionary of scores by task, or one of lists of scores by example."""
 
 Evaluate = Function | Mapping[str, Function]
-"""Or a function for each expert, by name, which gets the model under that expert's head, and returns its score."""
+"""One function, or a function for each expert by name, which takes the model with that expert's head."""
 
-ONLY = "score"
-"""The name of the task where there is only one score."""
+SINGLE_TASK = "score"
+"""The name of the task if there is only one score."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation found.
+    """The scores of one model.
 
     Attributes:
-        tasks: the score of each task; of lists, their mean.
-        examples: the scores by example, of the tasks that have them.
+        tasks: the score of each task, which is the mean if there are scores by example.
+        examples: the scores by example of each task that has them.
     """
 
     tasks: dict[str, float]
@@ -42,24 +35,28 @@ class Scores:
 
     @property
     def average(self) -> float:
-        """The mean over the tasks."""
+        """The mean of the tasks' scores."""
         return math.fsum(self.tasks.values()) / len(self.tasks)
 
 
-def run_evaluation(evaluate: Evaluate, model: Any, heads: Path) -> Scores:
+def run_evaluation(evaluate: Evaluate, model_with_head: Callable[[str | None], Any]) -> Scores:
     """Evaluate a model.
 
     Args:
-        heads: the folder of the experts' heads.
+        evaluate: the user's function, or one for each expert by name.
+        model_with_head: returns the model with the head of the named expert, or without such a head for None.
+
+    Returns:
+        The scores.
 
     Raises:
-        MergeError: if what is returned are no finite scores, or an expert has no head.
+        MergeError: if the function does not return finite scores, or an expert has no head.
     """
     if isinstance(evaluate, Mapping):
-        returned: Any = {name: function(with_head(model, heads, name)) for name, function in evaluate.items()}
+        returned: Any = {name: function(model_with_head(name)) for name, function in evaluate.items()}
     else:
-        returned = evaluate(model)
-    by_task = returned if isinstance(returned, Mapping) else {ONLY: returned}
+        returned = evaluate(model_with_head(None))
+    by_task = returned if isinstance(returned, Mapping) else {SINGLE_TASK: returned}
     tasks, examples = {}, {}
     for task, value in by_task.items():
         if _is_list(value):
@@ -75,32 +72,11 @@ def run_evaluation(evaluate: Evaluate, model: Any, heads: Path) -> Scores:
     return Scores(tasks, examples)
 
 
-def with_head(model: PreTrainedModel, heads: Path, name: str) -> PreTrainedModel:
-    """An expert's task model around the weights of a merged one, which the two share.
-
-    Raises:
-        MergeError: if there is no head of this name.
-    """
-    folder = heads / name
-    if not folder.is_dir():
-        found = sorted(path.name for path in heads.iterdir()) if heads.is_dir() else []
-        raise MergeError(f"No expert {name!r} has a head of its own to be evaluated with; there are: {found}.")
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        task_model = getattr(transformers, config.architectures[0])(config)
-    setattr(task_model, task_model.base_model_prefix, model.base_model)
-    head = load_file(folder / HEAD_WEIGHTS)
-    own = {key: tensor.to(model.device, model.dtype) for key, tensor in head.items()}
-    task_model.load_state_dict(own, strict=False, assign=True)
-    evaluated: PreTrainedModel = task_model.eval()
-    return evaluated
-
-
 def load_function(place: str) -> Evaluate:
-    """What ``module:function`` names: a function, or a dictionary of them. The current folder is searched as well.
+    """Import a function, or a dictionary of them, by ``module:function``. The current folder is searched as well.
 
     Raises:
-        MergeError: if it cannot be imported.
+        MergeError: if it cannot be imported, or is not a function.
     """
     module_name, _, name = place.partition(":")
     if not module_name or not name:
@@ -117,7 +93,7 @@ def load_function(place: str) -> Evaluate:
 
 
 def name_of(evaluate: Evaluate) -> str:
-    """``module:function``, for messages and for what is written down."""
+    """The evaluation as ``module:function``, for messages, recipes and cards."""
     if isinstance(evaluate, Mapping):
         return ", ".join(dict.fromkeys(map(name_of, evaluate.values())))
     name = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
@@ -125,7 +101,7 @@ def name_of(evaluate: Evaluate) -> str:
 
 
 def _number(value: Any) -> float:
-    """A number, or a tensor or array of one, as float; NaN for anything else."""
+    """A number, or a tensor or array without dimensions, as float; NaN for anything else."""
     return float(value) if isinstance(value, Real) or getattr(value, "shape", None) == () else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Which lambdas are tried: a coarse grid around the automatic rule, then finer steps around the best."""
+"""The search for the lambdas: a coarse grid around the automatic rule, then finer steps around the best pair."""
 
 import itertools
 import time
@@ -17,17 +17,21 @@ from neuromerge_hf.tuning.evaluation import Scores
 from neuromerge_hf.tuning.trials import Trial
 
 DIGITS = 4
-"""Of the lambdas that are tried, but for the rule's own."""
+"""The significant digits of the lambdas that are tried, except the automatic rule's own."""
 
 
 @dataclass(frozen=True)
 class TuningGrid:
-    """Which lambdas are tried: first all pairs of these, then finer around the best.
+    """The lambdas to try: first all pairs of these values, then finer steps around the best pair.
 
     Args:
         parallel: values of lambda_1.
         orthogonal: values of lambda_2, as multiples of the automatic rule's 1 / (1 - sigma).
         rounds: how often the steps are halved around the best pair; each adds up to 8 candidates.
+
+    Example:
+        >>> TuningGrid(parallel=(0.0,), orthogonal=(0.8, 1.0, 1.2), rounds=0).rounds
+        0
     """
 
     parallel: Sequence[float] = (0.0, 0.5, 1.0)
@@ -40,7 +44,7 @@ class TuningGrid:
 
 
 class Search:
-    """Tries candidates on one live model, and keeps what they scored."""
+    """Tries candidates on one live model. `trials` records them, and `seconds` the time of their evaluation."""
 
     def __init__(
         self,
@@ -61,18 +65,18 @@ class Search:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The live model, loaded when the parts are there."""
+        """The live model. It is loaded when it is first used, which must be after the parts are computed."""
         if self._model is None:
             self._model = self._parts.load_base(**self._kwargs)
         return self._model
 
     @property
     def best(self) -> Trial:
-        """The first of the best, so that the rule wins where no other is better."""
+        """The first trial with the best score, so that the automatic rule wins a tie."""
         return max(self.trials, key=lambda trial: self._sign * trial.score)
 
     def run(self, density: float, fitted: NeuroMerging, grid: TuningGrid) -> None:
-        """Try the rule, the grid, and then finer steps around the best, at one density."""
+        """At one density, try the automatic rule, the grid, and then finer steps around the best pair."""
         rule = 1 / (1 - fitted.sigma)
         first = [(0.0, rule), (fitted.config.lambda_parallel, fitted.lambda_orthogonal)]
         multiples = [rule if multiple == 1 else float(f"{multiple * rule:.{DIGITS}g}") for multiple in grid.orthogonal]
@@ -91,7 +95,7 @@ class Search:
             try_all(itertools.product(around_parallel, around_orthogonal))
 
     def _try(self, density: float, parallel: float, orthogonal: float, *, is_rule: bool) -> Trial:
-        self._parts.put(self.model, parallel, orthogonal)
+        self._parts.set_lambdas(self.model, parallel, orthogonal)
         started = time.perf_counter()
         with torch.no_grad():
             scores = self._evaluate(self.model)
@@ -106,7 +110,10 @@ class Search:
 
 
 def around(value: float, tried: Iterable[float]) -> list[float]:
-    """A value and two others, half way to the nearest that were tried on both sides, or as far where there is none."""
+    """A value, and those half way to the nearest tried values below and above it.
+
+    If nothing was tried on one side, the step is the same as on the other side.
+    """
     below = [value - other for other in tried if other < value]
     above = [other - value for other in tried if other > value]
     if not below and not above:

@@ -1,4 +1,4 @@
-"""What tuning tried, as a table and as a picture."""
+"""The candidates of a tuning, as a table and as a picture."""
 
 import dataclasses
 import json
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 TABLE = "tuning"
-"""The name of the files: .json, .md and .png."""
+"""The name of the files, without .json, .md or .png."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate.
+    """One candidate and its scores.
 
     Attributes:
         density: the fraction of each task vector that was kept.
-        lambda_parallel: the paper's lambda_1.
-        lambda_orthogonal: the paper's lambda_2.
-        score: what was to be as good as possible.
+        lambda_parallel: the scale of the parallel part, lambda_1 in the paper.
+        lambda_orthogonal: the scale of the orthogonal part, lambda_2 in the paper.
+        score: the score that is optimised.
         tasks: the score of each task.
-        is_rule: whether it is the automatic rule at that density.
+        is_rule: whether the lambdas are those of the automatic rule.
     """
 
     density: float
@@ -42,7 +42,7 @@ def save_table(trials: Sequence[Trial], best: Trial, folder: Path, greater_is_be
 
 
 def to_markdown(trials: Sequence[Trial], best: Trial) -> str:
-    """A Markdown table with a line for each candidate."""
+    """A Markdown table with a row for each candidate."""
     tasks = list(best.tasks) if len(best.tasks) > 1 else []
     lines = [["density", "lambda_parallel", "lambda_orthogonal", "score", *tasks, ""]]
     lines.append(["---:"] * (len(lines[0]) - 1) + ["---"])
@@ -55,7 +55,7 @@ def to_markdown(trials: Sequence[Trial], best: Trial) -> str:
 
 
 def draw_surface(trials: Sequence[Trial], best: Trial, path: Path) -> None:
-    """Draw the score over lambda_2, one line for each lambda_1, one panel for each density."""
+    """Draw the score over lambda_2, with a line for each lambda_1 and a panel for each density."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

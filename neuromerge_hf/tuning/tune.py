@@ -5,45 +5,56 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from neuromerge_hf.api import merge
-from neuromerge_hf.config import NeuroMergingConfig
+from neuromerge_hf.assembly.assemble import assemble, compute_adapters, save_heads
 from neuromerge_hf.engine.device import find_device
-from neuromerge_hf.engine.writer import check_shard_size
-from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.engine.passes import Passes
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.inputs import InputHasher, unchanged_inputs
 from neuromerge_hf.folder.report import MergeReport
-from neuromerge_hf.methods.neuromerging import NeuroMerging
+from neuromerge_hf.loading.classes import class_of_files
+from neuromerge_hf.loading.heads import load_with_head, share_backbone
+from neuromerge_hf.methods.neuromerging import NeuroMerging, NeuroMergingConfig
+from neuromerge_hf.options import with_options
 from neuromerge_hf.planning.plan import MergePlan
-from neuromerge_hf.planning.planner import plan_found
-from neuromerge_hf.planning.preflight import check_output
-from neuromerge_hf.planning.resolve import ModelId, find_models
-from neuromerge_hf.skeleton import model_class_of
+from neuromerge_hf.planning.planner import plan_with_weights, with_config
+from neuromerge_hf.planning.preflight import check_settings
+from neuromerge_hf.planning.resolve import resolve
+from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
+from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.text import readable_size
 from neuromerge_hf.tuning.components import LambdaComponents
-from neuromerge_hf.tuning.evaluation import Evaluate, name_of, run_evaluation
+from neuromerge_hf.tuning.evaluation import Evaluate, Scores, name_of, run_evaluation
 from neuromerge_hf.tuning.search import Search, TuningGrid
 from neuromerge_hf.tuning.trials import Trial, save_table
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune_lambdas` found.
+    """The result of `tune_lambdas`.
 
     Attributes:
         config: the best hyper-parameters, with numbers for the lambdas.
         trials: every candidate with its score, in the order in which they were tried.
-        best: the candidate of `config`.
-        model: the merged model with these, as transformers loads it.
-        report: of the merge that was written, if there is an output directory.
-        seconds: wall time; of which `evaluating` seconds were spent in the user's function.
+        best: the candidate that `config` describes.
+        model: the merged model with the best hyper-parameters, as transformers loads it.
+        report: the report of the merge in the output directory; None without an output directory.
+        seconds: the wall time in seconds.
+        evaluating: the part of `seconds` that was spent in the user's function.
+
+    Example:
+        >>> def evaluate(model):
+        ...     return -float(model.lm_head.weight.norm())
+        >>> found = tune_lambdas(["math"], evaluate, base_model="base", grid=TuningGrid((0.0,), (1.0,), rounds=0))
+        >>> found.best.is_rule
+        True
     """
 
     config: NeuroMergingConfig
@@ -55,122 +66,142 @@ class Tuning:
     evaluating: float
 
 
+@with_options(MergeSpec, Runtime, takes_others=True)
 def tune_lambdas(
     models: Sequence[ModelId],
     evaluate: Evaluate,
     *,
-    base_model: ModelId | None = None,
-    config: NeuroMergingConfig | None = None,
     grid: TuningGrid | None = None,
     densities: Sequence[float] | None = None,
     metric: str | None = None,
     greater_is_better: bool = True,
     output_dir: str | os.PathLike[str] | None = None,
-    tuned_on: str | None = None,
     auto_class: Any = None,
     work_dir: str | os.PathLike[str] | None = None,
-    dtype: str | torch.dtype = "auto",
-    tokenizer: str = "base",
-    chat_template: str | None = None,
-    merge_heads: bool = False,
-    max_shard_size: str | int = "5GB",
-    device: str | torch.device | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    token: str | bool | None = None,
-    trust_remote_code: bool = False,
-    **kwargs: Any,
+    **options: Any,
 ) -> Tuning:
-    """Find the lambdas, and if wanted the density, with which the merge scores best on validation data.
+    """Find the lambdas, and optionally the density, with which the merge scores best on validation data.
 
     The parallel and orthogonal parts are computed once for each density, and each candidate is written into one live
-    model in place. The automatic rule is among the candidates, and wins where no other is better. Beside that model,
-    nothing but one tensor of each part is held in memory; the parts themselves are files.
+    model in place. The automatic rule is one of the candidates and wins a tie. The parts are stored in files: besides
+    the live model, only one tensor of each part is in memory.
 
     Args:
-        models, base_model, dtype, tokenizer, chat_template, merge_heads, max_shard_size, device, threads, overwrite,
-            token, trust_remote_code: see `neuromerge_hf.merge`.
-        evaluate: called with the merged model, in evaluation mode; returns its score, or a dictionary of scores by
-            task, or one of lists of scores by example. Or a dictionary of functions by the names of experts that have
-            heads of their own, each called with the merged model under that head. They must leave the weights as they
-            are. Use validation data: a score that was tuned on says little about new data.
-        config: the density, what is excluded, and the lambdas to start from.
-        grid: which lambdas are tried.
-        densities: which are tried; only that of `config` by default. Each costs about as much as a merge.
-        metric: the entry of the dictionary that counts; by default the mean of all.
+        models: the experts, as in `merge`.
+        evaluate: a function that takes the merged model in evaluation mode and returns its score, a dictionary of
+            scores by task, or a dictionary of lists of scores by example. Or a dictionary of such functions by expert
+            name, each of which gets the merged model with that expert's own head. They must not change the weights.
+            Use validation data: a score that was tuned on says little about new data.
+        grid: the lambdas to try.
+        densities: the densities to try; by default only that of `config`. Each costs about as much as a merge.
+        metric: the task whose score counts; by default the mean over all tasks.
         greater_is_better: whether the largest score is the best.
-        output_dir: where the merge with the best is written, if wanted, with a table and a picture of all candidates.
-        tuned_on: what recipe, report and card call the validation data; the name of the function by default.
-        auto_class: an Auto class or a model class of transformers to load the model as; by default the experts' own, or
-            the base's where they differ or have heads of their own.
-        work_dir: where a temporary folder for the parts is made, three to four times as large as the model in float32;
-            beside the output directory, or in the system's temporary folder.
-        **kwargs: anything else that `from_pretrained` takes, for the live model.
+        output_dir: the folder for the best merge, with a table and a picture of all candidates. By default nothing is
+            written.
+        auto_class: the Auto class or model class of transformers to load the model with; by default the experts' class,
+            or the base's class if the experts' classes differ or have heads of their own.
+        work_dir: the folder for temporary files, which take three to four times the size of the model in float32. The
+            default is beside the output directory, or the system's temporary folder.
+        **options: any other argument of `from_pretrained`, for the live model.
+
+    Returns:
+        The best hyper-parameters, the merged model that has them, and every candidate with its score.
 
     Raises:
-        MergeError: if the models cannot be merged, or what `evaluate` returns is no score.
+        MergeError: if the models cannot be merged, a file of theirs changes meanwhile, or `evaluate` does not return a
+            score.
+
+    Example:
+        >>> def evaluate(model):
+        ...     return -float(model.lm_head.weight.norm())
+        >>> found = tune_lambdas(["math", "code-lora"], evaluate, base_model="base", grid=TuningGrid(rounds=0))
+        >>> len(found.trials)
+        15
     """
     started = time.perf_counter()
-    config = config or NeuroMergingConfig()
-    if not isinstance(config, NeuroMergingConfig):
-        raise MergeError(f"Lambdas are NeuroMerging's: config must be a NeuroMergingConfig, not {config!r}.")
-    densities = list(dict.fromkeys(densities or (config.density,)))
-    for density in densities:
-        dataclasses.replace(config, density=density)  # which checks it
-    grid = grid or TuningGrid()
+    spec, runtime, others = split_options(models, options)
+    if not isinstance(spec.config, NeuroMergingConfig):
+        raise MergeError(f"Lambdas are NeuroMerging's: config must be a NeuroMergingConfig, not {spec.config!r}.")
+    for density in densities or ():
+        dataclasses.replace(spec.config, density=density)  # raises if it is out of range
     target = None if output_dir is None else Path(output_dir).expanduser().absolute()
-    problems = Problems()
-    if target:
-        problems.attempt(partial(check_output, target, overwrite))
-        problems.attempt(partial(check_shard_size, max_shard_size))
-    compute_device = problems.attempt(partial(find_device, device))
-    found = find_models(models, base_model, token, problems)
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "tokenizer": tokenizer,
-        "chat_template": chat_template,
-        "merge_heads": merge_heads,
-        "threads": threads,
-        "trust_remote_code": trust_remote_code,
-    }
-    plan = plan_found(found, config=config, target=target, **settings)
-    if plan.bytes_to_download:
-        found.fetch_weights()
-        plan = plan_found(found, config=config, target=target, **settings)
-    assert compute_device is not None, "else there was a problem"
+    problems = check_settings(spec, runtime, target)
+    plan = plan_with_weights(spec, runtime, resolve(spec, runtime.token, problems), target)
+    tuning = tune_plan(
+        plan,
+        runtime,
+        evaluate,
+        grid=grid or TuningGrid(),
+        densities=densities or (),
+        metric=metric,
+        greater_is_better=greater_is_better,
+        target=target,
+        auto_class=auto_class,
+        work_dir=work_dir,
+        load_options=others,
+    )
+    return dataclasses.replace(tuning, seconds=time.perf_counter() - started)
 
-    kwargs |= {"trust_remote_code": True} if trust_remote_code else {}
-    kwargs |= {"token": token} if token is not None else {}
 
-    def load(folder: Path, **options: Any) -> Any:
-        return (auto_class or _class_of(plan, folder, trust_remote_code)).from_pretrained(folder, **options)
+def tune_plan(
+    plan: MergePlan,
+    runtime: Runtime,
+    evaluate: Evaluate,
+    *,
+    grid: TuningGrid,
+    densities: Sequence[float] = (),
+    metric: str | None = None,
+    greater_is_better: bool = True,
+    target: Path | None = None,
+    auto_class: Any = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    load_options: Mapping[str, Any] | None = None,
+) -> Tuning:
+    """Do what `tune_lambdas` does, for a plan for NeuroMerging whose weights are on this machine."""
+    started = time.perf_counter()
+    config, device = plan.config, find_device(runtime.device)
+    assert isinstance(config, NeuroMergingConfig)
+    loading = dict(load_options or {})
+    loading |= {"trust_remote_code": True} if runtime.trust_remote_code else {}
+    loading |= {"token": runtime.token} if runtime.token is not None else {}
 
-    folder = _folder_beside(work_dir, target, plan)
+    def load(folder: Path, **arguments: Any) -> Any:
+        model_class = class_of_files(folder, auto_class, trust_remote_code=runtime.trust_remote_code)
+        return model_class.from_pretrained(folder, **arguments)
+
+    folder = _work_folder(work_dir, target, plan)
     try:
-        for expert in plan.experts:
-            if expert.preparation:
-                (folder / "prepared").mkdir(exist_ok=True)
-                expert.preparation.run(folder / "prepared")
-            if expert.head:
-                expert.head.save(folder / "heads" / expert.name)
+        compute_adapters(plan, folder / "computed")
+        save_heads(plan, folder / HEADS)
         (folder / "parts").mkdir()
-        parts = LambdaComponents(plan, folder / "parts", load, compute_device, trust_remote_code)
-        search = Search(
-            parts, partial(run_evaluation, evaluate, heads=folder / "heads"), metric, greater_is_better, kwargs
-        )
+        parts = LambdaComponents(plan, folder / "parts", load, device, runtime.trust_remote_code)
+
+        @cache
+        def task_model(head: str) -> PreTrainedModel:
+            return load_with_head(parts.base_folder, folder / HEADS, head, folder / "links", "evaluate", **loading)
+
+        def evaluate_live(model: PreTrainedModel) -> Scores:
+            def model_with_head(head: str | None) -> PreTrainedModel:
+                return model if head is None else share_backbone(task_model(head), model).eval()
+
+            return run_evaluation(evaluate, model_with_head)
+
+        search = Search(parts, evaluate_live, metric, greater_is_better, loading)
 
         def compute(density: float) -> NeuroMerging:
             at_density = dataclasses.replace(config, density=density)
-            fitted = NeuroMerging.fit(at_density, plan, compute_device, plan.threads, lambda _: None)
-            parts.compute(fitted)
+            with unchanged_inputs(plan.locations):
+                fitted = NeuroMerging.fit(at_density, Passes(plan.work, device, plan.threads))
+                parts.compute(fitted)
             return fitted
 
-        for density in densities:
+        tried = list(dict.fromkeys(densities or (config.density,)))
+        for density in tried:
             search.run(density, compute(density), grid)
         best = search.best
-        if best.density != density:  # whose parts there are
+        if best.density != tried[-1]:  # the parts of the last density are still stored
             compute(best.density)
-        parts.put(search.model, best.lambda_parallel, best.lambda_orthogonal)
+        parts.set_lambdas(search.model, best.lambda_parallel, best.lambda_orthogonal)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     chosen = dataclasses.replace(
@@ -181,36 +212,20 @@ def tune_lambdas(
     )
     report = None
     if target:
-        report = merge(
-            models,
-            target,
-            base_model=base_model,
-            config=chosen,
-            tuned_on=tuned_on or name_of(evaluate),
-            max_shard_size=max_shard_size,
-            device=device,
-            overwrite=overwrite,
-            token=token,
-            **settings,
-        )
+        tuned = with_config(plan, chosen, tuned_on=plan.spec.tuned_on or name_of(evaluate))
+        with InputHasher(plan.base.location, [expert.location for expert in plan.experts]) as inputs:
+            report = assemble(tuned, target, runtime, inputs)
         save_table(search.trials, best, target, greater_is_better)
     seconds = time.perf_counter() - started
     return Tuning(chosen, search.trials, best, search.model, report, seconds, search.seconds)
 
 
-def _class_of(plan: MergePlan, folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    loaded = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return model_class_of(loaded, folder, trust_remote_code)
-
-
-def _folder_beside(work_dir: str | os.PathLike[str] | None, target: Path | None, plan: MergePlan) -> Path:
-    """A temporary folder that is large enough for the parts."""
+def _work_folder(work_dir: str | os.PathLike[str] | None, target: Path | None, plan: MergePlan) -> Path:
+    """Make a temporary folder on a disk with enough space for the parts."""
     parent = next(path for path in target.parents if path.exists()) if target else Path(tempfile.gettempdir())
     parent = parent if work_dir is None else Path(work_dir).expanduser()
     entries = sum(unit.entries for unit in plan.units)
-    needed = 16 * entries + sum(unit.nbytes for unit in plan.units) + plan.disk_needed
+    needed = 16 * entries + sum(unit.nbytes for unit in plan.units) + plan.costs.disk
     usage = shutil.disk_usage(parent)
     if usage.free < needed and usage.total > 0:
         raise MergeError(
