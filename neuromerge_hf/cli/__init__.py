@@ -23,7 +23,7 @@ app.command("compare")(compare_command)
 @app.callback()
 def main(context: typer.Context) -> None:
     """Merge fine-tunes of one base model by NeuroMerging."""
-    # Loading torch and transformers makes millions of objects that stay. Looking through them again and again for
-    # garbage takes a second, and a merge leaves none.
+    # Importing torch and transformers creates millions of permanent objects. Searching them for garbage takes a second,
+    # and a merge leaves no garbage.
     gc.disable()
     context.call_on_close(gc.enable)

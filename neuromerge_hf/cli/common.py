@@ -1,22 +1,27 @@
-"""What several commands do."""
+"""Functions that several commands share."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from neuromerge_hf.cli.options import IN_RECIPE, OF_METHODS
+from neuromerge_hf.cli.options import method_options
+from neuromerge_hf.config import config_class
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.spec import OPTION_NAMES, RUNTIME_NAMES
 
 if TYPE_CHECKING:
     from neuromerge_hf.config import MergeConfig
 
+COMMAND_OPTIONS = ("method", "tune", "tune_density")
+"""Options that are not in `MergeSpec` and cannot be combined with a recipe."""
+
 
 @contextmanager
-def errors_in_a_sentence() -> Iterator[None]:
-    from neuromerge_hf.errors import MergeError
-
+def errors_on_stderr() -> Iterator[None]:
+    """Print a `MergeError` as one message, and exit with status 1."""
     try:
         yield
     except MergeError as error:
@@ -25,12 +30,15 @@ def errors_in_a_sentence() -> Iterator[None]:
 
 
 def is_recipe(context: typer.Context, models: list[str]) -> bool:
-    """Whether the models are those of a recipe, which then leaves nothing else to be said."""
-    from neuromerge_hf.errors import MergeError
+    """Whether the only argument is a recipe.
 
+    Raises:
+        MergeError: if an option is given that the recipe sets itself.
+    """
     if len(models) != 1 or not models[0].endswith((".yaml", ".yml")):
         return False
-    sources = {name: context.get_parameter_source(name) for name in IN_RECIPE if name in context.params}
+    names = [*(name for name in OPTION_NAMES if name not in RUNTIME_NAMES), *method_options(), *COMMAND_OPTIONS]
+    sources = {name: context.get_parameter_source(name) for name in names if name in context.params}
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -38,18 +46,24 @@ def is_recipe(context: typer.Context, models: list[str]) -> bool:
     return True
 
 
-def method_config(context: typer.Context) -> "MergeConfig":
-    """The configuration of the method that was asked for, from those of its options that were given."""
-    from neuromerge_hf.config import config_class
-    from neuromerge_hf.errors import MergeError
+def merge_options(context: typer.Context) -> dict[str, Any]:
+    """The keyword arguments of `merge` from the options of a command, with the configuration of the method."""
+    known = {name: value for name, value in context.params.items() if name in OPTION_NAMES}
+    return {**known, "config": _method_config(context.params)} if "method" in context.params else known
 
-    method = context.params["method"]
+
+def runtime_options(context: typer.Context) -> dict[str, Any]:
+    """The keyword arguments of `Runtime` from the options of a command."""
+    return {name: value for name, value in context.params.items() if name in RUNTIME_NAMES}
+
+
+def _method_config(options: Mapping[str, Any]) -> "MergeConfig":
+    """The configuration of the chosen method, made from the options that were given."""
+    method = options["method"]
     config = config_class(method)
-    given = {name: context.params[name] for name in OF_METHODS if context.params[name] is not None}
-    strange = given.keys() - {field.name for field in dataclasses.fields(config)}
-    if strange:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(strange))
-        raise MergeError(f"--method {method} has no {options}: leave it out, or choose another method.")
-    with suppress(KeyError, ValueError):  # of the name of a rule, or of what the config says is wrong
-        given["lambda_orthogonal"] = float(given["lambda_orthogonal"])
+    given = {name: options[name] for name in method_options() if options[name] is not None}
+    unknown = given.keys() - {field.name for field in dataclasses.fields(config)}
+    if unknown:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
+        raise MergeError(f"--method {method} has no {names}: leave it out, or choose another method.")
     return config(**given)

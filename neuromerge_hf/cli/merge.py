@@ -5,107 +5,54 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import errors_in_a_sentence, is_recipe, method_config
-from neuromerge_hf.cli.options import (
-    BaseModel,
-    ChatTemplate,
-    Density,
-    DropRate,
-    Dtype,
-    Exclude,
-    LambdaOrthogonal,
-    LambdaParallel,
-    MergeHeads,
-    Method,
-    Models,
-    Overwrite,
-    Scale,
-    Seed,
-    Threads,
-    Token,
-    Tokenizer,
-    TrustRemoteCode,
-    Tune,
-    TuneDensity,
-)
+from neuromerge_hf.cli.common import errors_on_stderr, is_recipe, merge_options, runtime_options
+from neuromerge_hf.cli.options import DEFAULT_METHOD, Method, Models, takes_options
+from neuromerge_hf.errors import MergeError
 
 if TYPE_CHECKING:
     from neuromerge_hf.folder.report import MergeReport
 
 
+@takes_options(methods=True)
 def merge_command(
     context: typer.Context,
     models: Models,
     output: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
-    base_model: BaseModel = None,
-    method: Method = "neuromerging",
-    density: Density = None,
-    lambda_parallel: LambdaParallel = None,
-    lambda_orthogonal: LambdaOrthogonal = None,
-    scale: Scale = None,
-    drop_rate: DropRate = None,
-    seed: Seed = None,
-    exclude: Exclude = None,
-    tune: Tune = None,
-    tune_density: TuneDensity = None,
-    dtype: Dtype = "auto",
-    tokenizer: Tokenizer = "base",
-    chat_template: ChatTemplate = None,
-    merge_heads: MergeHeads = False,
-    max_shard_size: Annotated[str, typer.Option(help="The largest size of a weight file.")] = "5GB",
-    device: Annotated[
-        str | None, typer.Option(help="Where to compute.", show_default="the accelerator, or cpu")
+    method: Method = DEFAULT_METHOD,
+    tune: Annotated[
+        str | None,
+        typer.Option(help="module:function that scores a model: tune the lambdas with it.", show_default=False),
     ] = None,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
+    tune_density: Annotated[
+        list[float] | None, typer.Option(help="A density to try as well. Repeatable.", show_default="--density alone")
+    ] = None,
+    **options: Any,
 ) -> None:
-    """Merge fine-tunes and adapters into their base, or make a model again from its recipe."""
+    """Merge fine-tunes and adapters into their base, or reproduce a merge from its recipe."""
     from neuromerge_hf.api import merge, merge_recipe
-    from neuromerge_hf.errors import MergeError
 
-    with errors_in_a_sentence():
+    with errors_on_stderr():
         if tune_density and not tune:
             raise MergeError("--tune-density says what to try: give --tune module:function to score it.")
         if is_recipe(context, models):
-            report = merge_recipe(
-                models[0],
-                output,
-                device=device,
-                threads=threads,
-                overwrite=overwrite,
-                token=token,
-                trust_remote_code=trust_remote_code,
-            )
+            report = merge_recipe(models[0], output, **runtime_options(context))
+        elif tune:
+            report = _tuned(models, output, tune, tune_density, merge_options(context))
         else:
-            settings: dict[str, Any] = {
-                "base_model": base_model,
-                "config": method_config(context),
-                "dtype": dtype,
-                "tokenizer": tokenizer,
-                "chat_template": chat_template,
-                "merge_heads": merge_heads,
-                "max_shard_size": max_shard_size,
-                "device": device,
-                "threads": threads,
-                "overwrite": overwrite,
-                "token": token,
-                "trust_remote_code": trust_remote_code,
-            }
-            report = _tuned(models, output, tune, tune_density, settings) if tune else merge(models, output, **settings)
+            report = merge(models, output, **merge_options(context))
         typer.echo(report)
 
 
 def _tuned(
-    models: list[str], output: Path, tune: str, densities: list[float] | None, settings: dict[str, Any]
+    models: list[str], output: Path, tune: str, densities: list[float] | None, options: dict[str, Any]
 ) -> "MergeReport":
     from neuromerge_hf.tuning.evaluation import load_function
     from neuromerge_hf.tuning.trials import to_markdown
     from neuromerge_hf.tuning.tune import tune_lambdas
 
     evaluate = load_function(tune)
-    found = tune_lambdas(models, evaluate, densities=densities, tuned_on=tune, output_dir=output, **settings)
+    options["tuned_on"] = options["tuned_on"] or tune
+    found = tune_lambdas(models, evaluate, densities=densities, output_dir=output, **options)
     typer.echo(to_markdown(found.trials, found.best))
     assert found.report is not None, "there is an output directory"
     return found.report

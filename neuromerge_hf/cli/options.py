@@ -1,8 +1,17 @@
-"""The options that several commands share."""
+"""The options of the commands, made from the fields of `MergeSpec`, `Runtime` and the methods' configurations."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
+
+from neuromerge_hf.config import DEFAULT_METHOD, METHODS, config_classes
+from neuromerge_hf.options import Option, options_of
+from neuromerge_hf.spec import MergeSpec, Runtime
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 Models = Annotated[
     list[str],
@@ -11,66 +20,89 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-BaseModel = Annotated[
-    str | None, typer.Option(help="The model they were fine-tuned from.", show_default="the adapters' own")
-]
-Method = Annotated[str, typer.Option(help="neuromerging, average, task_arithmetic, ties, dare_ties or pcb.")]
-Density = Annotated[
-    float | None,
-    typer.Option(help="The fraction of each task vector that is kept.", show_default="0.2; of pcb, 0.1"),
-]
-LambdaParallel = Annotated[
-    float | None, typer.Option(help="neuromerging: the weight of the parallel part, lambda_1.", show_default="0")
-]
-LambdaOrthogonal = Annotated[
-    str | None,
-    typer.Option(
-        help="neuromerging: the weight of the orthogonal part, lambda_2: a number, auto (the paper's), length (ours).",
-        show_default="auto",
-    ),
-]
-Scale = Annotated[
-    float | None,
-    typer.Option(
-        help="Other methods: the weight of the merged task vector.", show_default="1; of task_arithmetic, 0.4"
-    ),
-]
-DropRate = Annotated[
-    float | None, typer.Option(help="dare_ties: the share of entries dropped at random.", show_default="0.2")
-]
-Seed = Annotated[int | None, typer.Option(help="dare_ties: of the random numbers.", show_default="0")]
-Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of parameters that stay the base's. Repeatable.")]
-Tune = Annotated[
-    str | None,
-    typer.Option(help="module:function that scores a model: choose the lambdas by it.", show_default=False),
-]
-TuneDensity = Annotated[
-    list[float] | None, typer.Option(help="A density to try as well. Repeatable.", show_default="--density alone")
-]
-Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: the base's.")]
-Tokenizer = Annotated[str, typer.Option(help="base, an expert's name or id, or union.")]
-ChatTemplate = Annotated[
-    str | None, typer.Option(help="base, or an expert's name or id.", show_default="the tokenizer's")
-]
-MergeHeads = Annotated[bool, typer.Option("--merge-heads", help="Take the mean of heads that the base lacks.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="How many threads.", show_default="all processors")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a directory that is not empty.")]
-Token = Annotated[str | None, typer.Option(help="For private and gated models.", envvar="HF_TOKEN")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the repositories.")]
+Method = Annotated[str, typer.Option(help=f"The method: {', '.join(each.method for each in config_classes())}.")]
 
-OF_METHODS = ("density", "lambda_parallel", "lambda_orthogonal", "scale", "drop_rate", "seed", "exclude")
-"""The options that are hyper-parameters of a method."""
+Token = Annotated[str | None, typer.Option(help="The token for private and gated models.", envvar="HF_TOKEN")]
 
-IN_RECIPE = (
-    "base_model",
-    "method",
-    *OF_METHODS,
-    "tune",
-    "tune_density",
-    "dtype",
-    "tokenizer",
-    "chat_template",
-    "merge_heads",
-    "max_shard_size",
-)
-"""The options that a recipe holds."""
+__all__ = ["DEFAULT_METHOD", "Method", "Models", "Token", "method_options", "takes_options"]
+
+
+def takes_options(*, without: Collection[str] = (), methods: bool = False) -> Callable[[Command], Command]:
+    """Give a command that takes ``**options`` an option for each field of `MergeSpec` and `Runtime`.
+
+    Args:
+        without: names of fields that the command does not take.
+        methods: whether it also takes the hyper-parameters of the methods.
+    """
+
+    def decorate(command: Command) -> Command:
+        hyper_parameters = [_combined(by_method) for by_method in method_options().values()] if methods else []
+        fields = [*hyper_parameters, *options_of(MergeSpec), *options_of(Runtime)]
+        parameters = [_parameter(each) for each in fields if each.name not in ("config", *without)]
+        signature = inspect.signature(command)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        command.__signature__ = signature.replace(parameters=[*own, *parameters])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def method_options() -> dict[str, dict[str, Option]]:
+    """The hyper-parameters of all methods, by their name and then by the name of the method."""
+    found: dict[str, dict[str, Option]] = {}
+    for config in config_classes():
+        for option in options_of(config):
+            found.setdefault(option.name, {})[config.method] = option
+    return found
+
+
+def _combined(by_method: Mapping[str, Option]) -> Option:
+    """One option for a hyper-parameter of several methods, with their defaults, and their names unless all have it."""
+    first = next(iter(by_method.values()))
+    defaults = [option.shown or str(option.default) for option in by_method.values()]
+    usual = max(defaults, key=defaults.count)
+    named = zip(by_method, defaults, strict=True)
+    others = [f"of {method}, {default}" for method, default in named if default != usual]
+    shown = None if first.default == () else "; ".join([usual, *others])
+    methods = "" if len(by_method) == len(config_classes()) else f"{', '.join(by_method)}: "
+    return Option(first.name, first.type, None, f"{methods}{first.help}", shown, first.command_line)
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """The parameter of a command from which typer makes an option."""
+    kind = _kind(option.type)
+    flags = [f"--{option.name.replace('_', '-')}"] if kind is bool else []
+    starts_with_method = option.help.split()[0].strip(",:") in METHODS
+    words = option.help if starts_with_method else f"{option.help[0].upper()}{option.help[1:]}"
+    shown = option.shown if option.shown is not None else option.default is not None
+    description = typer.Option(
+        *flags,
+        help=f"{words}." + (" Repeatable." if kind == list[str] else ""),
+        show_default=shown,
+        **{**_parser(option.type), **option.command_line},
+    )
+    annotation = Annotated[kind | None if option.default is None else kind, description]  # type: ignore[valid-type]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
+
+
+def _parser(type: Any) -> dict[str, Any]:
+    """Arguments of `typer.Option` for an option that takes a number or a text, such as a size or a rule's name."""
+    numbers = [each for each in (int, float) if each in get_args(type)]
+    if not numbers or len(get_args(type)) == 1 + (None.__class__ in get_args(type)):
+        return {}
+
+    def parse(text: str) -> Any:
+        for number in numbers:
+            with suppress(ValueError):
+                return number(text)
+        return text
+
+    return {"parser": parse, "metavar": f"<{' | '.join(each.__name__ for each in [*numbers, str])}>"}
+
+
+def _kind(type: Any) -> Any:
+    """The type of an option on the command line: a list of strings for a tuple, a string for several types."""
+    if get_origin(type) is tuple:
+        return list[str]
+    kinds = [each for each in get_args(type) if each is not None.__class__]
+    return (kinds[0] if len(kinds) == 1 else str) if kinds else type

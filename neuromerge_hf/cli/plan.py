@@ -5,78 +5,26 @@ from typing import Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import errors_in_a_sentence, is_recipe, method_config
-from neuromerge_hf.cli.options import (
-    BaseModel,
-    ChatTemplate,
-    Density,
-    DropRate,
-    Dtype,
-    Exclude,
-    LambdaOrthogonal,
-    LambdaParallel,
-    MergeHeads,
-    Method,
-    Models,
-    Overwrite,
-    Scale,
-    Seed,
-    Threads,
-    Token,
-    Tokenizer,
-    TrustRemoteCode,
-)
+from neuromerge_hf.cli.common import errors_on_stderr, is_recipe, merge_options, runtime_options
+from neuromerge_hf.cli.options import DEFAULT_METHOD, Method, Models, takes_options
 
 
+@takes_options(methods=True)
 def plan_command(
     context: typer.Context,
     models: Models,
-    base_model: BaseModel = None,
     output: Annotated[
-        Path | None, typer.Option(help="The directory that the merge shall write, to be checked as well.")
+        Path | None, typer.Option(help="The directory that the merge will write. It is checked as well.")
     ] = None,
-    method: Method = "neuromerging",
-    density: Density = None,
-    lambda_parallel: LambdaParallel = None,
-    lambda_orthogonal: LambdaOrthogonal = None,
-    scale: Scale = None,
-    drop_rate: DropRate = None,
-    seed: Seed = None,
-    exclude: Exclude = None,
-    dtype: Dtype = "auto",
-    tokenizer: Tokenizer = "base",
-    chat_template: ChatTemplate = None,
-    merge_heads: MergeHeads = False,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
+    method: Method = DEFAULT_METHOD,
+    **options: Any,
 ) -> None:
-    """Say what a merge will do and need, or everything that is wrong with it, without downloading the weights."""
-    from neuromerge_hf.folder.recipe import load_recipe
-    from neuromerge_hf.planning.planner import plan_merge
+    """Show what a merge will do and need, or everything that is wrong with it, without downloading the weights."""
+    from neuromerge_hf.api import plan_merge, plan_recipe
 
-    with errors_in_a_sentence():
-        settings: dict[str, Any] = {
-            "models": models,
-            "base_model": base_model,
-            "config": method_config(context),
-            "dtype": dtype,
-            "tokenizer": tokenizer,
-            "chat_template": chat_template,
-            "merge_heads": merge_heads,
-        }
+    with errors_on_stderr():
         if is_recipe(context, models):
-            recipe = load_recipe(Path(models[0]))
-            settings = {name: getattr(recipe, name) for name in settings}
-            settings["models"] = [model.reference for model in recipe.models]
-            settings["base_model"] = recipe.base_model.reference
-        plan = plan_merge(
-            **settings,
-            output_dir=output,
-            threads=threads,
-            overwrite=overwrite,
-            token=token,
-            trust_remote_code=trust_remote_code,
-        )
+            plan = plan_recipe(models[0], output_dir=output, **runtime_options(context))
+        else:
+            plan = plan_merge(models, output_dir=output, **merge_options(context))
         typer.echo(plan)

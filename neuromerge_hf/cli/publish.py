@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from neuromerge_hf.cli.common import errors_in_a_sentence
+from neuromerge_hf.cli.common import errors_on_stderr
 from neuromerge_hf.cli.options import Token
 
 
@@ -20,13 +20,13 @@ def card_command(
     template: Annotated[Path | None, typer.Option(help="A Jinja template that replaces sections of the card.")] = None,
 ) -> None:
     """Write or refresh the model card of a merged model."""
-    from neuromerge_hf.folder.report import load_report
+    from neuromerge_hf.api import add_results
     from neuromerge_hf.folder.results import load_results
     from neuromerge_hf.model_cards import write_card
 
-    with errors_in_a_sentence():
+    with errors_on_stderr():
         if results:
-            load_report(folder).add_results(load_results(results))
+            add_results(folder, load_results(results))
         typer.echo(f"The card is in {write_card(folder, repo_id, template=template)}")
 
 
@@ -35,11 +35,11 @@ def push_command(
     repo_id: Annotated[str, typer.Argument(help="The repository on the Hub, owner/name.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="The branch, which is made if it is not there.", show_default="main")
+        str | None, typer.Option(help="The branch. It is made if it does not exist.", show_default="main")
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="The first line of the commit's message.")] = None,
-    commit_description: Annotated[str | None, typer.Option(help="The rest of it.")] = None,
+    commit_description: Annotated[str | None, typer.Option(help="The rest of the commit's message.")] = None,
     template: Annotated[Path | None, typer.Option(help="A Jinja template that replaces sections of the card.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="One more tag for the card. Repeatable.")] = None,
     token: Token = None,
@@ -47,7 +47,7 @@ def push_command(
     """Upload a merged model with its card, as one commit. Files that are there already are not sent again."""
     from neuromerge_hf.hub.push import push
 
-    with errors_in_a_sentence():
+    with errors_on_stderr():
         commit = push(
             folder,
             repo_id,
