@@ -1,1 +1,1 @@
-"""`NeuroMergeCallback`, one module per training framework: merge when training ends."""
+"""`NeuroMergeCallback` merges when training ends. Each training framework has its own module."""

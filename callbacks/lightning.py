@@ -1,64 +1,62 @@
-"""`NeuroMergeCallback` for the Trainer of Lightning: of `lightning` and of `pytorch_lightning`."""
+"""`NeuroMergeCallback` for the Trainer of Lightning, from `lightning` or `pytorch_lightning`."""
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from neuromerge_hf.callbacks.common.callback import MergingCallback
+from neuromerge_hf.callbacks.common.settings import NOT_TAKEN, CallbackOptions, CallbackSettings
 from neuromerge_hf.callbacks.lightning_package import Callback
 from neuromerge_hf.callbacks.lightning_trainer import LightningTraining
-from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.planning.resolve import ModelId
-from neuromerge_hf.tuning.search import TuningGrid
+from neuromerge_hf.options import with_options
+from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
 
 class NeuroMergeCallback(MergingCallback, Callback):
-    """As `neuromerge_hf.NeuroMergeCallback`, with its arguments, for the model that a LightningModule trains.
+    """Merges the model of a LightningModule when training ends, as `neuromerge_hf.NeuroMergeCallback` does.
 
-    ``<trainer.default_root_dir>`` is where ``trained`` and ``merged`` go. Both models are evaluated by the module's
-    validation loop; its metrics are logged as ``merged_...``.
+    The models are saved in ``trained`` and ``merged`` in ``<trainer.default_root_dir>``. The module's validation loop
+    evaluates both. The merged model's metrics are logged as ``merged_...``.
 
-    Args:
-        attribute: where the model is in the LightningModule ("model", "net.encoder"), if it has several.
-        best_weights: merge the best weights of the `ModelCheckpoint`, not the last ones.
+    Example:
+        >>> callback = NeuroMergeCallback(["math"], base_model="base")
+        >>> trainer = Trainer(max_steps=1, callbacks=[callback])
+        >>> trainer.fit(module, texts)
+        >>> type(AutoMergedModel.from_pretrained("merged")).__name__
+        'LlamaForCausalLM'
     """
 
     _saved_step: int | None = None
 
+    @with_options(CallbackSettings, MergeSpec, Runtime, without=NOT_TAKEN)
     def __init__(
         self,
         models: Sequence[ModelId] = (),
-        base_model: ModelId | None = None,
-        config: MergeConfig | None = None,
-        when: Literal["train_end", "save", "epoch"] = "train_end",
-        output_dir: str | Path | None = None,
-        evaluate: bool = True,
-        push_to_hub: bool = False,
-        hub_model_id: str | None = None,
-        checkpoints: Literal["all"] | int | None = None,
-        tune: bool | TuningGrid = False,
         *,
         attribute: str | None = None,
         best_weights: bool = False,
-        **options: Any,
+        **options: "Unpack[CallbackOptions]",
     ):
-        super().__init__(
-            models,
-            base_model,
-            config,
-            when,
-            output_dir,
-            evaluate,
-            push_to_hub,
-            hub_model_id,
-            checkpoints,
-            tune,
-            **options,
-        )
+        """Check the arguments.
+
+        Args:
+            models: the other experts, as in `neuromerge_hf.merge`. The list may be empty with `checkpoints`.
+            attribute: the path of the model in the LightningModule ("model", "net.encoder"), if it has several models.
+            best_weights: merge the best weights of the `ModelCheckpoint`, not the last ones.
+            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.
+                transformers notes no revision: pass ``id@revision`` if it was loaded at one.
+            **options: the fields of `CallbackSettings`, `MergeSpec` and `Runtime`.
+
+        Raises:
+            MergeError: if an argument is wrong.
+        """
+        super().__init__(models, **options)
         self._attribute = attribute
         self._best_weights = best_weights
 
@@ -77,7 +75,7 @@ class NeuroMergeCallback(MergingCallback, Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._run.when == "epoch":
             training = self._training(trainer)
-            self._run.run_meanwhile(training, training.save())
+            self._run.run_during_training(training, training.save())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._merge_saved(trainer)
@@ -87,13 +85,13 @@ class NeuroMergeCallback(MergingCallback, Callback):
                 logger.warning("The ModelCheckpoint has saved nothing: the last weights are merged, not the best.")
             training = self._training(trainer, best)
             self._run.run(training, training.save())
-        self._run.report_failures()
+        self._run.raise_failures()
 
     def _merge_saved(self, trainer: Any) -> None:
-        """Merge what was saved since the last step; a validation may have been going on when it was."""
+        """Merge if a checkpoint was saved since the last step. During the save, a validation may be running."""
         if self._run.when == "save" and self._saved_step == trainer.global_step:
             training = self._training(trainer)
-            self._run.run_meanwhile(training, training.save())
+            self._run.run_during_training(training, training.save())
         self._saved_step = None
 
     def _training(self, trainer: Any, best: str | None = None) -> LightningTraining:

@@ -1,6 +1,6 @@
-"""Lightning, of whichever of its two packages is installed.
+"""Lightning's classes, from whichever of its two packages is installed.
 
-The packages have classes of their own, but their trainers ask for no more than the methods.
+Each package has classes of its own, but its trainer accepts any callback with the right methods.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""What the callback does with a trainer of Lightning."""
+"""The Trainer of Lightning as a `Training`."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuromerge_hf.callbacks.common.processes import on_first_process
 from neuromerge_hf.callbacks.common.sharded import is_sharded
-from neuromerge_hf.callbacks.common.trained_model import clear, expert_folder, save_task_config
+from neuromerge_hf.callbacks.common.trained_model import expert_folder, remove_model_files, save_task_config
 from neuromerge_hf.callbacks.common.training import TRAINED
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, replaced
 from neuromerge_hf.callbacks.lightning_package import DummyLogger
@@ -21,7 +21,7 @@ from neuromerge_hf.errors import MergeError
 
 
 class LightningTraining:
-    """What a Lightning trainer trains; see `neuromerge_hf.callbacks.training.Training`."""
+    """Training by a Lightning trainer, see `neuromerge_hf.callbacks.common.training.Training`."""
 
     trial: str | None = None
     push_options: dict[str, Any] = {}  # noqa: RUF012, it is never changed
@@ -46,14 +46,14 @@ class LightningTraining:
         self.saves = self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
 
     def save(self) -> Path:
-        """Save the model, on every process."""
+        """Save the model and return its folder. Every process must call this."""
         folder = self.folder / TRAINED
         weights = {} if self.best else self.trainer.strategy.lightning_module_state_dict()
         on_first_process(lambda: self._save(folder, self._read(self.best)["state_dict"] if self.best else weights))
         return folder
 
     def checkpoints(self) -> Iterator[Path]:
-        """The files that ModelCheckpoint keeps, as folders that transformers and PEFT would have saved."""
+        """Convert the files that ModelCheckpoint keeps to folders in the format of transformers and PEFT."""
         paths = {path for callback in self.trainer.checkpoint_callbacks for path in callback.best_k_models}
         for path in sorted(filter(os.path.isfile, paths - {self.best}), key=os.path.getmtime, reverse=True):
             checkpoint = self._read(path)
@@ -63,7 +63,7 @@ class LightningTraining:
                 yield expert_folder(self.model, folder)
 
     def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        clear(folder)
+        remove_model_files(folder)
         own = {name.removeprefix(self.prefix): value for name, value in weights.items() if name.startswith(self.prefix)}
         self.model.save_pretrained(str(folder), state_dict=own)
         save_task_config(self.model, expert_folder(self.model, folder))
@@ -71,11 +71,11 @@ class LightningTraining:
             self.tokenizer.save_pretrained(folder)
 
     def _read(self, path: str | None) -> dict[str, Any]:
-        return self.trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=False)  # by this run
+        return self.trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=False)  # safe: this run wrote it
 
     def evaluate(self) -> dict[str, float]:
-        """Run the validation loop of the training, as in its middle: `trainer.validate` would end it."""
-        with _muted(self.trainer) as connector:
+        """Run the validation loop as during training. `trainer.validate` would end the training."""
+        with _isolated_validation(self.trainer) as connector:
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             return {name: float(value) for name, value in connector.callback_metrics.items()}
 
@@ -94,16 +94,16 @@ class LightningTraining:
 
 
 @contextmanager
-def _muted(trainer: Any) -> Iterator[Any]:
-    """A validation leaves no trace: no callback or logger hears of it, and what it counts is not the trainer's.
+def _isolated_validation(trainer: Any) -> Iterator[Any]:
+    """Hide a validation in the block from callbacks and loggers, and restore the trainer's counters after it.
 
     Yields:
-        what collects the metrics.
+        The object that collects the metrics.
     """
     loop = trainer.fit_loop.epoch_loop
     kept = trainer.callbacks, trainer.loggers, trainer._logger_connector, trainer.state.stage, loop.val_loop
     modes = {module: module.training for module in trainer.lightning_module.modules()}
-    trainer.callbacks, trainer.loggers = [], [DummyLogger()]  # for modules that ask for the trainer's
+    trainer.callbacks, trainer.loggers = [], [DummyLogger()]  # for modules that use the trainer's logger
     trainer._logger_connector = type(trainer._logger_connector)(trainer)
     loop.val_loop = copy.copy(loop.val_loop)
     for name in ("batch_progress", "_seen_batches_per_dataloader"):
@@ -120,7 +120,7 @@ def _muted(trainer: Any) -> Iterator[Any]:
 
 
 def _find_model(module: nn.Module) -> str:
-    """The name of the one model of transformers or PEFT in a LightningModule."""
+    """The path of the only model of transformers or PEFT in a LightningModule."""
     found: list[str] = []
     for name, child in module.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)

@@ -1,14 +1,20 @@
-"""`NeuroMergeCallback` for the Trainer of transformers, and those that are made from it."""
+"""`NeuroMergeCallback` for the Trainer of transformers and its subclasses."""
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from neuromerge_hf.callbacks.common.callback import MergingCallback
+from neuromerge_hf.callbacks.common.settings import NOT_TAKEN, CallbackOptions, CallbackSettings
 from neuromerge_hf.callbacks.transformers_trainer import TrainerTraining
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.options import with_options
+from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class NeuroMergeCallback(MergingCallback, TrainerCallback):
@@ -16,42 +22,77 @@ class NeuroMergeCallback(MergingCallback, TrainerCallback):
     _steps: Sequence[int] = ()
     _has_ended = False
 
+    @with_options(CallbackSettings, MergeSpec, Runtime, without=NOT_TAKEN)
+    def __init__(
+        self, models: Sequence[ModelId] = (), *, trainer: Trainer | None = None, **options: "Unpack[CallbackOptions]"
+    ):
+        """Check the arguments.
+
+        Args:
+            models: the other experts, as in `neuromerge_hf.merge`. The list may be empty with `checkpoints`.
+            trainer: the Trainer that the callback is added to. Without this argument, the callback looks for it in the
+                call stack, because events do not name their trainer.
+            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.
+                transformers notes no revision: pass ``id@revision`` if it was loaded at one.
+            **options: the fields of `CallbackSettings`, `MergeSpec` and `Runtime`.
+
+        Raises:
+            MergeError: if an argument is wrong.
+        """
+        super().__init__(models, **options)
+        if not isinstance(trainer, Trainer | None):
+            raise MergeError(f"trainer must be a Trainer of transformers, not {trainer!r:.100}.")
+        self._trainer = trainer
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = _calling_trainer()
+        trainer = self._find_trainer(state)
         handler = trainer.callback_handler
-        # Loggers close when training ends, and stand before the user's callbacks.
+        # Loggers come before the user's callbacks and close when training ends. This callback must log before that.
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         self._has_ended = False
         training = TrainerTraining(trainer, self._steps)
-        self._steps = training.steps_on_disk() if state.global_step else []  # else they are of an earlier run
+        self._steps = training.steps_on_disk() if state.global_step else []  # otherwise they belong to an earlier run
         self._run.plan(training)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps = [*self._steps, state.global_step]
         if self._run.when == "save":
-            training = TrainerTraining(_calling_trainer(), self._steps)
+            training = TrainerTraining(self._find_trainer(state), self._steps)
             saved = training.checkpoint(state.global_step) if training.saves_itself else training.save()
-            self._run.run_meanwhile(training, saved)
+            self._run.run_during_training(training, saved)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._run.when == "epoch":
-            training = TrainerTraining(_calling_trainer(), self._steps)
-            self._run.run_meanwhile(training, training.save())
+            training = TrainerTraining(self._find_trainer(state), self._steps)
+            self._run.run_during_training(training, training.save())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        # Said at the end of a training, and not by a trial of a search that is pruned.
+        # The Trainer logs this when training ends, but not when a search prunes a trial.
         self._has_ended |= "train_runtime" in logs
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._has_ended and self._run.when == "train_end":
-            has_best = args.load_best_model_at_end and state.best_model_checkpoint
-            training = TrainerTraining(_calling_trainer(), self._steps, state.best_global_step if has_best else None)
+            best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
+            training = TrainerTraining(self._find_trainer(state), self._steps, best)
             self._run.run(training, training.save())
-        self._run.report_failures()
+        self._run.raise_failures()
+
+    def _find_trainer(self, state: TrainerState) -> Trainer:
+        """Find the trainer that sent the event.
+
+        Raises:
+            MergeError: if another trainer sent it than the one that the callback was given, or none.
+        """
+        trainer = self._trainer or _calling_trainer()
+        if trainer.state is not state:
+            raise MergeError(
+                "trainer= is not the Trainer that NeuroMergeCallback was added to. Pass that one, or leave it out."
+            )
+        return trainer
 
 
 def _calling_trainer() -> Trainer:
-    """The trainer whose event this is: events do not name it, but none comes from elsewhere."""
+    """Find the trainer in the call stack of an event. Events do not name it, but only trainers send them."""
     frame = inspect.currentframe()
     while frame := frame and frame.f_back:
         caller = frame.f_locals.get("self")

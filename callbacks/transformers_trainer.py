@@ -1,4 +1,4 @@
-"""What the callback does with a Trainer of transformers."""
+"""The Trainer of transformers as a `Training`."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,13 +12,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 
 from neuromerge_hf.callbacks.common.processes import is_distributed
 from neuromerge_hf.callbacks.common.sharded import check_zero
-from neuromerge_hf.callbacks.common.trained_model import adapter_config, clear, expert_folder, save_task_config
+from neuromerge_hf.callbacks.common.trained_model import (
+    adapter_config,
+    expert_folder,
+    remove_model_files,
+    save_task_config,
+)
 from neuromerge_hf.callbacks.common.training import TRAINED
 from neuromerge_hf.errors import MergeError
 
 
 class TrainerTraining:
-    """What a Trainer trains; see `neuromerge_hf.callbacks.training.Training`."""
+    """Training by a Trainer, see `neuromerge_hf.callbacks.common.training.Training`."""
 
     def __init__(self, trainer: Trainer, steps: Sequence[int], step: int | None = None):
         self.trainer = trainer
@@ -36,7 +41,7 @@ class TrainerTraining:
             or trainer.is_deepspeed_enabled
             or getattr(trainer, "is_distributed_loading_by_transformers", False)
         )
-        # The trainer's own checkpoints of the others are sharded, or have the names of the compiled model's weights.
+        # Otherwise its checkpoints are sharded, or have the names that torch.compile gives to weights.
         fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
         self.saves_itself = "FULL" in str(fsdp.state_dict_type) if fsdp else self.model is trainer.model
         self.saves = trainer.args.save_strategy != SaveStrategy.NO
@@ -45,7 +50,7 @@ class TrainerTraining:
         metric = trainer.args.metric_for_best_model
         self.metric = f"eval_{(metric or 'loss').removeprefix('eval_')}"
         self.greater_is_better = bool(metric and trainer.args.greater_is_better)
-        self.not_evaluated = _about_reference(trainer) if adapter_config(self.model) else None
+        self.not_evaluated = _why_reference_is_wrong(trainer) if adapter_config(self.model) else None
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -60,11 +65,11 @@ class TrainerTraining:
                 yield expert_folder(self.model, self.checkpoint(step))
 
     def save(self) -> Path:
-        """Save the model, on every process."""
+        """Save the model and return its folder. Every process must call this."""
         folder = self.folder / TRAINED
         trainer = self.trainer
         if trainer.args.should_save:
-            clear(folder)
+            remove_model_files(folder)
         if self.saves_itself:
             trainer.save_model(str(folder), _internal_call=True)
         else:
@@ -78,7 +83,7 @@ class TrainerTraining:
         trainer = self.trainer
         if trainer.eval_dataset is None:
             return {}
-        with _untouched(trainer):
+        with _preserved_trainer(trainer):
             trainer.state.log_history = []
             trainer.evaluate()
             return _evaluated(trainer.state.log_history)
@@ -96,23 +101,26 @@ class TrainerTraining:
     def log(self, metrics: Mapping[str, float]) -> None:
         control = self.trainer.control
         flags = dict(vars(control))
-        Trainer.log(self.trainer, dict(metrics))  # TRL's own would add the metrics of the training
+        Trainer.log(self.trainer, dict(metrics))  # TRL's own method would add the metrics of training
         self.trainer.control = control
         vars(control).update(flags)
 
 
 def _check(trainer: Trainer, model: Any) -> None:
-    """Raise a `MergeError` if the model, or the way in which it is trained, is none that can be merged."""
+    """Raise a `MergeError` if the model, or the way in which it is trained, does not allow a merge."""
     if not isinstance(model, PreTrainedModel | PeftModel):
-        raise MergeError(f"The model in training, a {type(model).__name__}, is none of transformers or PEFT.")
+        raise MergeError(f"The model in training, a {type(model).__name__}, is not of transformers or PEFT.")
     if trainer.args.world_size > 1 and not is_distributed():
         raise MergeError(f"Training on {trainer.args.parallel_mode} without torch.distributed cannot end in a merge.")
     if trainer.is_deepspeed_enabled:
         check_zero(trainer.accelerator.deepspeed_config)
 
 
-def _about_reference(trainer: Trainer) -> str | None:
-    """Why an adapter's merge cannot be evaluated by trainers that compare a model with what it started from."""
+def _why_reference_is_wrong(trainer: Trainer) -> str | None:
+    """Why this trainer cannot evaluate the merge of an adapter; None if it can.
+
+    It cannot if its reference is the same model without the adapter, because the merged model has none either.
+    """
     has_own = getattr(trainer, "ref_model", trainer) is not None  # not every trainer has a reference
     if has_own or getattr(trainer.args, "precompute_ref_log_probs", False):
         return None
@@ -123,20 +131,20 @@ def _about_reference(trainer: Trainer) -> str | None:
 
 
 def _evaluated(entries: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of an evaluation in the log history, one entry for each data set."""
+    """The metrics of an evaluation in the log history, which has one entry for each data set."""
     return {name: value for entry in entries for name, value in entry.items() if name.startswith("eval_")}
 
 
 @contextmanager
-def _untouched(trainer: Trainer) -> Iterator[None]:
-    """Whatever evaluating does to the trainer but for its model is undone after the block."""
+def _preserved_trainer(trainer: Trainer) -> Iterator[None]:
+    """Undo the changes that an evaluation in the block makes to the trainer, except to its model's weights."""
     handler = trainer.callback_handler
     model: Any = trainer.model
     kept = (trainer.state, trainer.control, trainer.optimizer, handler.callbacks)
     modes = {module: module.training for module in model.modules()}
     trainer.state, trainer.control = copy.deepcopy(trainer.state), copy.copy(trainer.control)
     handler.callbacks = []
-    trainer.optimizer = None  # a schedule-free one changes weights before an evaluation
+    trainer.optimizer = None  # a schedule-free optimizer changes the weights before an evaluation
     try:
         yield
     finally:

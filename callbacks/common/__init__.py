@@ -1,1 +1,1 @@
-"""What the callbacks of all frameworks share."""
+"""Code that the callbacks of all frameworks share."""

@@ -1,71 +1,55 @@
 """The arguments that the callbacks of all frameworks share."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 from neuromerge_hf.callbacks.common.run import MergeRun
-from neuromerge_hf.config import MergeConfig, NeuroMergingConfig
-from neuromerge_hf.planning.resolve import ModelId
-from neuromerge_hf.tuning.search import TuningGrid
+from neuromerge_hf.callbacks.common.settings import (
+    CALLBACK_NAMES,
+    NOT_TAKEN,
+    CallbackOptions,
+    CallbackSettings,
+)
+from neuromerge_hf.options import check_names, pick, with_options
+from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MergingCallback:
-    """Merges the model that was trained with other experts of its base, when the training ends.
+    """Merges the trained model with other experts of its base when training ends.
 
-    Before the training everything is checked that can be, so that a wrong expert stops a run in its first second. At
-    its end the trained model is saved in ``<args.output_dir>/trained``, then merged, evaluated, and pushed if asked.
-    The trainer and its model stay as they are.
+    Experts are validated before training starts, so that a wrong expert stops a run at once. When training ends, the
+    trained model is saved in ``<args.output_dir>/trained``, then merged, evaluated and, if asked, pushed. The trainer
+    and its model are left unchanged.
 
-    Args:
-        models: the other experts, as in `neuromerge_hf.merge`. May be empty with `checkpoints`.
-        base_model: what all were fine-tuned from. Default: what the trained model was loaded from. transformers notes
-            no revision: pass ``id@revision`` if it was loaded at one.
-        config: the method and its hyper-parameters, as in `neuromerge_hf.merge`.
-        when: "train_end"; or "save", for each checkpoint, or "epoch", for the model after each epoch, which go to
-            ``step-N`` in `output_dir`. A failure before the end does not stop the training, but is raised after it.
-        output_dir: where the merged model goes; ``<args.output_dir>/merged``. An earlier merge there is replaced.
-        evaluate: measure the merged model, with the trained model's own head, on the trainer's `eval_dataset`: its
-            ``merged_eval_*`` stand beside ``eval_*`` in the log history, in every logger and in the card. The trained
-            model is evaluated as well if it was not when training ended.
-        push_to_hub: push the merged model with its card.
-        hub_model_id: where to; ``<args.hub_model_id>-merged``, or named after `args.output_dir`.
-        checkpoints: merge checkpoints of the training itself as well: "all", or how many of the last ones.
-        tune: choose the lambdas by the evaluation of the merged model on the trainer's `eval_dataset`: by
-            ``args.metric_for_best_model`` (in Lightning, what a `ModelCheckpoint` monitors), else by the loss. Or a
-            `TuningGrid` of what to try. On one process alone. One evaluation before the training shows that it gives
-            the metric.
-        **options: what else `neuromerge_hf.merge` takes: ``dtype``, ``tokenizer``, ``device``, ``token``, ...
+    Example:
+        >>> callback = NeuroMergeCallback(["math"], base_model="base")
+        >>> trainer = Trainer(model, args, train_dataset=texts, callbacks=[callback])
+        >>> output = trainer.train()
+        {'train_runtime': ...
 
-    Raises:
-        MergeError: before the training if something is wrong with the models or the settings; after it if the merge
-            failed. Then it says where the trained model is, and gives the command that tries again.
+        Or, like the callbacks of TRL:
+
+        >>> trainer = Trainer(model, args, train_dataset=texts)
+        >>> trainer.add_callback(NeuroMergeCallback(["math"], base_model="base", trainer=trainer))
     """
 
-    def __init__(
-        self,
-        models: Sequence[ModelId] = (),
-        base_model: ModelId | None = None,
-        config: MergeConfig | None = None,
-        when: Literal["train_end", "save", "epoch"] = "train_end",
-        output_dir: str | Path | None = None,
-        evaluate: bool = True,
-        push_to_hub: bool = False,
-        hub_model_id: str | None = None,
-        checkpoints: Literal["all"] | int | None = None,
-        tune: bool | TuningGrid = False,
-        **options: Any,
-    ):
-        self._run = MergeRun(
-            models,
-            base_model,
-            config or NeuroMergingConfig(),
-            when,
-            output_dir,
-            evaluate,
-            push_to_hub,
-            hub_model_id,
-            checkpoints,
-            tune,
-            options,
-        )
+    @with_options(CallbackSettings, MergeSpec, Runtime, without=NOT_TAKEN)
+    def __init__(self, models: Sequence[ModelId] = (), **options: "Unpack[CallbackOptions]"):
+        """Check the arguments.
+
+        Args:
+            models: the other experts, as in `neuromerge_hf.merge`. The list may be empty with `checkpoints`.
+            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.
+                transformers notes no revision: pass ``id@revision`` if it was loaded at one.
+            **options: the fields of `CallbackSettings`, `MergeSpec` and `Runtime`.
+
+        Raises:
+            MergeError: if an argument is wrong. Training itself raises it at its start if the models cannot be merged,
+                and at its end if the merge fails, with the trained model's folder and the command to try again.
+        """
+        check_names(type(self).__name__, options, CALLBACK_NAMES)
+        spec = pick(MergeSpec, options, models=models)
+        self._run = MergeRun(spec, pick(Runtime, options), pick(CallbackSettings, options))

@@ -1,33 +1,27 @@
-"""The command that makes a merge again."""
+"""The command that repeats a merge."""
 
 import shlex
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from neuromerge_hf.config import MergeConfig
-from neuromerge_hf.planning.resolve import ModelId
+from neuromerge_hf.options import options_of
+from neuromerge_hf.spec import MergeSpec, Runtime
 
-NOT_ON_COMMAND_LINE = ("token", "tuned_on")
-"""Options of `merge` that are left out: a token is no one's business."""
+SECRET = ("token",)
+"""Options that the command omits, because logs show it."""
 
 
-def merge_command(
-    experts: Sequence[ModelId], base: str, target: Path, config: MergeConfig, options: Mapping[str, Any]
-) -> str:
-    """``neuromerge merge`` with the arguments of a `neuromerge_hf.merge`."""
-    words = ["neuromerge", "merge", *map(str, experts), "--base-model", base, "--output", str(target)]
-    words += ["--method", config.method]
-    default = type(config)()
-    settings = {name: value for name, value in asdict(config).items() if value != getattr(default, name)}
-    for name, value in {**settings, **options}.items():
-        option = "--" + name.replace("_", "-")
-        if name in NOT_ON_COMMAND_LINE or value is None or value is False:
-            continue
-        elif value is True:
-            words.append(option)
-        else:
-            for part in value if isinstance(value, list | tuple) else [value]:
-                words += [option, str(part).removeprefix("torch.")]
+def merge_command(spec: MergeSpec, runtime: Runtime, target: Path) -> str:
+    """The ``neuromerge merge`` command with all settings of a spec and a runtime that are not defaults."""
+    words = ["neuromerge", "merge", *spec.models, "--output", str(target), "--method", spec.config.method]
+    default = asdict(type(spec.config)())
+    settings = {name: value for name, value in asdict(spec.config).items() if value != default[name]}
+    for kind in (spec, runtime):
+        for option in options_of(type(kind)):
+            value = getattr(kind, option.name)
+            if value != option.default and option.name not in ("config", *SECRET):
+                settings[option.name] = value
+    for name, value in settings.items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""Work that one process of several does, while the others wait for it however long it takes."""
+"""Running work on one of several processes, while the others wait without a time limit."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,24 +10,25 @@ from neuromerge_hf.errors import MergeError
 
 T = TypeVar("T")
 
-AS_LONG_AS_IT_TAKES = timedelta(days=365)
+NO_TIMEOUT = timedelta(days=365)
+"""A year, because torch accepts no infinite time-out."""
 
 
 def on_first_process(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process; to be called on all of them, and run on that one alone.
+    """Run `work` on the first process only, and return its result on all. Every process must call this.
 
-    The others wait in a group of their own: the training's group gives up when its time-out has passed
-    (``ddp_timeout``, half an hour by default), and a merge of large models may take longer.
+    The others wait in a separate process group: the training's group has a time-out (``ddp_timeout``, half an hour by
+    default), and a merge of large models may take longer.
 
     Args:
-        work: returns something small that can be pickled.
+        work: a function whose result is small and can be pickled.
 
     Raises:
         MergeError: on the other processes, if `work` raises anything on the first.
     """
     if not is_distributed():
         return work()
-    group = dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)
+    group = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
     result: list[T | None] = [None]
     failure: Exception | None = None
     if is_first_process():
@@ -51,5 +52,5 @@ def is_distributed() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is the process that writes files."""
     return not is_distributed() or dist.get_rank() == 0

@@ -1,4 +1,4 @@
-"""The card of a merged model, with what was measured, and its way to the Hub."""
+"""Adding metrics to the card of a merged model, and pushing the model to the Hub."""
 
 import math
 from collections.abc import Mapping
@@ -7,27 +7,27 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from neuromerge_hf.api import add_results
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.folder.results import Result
 from neuromerge_hf.hub.push import check_repo_id, push
 
 TASK = "evaluation set of the training"
-"""What was measured, in the words of the card."""
+"""The name that the card gives to the data of the evaluation."""
 
 NOT_QUALITY = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
-"""How metrics end that say nothing about the model."""
+"""The endings of metrics' names that say nothing about the quality of the model."""
 
 LESS_IS_BETTER = ("loss", "perplexity")
-"""What the names of metrics contain of which the smallest is the best."""
+"""Parts of the names of metrics whose smallest value is the best."""
 
 
 def check_access(repo_id: str, token: str | bool | None) -> None:
-    """Raise a `MergeError` if nothing can be pushed there, as far as that is known beforehand."""
+    """Raise a `MergeError` if the repository's id is not valid or the user is not logged in."""
     check_repo_id(repo_id, "hub_model_id")
     try:
         HfApi(token=token).whoami()
-    except Exception as error:  # the client's own exceptions, which depend on its version
+    except Exception as error:  # the classes of the client's exceptions depend on its version
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MergeError(
             f"The merged model cannot be pushed to {repo_id}: {reason.rstrip('.')}. Log in with "
@@ -38,10 +38,10 @@ def check_access(repo_id: str, token: str | bool | None) -> None:
 def publish(
     folder: Path, metrics: Mapping[str, Mapping[str, float]], repo_id: str | None, push_options: dict[str, Any]
 ) -> None:
-    """Put metrics, by the name of the model, into the report and the card of a merge, and push it.
+    """Add metrics, by the name of the model, to the report and card of a merge, and push it if `repo_id` is given.
 
     Raises:
-        MergeError: if it could not be pushed.
+        MergeError: if the push fails.
     """
     results = [
         Result(
@@ -55,13 +55,13 @@ def publish(
         for name, value in quality(measured).items()
     ]
     if results:
-        load_report(folder).add_results(results)
+        add_results(folder, results)
     if repo_id:
         push(folder, repo_id, **push_options)
 
 
 def quality(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that say something about the model, without the "eval_" that transformers puts before them."""
+    """The metrics that measure the quality of the model, without transformers' prefix "eval_"."""
     return {
         name.removeprefix("eval_"): value
         for name, value in metrics.items()

@@ -1,4 +1,4 @@
-"""Trainings whose processes hold a part of the weights each, and which of them can give the whole."""
+"""Checks that training with sharded weights can give the whole weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from neuromerge_hf.errors import MergeError
 
 
 def check_zero(deepspeed_config: Mapping[str, Any]) -> None:
-    """Raise a `MergeError` if DeepSpeed would not give the whole weights."""
+    """Raise a `MergeError` if DeepSpeed cannot give the whole weights with this configuration."""
     zero = deepspeed_config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise MergeError(
@@ -17,10 +17,10 @@ def check_zero(deepspeed_config: Mapping[str, Any]) -> None:
 
 
 def is_sharded(strategy: Any) -> bool:
-    """Whether a strategy gives each process a part of the weights. Both packages have these classes.
+    """Whether a strategy of Lightning shards the weights. Its class is identified by name, as both packages have it.
 
     Raises:
-        MergeError: if it cannot give the whole of them.
+        MergeError: if the strategy cannot give the whole weights.
     """
     names = {kind.__name__ for kind in type(strategy).__mro__}
     refusal = f"{type(strategy).__name__} keeps the weights in parts, and this callback needs the whole of them. "

@@ -1,8 +1,6 @@
-"""What a training started from, and what its model looks like before it is trained."""
+"""The base of a model in training, its adapter, and the files that describe it."""
 
 import copy
-import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,21 @@ from peft import PeftConfig, PeftModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, class_of, network_of, own_weights
-from neuromerge_hf.engine.writer import FORMAT_NAMES
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.planning.plan import MergePlan
-from neuromerge_hf.planning.resolve import ModelId
 from neuromerge_hf.skeleton import Skeleton
+from neuromerge_hf.spec import ModelId
 from neuromerge_hf.storage.files import ADAPTER_FILES, CHECKPOINT_FILES
+from neuromerge_hf.storage.formats import make_header
 
 SAVED_BY_RUN = re.compile(r"checkpoint-\d+|trained")
-"""The folders of models that a training saves."""
+"""The names of the folders in which training saves models."""
 
-COMPARED = 1 << 20
-"""How many entries of one weight are compared with the base's."""
+COMPARED_ENTRIES = 1 << 20
+"""The number of entries of one weight that are compared with the base's."""
 
-RELATED = 0.5
-"""The cosine above which two weights are of the same model: near 1 for fine-tunes, near 0 for others."""
+RELATED_COSINE = 0.5
+"""The cosine above which two weights are related. It is near 1 for fine-tunes and near 0 for other models."""
 
 REMEDY = (
     "Pass base_model=, the model that training started from. If that is no saved model, because the weights were "
@@ -35,16 +33,17 @@ REMEDY = (
 
 
 def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) -> str:
-    """The base of the model in training: a folder or an id, with the revision if it is known.
+    """Find the base of the model in training: a folder or an id, with the revision if it is known.
 
     Args:
-        given: the user's; if None, what transformers and PEFT noted when they loaded the model.
-        run_folder: where the training saves models, none of which is its base.
+        model: the model in training.
+        given: the user's choice; None for the base that transformers or PEFT recorded when they loaded the model.
+        run_folder: the folder in which training saves models. None of these can be the base.
 
     Raises:
-        MergeError: if it is not known.
+        MergeError: if the base is not known.
     """
-    name = str(given) if given is not None else _noted_base(model)
+    name = str(given) if given is not None else _recorded_base(model)
     if not name:
         raise MergeError(
             f"What the model in training, a {type(network_of(model)).__name__}, started from is not known. {REMEDY}"
@@ -58,20 +57,20 @@ def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) 
     return str(folder.absolute())
 
 
-def _noted_base(model: HuggingFaceModel) -> str | None:
+def _recorded_base(model: HuggingFaceModel) -> str | None:
     config = network_of(model).config
     adapter = adapter_config(model)
     if adapter is None or not adapter.base_model_name_or_path:
-        return config._name_or_path  # transformers notes no revision
+        return config._name_or_path  # transformers records no revision
     name = adapter.base_model_name_or_path
     return f"{name}@{adapter.revision}" if adapter.revision and not Path(name).expanduser().is_dir() else name
 
 
 def adapter_config(model: HuggingFaceModel) -> PeftConfig | None:
-    """The configuration of the adapter that is trained; None if the whole model is.
+    """The configuration of the adapter in training; None if the whole model is trained.
 
     Raises:
-        MergeError: if several adapters are active, which is no expert.
+        MergeError: if several adapters are active, because only one can be an expert.
     """
     if isinstance(model, PeftModel):
         active = model.active_adapters
@@ -86,19 +85,19 @@ def adapter_config(model: HuggingFaceModel) -> PeftConfig | None:
 
 
 def expert_folder(model: HuggingFaceModel, saved: Path) -> Path:
-    """Where in the folder of a saved model the expert is: PEFT gives a folder to adapters with names of their own."""
+    """The folder of the expert in a saved model's folder. It is a subfolder unless the adapter is named "default"."""
     name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
     return saved if name == "default" else saved / name
 
 
-def clear(folder: Path) -> None:
-    """Remove the files of an earlier model that could be taken for a part of the one that is saved here next."""
+def remove_model_files(folder: Path) -> None:
+    """Remove the files of an earlier model that could be taken for files of the model that is saved here next."""
     for name in ("config.json", "adapter_config.json", *ADAPTER_FILES, *CHECKPOINT_FILES):
         (folder / name).unlink(missing_ok=True)
 
 
 def save_task_config(model: HuggingFaceModel, folder: Path) -> None:
-    """Save the configuration beside an adapter, as PEFT does not: it names the labels of the head."""
+    """Save the model's configuration beside an adapter. It names the head's labels, and PEFT does not save it."""
     network = network_of(model)
     if adapter_config(model) and not getattr(network, "hf_quantizer", None):
         config = copy.deepcopy(network.config)
@@ -107,9 +106,9 @@ def save_task_config(model: HuggingFaceModel, folder: Path) -> None:
 
 
 def save_outline(model: HuggingFaceModel, tokenizer: Any, folder: Path) -> None:
-    """Save what a plan looks at: an adapter as it is, of a full model all but the weights.
+    """Save the files that a plan reads: a whole adapter, or a full model without its weights.
 
-    The file of the weights has its header, and holes where the weights would be.
+    The full model's weight file has a header, and holes in place of the weights.
     """
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -120,28 +119,21 @@ def save_outline(model: HuggingFaceModel, tokenizer: Any, folder: Path) -> None:
     config: Any = copy.deepcopy(network.config)
     config.architectures = [class_of(network).__name__]
     config.save_pretrained(folder)
-    if network._auto_class:  # its class is in files of its own
+    if network._auto_class:  # the class is custom code
         custom_object_save(network, str(folder), config=config)
-    skeleton = Skeleton(class_of(network), config)  # unlike the model, it is whole on every process
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    size = 0
-    for name, tensor in skeleton.model.state_dict().items():
-        if name not in skeleton.ties:
-            end = size + math.prod(tensor.shape) * tensor.dtype.itemsize
-            shape = list(tensor.shape)
-            header[name] = {"dtype": FORMAT_NAMES[tensor.dtype], "shape": shape, "data_offsets": [size, end]}
-            size = end
-    encoded = json.dumps(header).encode()
+    skeleton = Skeleton(class_of(network), config)  # unlike the model, it is never sharded
+    tensors = skeleton.model.state_dict().items()
+    header, _, size = make_header({name: (it.dtype, it.shape) for name, it in tensors if name not in skeleton.ties})
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + size)
+        file.write(header)
+        file.truncate(size)
 
 
 def check_related(model: HuggingFaceModel, plan: MergePlan) -> None:
     """Raise a `MergeError` if the model in training does not have the weights of its base.
 
-    transformers notes where a configuration came from, also for a model that was made from it with random weights.
-    Compared is the first weight that both have in one shape, if it is on this machine.
+    transformers records where a configuration came from, even for a model that was made from it with random weights.
+    The check compares the first weight that both have in the same shape, if the base's file is on this machine.
     """
     prefix = f"{network_of(model).base_model_prefix}."
     live = own_weights(model)
@@ -152,10 +144,10 @@ def check_related(model: HuggingFaceModel, plan: MergePlan) -> None:
         ours = next((live[name] for name in names if name in live), None)
         if ours is None or tuple(ours.shape) != tuple(unit.tensor.shape) or not ours.is_floating_point():
             continue
-        theirs = torch.empty(min(ours.numel(), COMPARED), dtype=unit.tensor.dtype)
+        theirs = torch.empty(min(ours.numel(), COMPARED_ENTRIES), dtype=unit.tensor.dtype)
         unit.tensor.read(0, theirs.numel(), theirs)
         entries = ours.detach().flatten()[: theirs.numel()].to("cpu", torch.float32)
-        if torch.cosine_similarity(entries, theirs.float(), dim=0) < RELATED:
+        if torch.cosine_similarity(entries, theirs.float(), dim=0) < RELATED_COSINE:
             raise MergeError(
                 f"The weights of the model in training are not those of {plan.base.location}: {unit.parameter} is "
                 f"unrelated. {REMEDY}"

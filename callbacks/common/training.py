@@ -1,4 +1,4 @@
-"""What the callbacks know of a training, whatever its framework."""
+"""The interface of training in any framework, as the callbacks use it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,47 +7,49 @@ from typing import Any, Protocol
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel
 
 TRAINED = "trained"
-"""The folder of the trained model, by which the report and the card name it."""
+"""The name of the trained model's folder, and so its name in the report and the card."""
 
 
 class Training(Protocol):
-    """A training that goes on, as the adapter of its framework shows it. All of it is for every process."""
+    """Training in progress. Each framework implements this. Every process calls the methods, except `checkpoints`."""
 
     model: HuggingFaceModel
-    """The model in training, out of its wrappers."""
+    """The model in training, without its wrappers."""
     tokenizer: Any
-    """Or another processor with `save_pretrained`; None if there is none."""
+    """A tokenizer, or another processor with `save_pretrained`; None if there is none."""
     name: str
-    """After which the merged model's repository is named, if the user does not name it."""
+    """The name from which the name of the merged model's repository is made, if the user gives none."""
     folder: Path
-    """Where checkpoints are written."""
+    """The folder in which training saves checkpoints."""
     trial: str | None
-    """Which of several trainings of a search this is."""
+    """The name of this trial in a hyper-parameter search; None outside a search."""
     step: int
+    """The number of optimizer steps that the model was trained for."""
     sharded: bool
-    """Whether each process has but a part of the weights."""
+    """Whether each process has only a part of the weights."""
     saves: bool
-    """Whether it saves checkpoints."""
+    """Whether training saves checkpoints."""
     keeps_checkpoints: bool
-    """Whether it saves checkpoints that can be merged."""
+    """Whether training saves checkpoints that can be merged."""
     evaluates: bool
-    """Whether there is anything to evaluate a model on."""
+    """Whether there are data to evaluate a model on."""
     metric: str
-    """By which this training tells what is best."""
+    """The name of the metric that tells which model is best."""
     greater_is_better: bool
+    """Whether the largest value of `metric` is the best."""
     not_evaluated: str | None
-    """Why the merged model cannot be evaluated in this training, although it could in others; a sentence."""
+    """A sentence that says why the merged model cannot be evaluated in this training; None if it can."""
     push_options: dict[str, Any]
-    """What the framework's own arguments say of the Hub."""
+    """The arguments of `push` that follow from the framework's own arguments."""
 
     def checkpoints(self) -> Iterable[Path]:
-        """The experts that the checkpoints of the run are, newest first, without the trained model; on one process."""
+        """Return the folders of the checkpoints, newest first, without the trained model. One process calls this."""
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of the model as it is now, by the framework's evaluation; the trainer's state stays as it is."""
+        """Return the metrics of the model with its current weights. The state of the trainer does not change."""
 
     def evaluate_trained(self) -> dict[str, float]:
-        """The metrics of the trained model; none if there is nothing to evaluate it on."""
+        """Return the metrics of the trained model; an empty dictionary if there are no data to evaluate it on."""
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Give metrics to every logger."""
+        """Send metrics to every logger."""

@@ -1,34 +1,26 @@
-"""The lambdas of a merge, chosen by the evaluation of the training itself."""
+"""Tuning the lambdas of a merge by the training's own evaluation."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from neuromerge_hf.callbacks.common.publish import TASK
 from neuromerge_hf.callbacks.common.training import Training
 from neuromerge_hf.callbacks.common.weights import class_of, network_of, other_weights
-from neuromerge_hf.config import NeuroMergingConfig
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.planning.resolve import ModelId
+from neuromerge_hf.methods.neuromerging import NeuroMergingConfig
+from neuromerge_hf.planning.planner import plan_with_weights
+from neuromerge_hf.planning.preflight import check_settings
+from neuromerge_hf.planning.resolve import resolve
+from neuromerge_hf.spec import MergeSpec, Runtime
 from neuromerge_hf.tuning.search import TuningGrid
-from neuromerge_hf.tuning.tune import tune_lambdas
+from neuromerge_hf.tuning.tune import tune_plan
 
 
-def tune(
-    training: Training,
-    experts: Sequence[ModelId],
-    target: Path,
-    *,
-    grid: TuningGrid | None,
-    head_of: str | None,
-    **options: Any,
-) -> None:
-    """Merge with the lambdas with which the merged model, in the place of the trained one, is evaluated best.
+def tune(training: Training, spec: MergeSpec, runtime: Runtime, target: Path, tuned: bool | TuningGrid) -> None:
+    """Merge with the lambdas for which the training's evaluation gives the merged model the best metric.
 
-    Args:
-        experts: the trained model, saved, and the others.
-        head_of: the name of the trained model if it has a head of its own, under which candidates are evaluated then.
-        **options: what else `tune_lambdas` takes.
+    If the trained model, the first expert of `spec`, has a head of its own, candidates are evaluated with that head.
 
     Raises:
         MergeError: if a candidate's metric is not finite, or the trained model cannot hold the merged weights.
@@ -38,19 +30,23 @@ def tune(
         with other_weights(training.model, candidate.state_dict()):
             return training.evaluate()[training.metric]
 
-    tune_lambdas(
-        experts,
-        {head_of: evaluate} if head_of else evaluate,
-        grid=grid,
+    spec = replace(spec, tuned_on=spec.tuned_on or TASK)
+    problems = check_settings(spec, runtime, target)
+    plan = plan_with_weights(spec, runtime, resolve(spec, runtime.token, problems), target)
+    trained = plan.experts[0]
+    tune_plan(
+        plan,
+        runtime,
+        {trained.name: evaluate} if trained.head else evaluate,
+        grid=tuned if isinstance(tuned, TuningGrid) else TuningGrid(),
         greater_is_better=training.greater_is_better,
-        output_dir=target,
-        auto_class=None if head_of else class_of(network_of(training.model)),
-        **{"tuned_on": TASK, **options},
+        target=target,
+        auto_class=None if trained.head else class_of(network_of(training.model)),
     )
 
 
 def check_metric(training: Training) -> None:
-    """Raise a `MergeError` if the evaluation, run for once, does not give what the lambdas are to be chosen by."""
+    """Evaluate once, and raise a `MergeError` if that does not give the metric by which the lambdas are tuned."""
     metrics = training.evaluate()
     if training.metric not in metrics:
         raise MergeError(
@@ -61,8 +57,6 @@ def check_metric(training: Training) -> None:
 
 
 def check_tunable(config: object, tuned: bool | TuningGrid) -> None:
-    """Raise a `MergeError` if a method has no lambdas, or what is to be tried is none."""
-    if not isinstance(tuned, bool | TuningGrid):
-        raise MergeError(f"tune must be True, False or a TuningGrid, not {tuned!r}.")
+    """Raise a `MergeError` if tuning is asked for and the method has no lambdas."""
     if tuned and not isinstance(config, NeuroMergingConfig):
         raise MergeError(f"tune chooses the lambdas of NeuroMerging, which {type(config).__name__} has not.")

@@ -1,4 +1,4 @@
-"""Other weights in a model for a while: the merged ones, to be evaluated by the trainer whose model it is."""
+"""Replacing the weights of a model temporarily, so that its trainer evaluates the merged weights."""
 
 import random
 import re
@@ -18,40 +18,40 @@ from transformers import PreTrainedModel
 
 from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_process
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.loading.auto import AutoMergedModel
+from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.storage.files import HEADS
 
 PEFT_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
-"""What PEFT puts into the names of the weights that it adapts."""
+"""The parts that PEFT adds to the names of adapted weights."""
 
 HuggingFaceModel = PreTrainedModel | PeftModel
 
 
 def network_of(model: HuggingFaceModel) -> PreTrainedModel:
-    """The transformers model, inside of which PEFT has put its layers if it is adapted."""
+    """The model of transformers itself. It contains PEFT's layers if the model has an adapter."""
     network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return network
 
 
 def class_of(network: PreTrainedModel) -> type[PreTrainedModel]:
-    """Its class of transformers, of which FSDP makes one of its own."""
+    """The class of the model in transformers, not the subclass that FSDP makes of it."""
     kinds: Any = type(network).__mro__
     return next(kind for kind in kinds if not issubclass(kind, FSDPModule))
 
 
 def own_weights(model: HuggingFaceModel) -> dict[str, Tensor]:
-    """The live parameters and buffers of the network, by the names that they have without an adapter."""
+    """The live parameters and buffers of the network, by their names without an adapter."""
     return {PEFT_WRAPPERS.sub("", name): tensor for name, tensor in network_of(model).state_dict().items()}
 
 
 @contextmanager
 def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterator[None]:
-    """`model` computes what the merged model does, in place, as long as the block lasts. On every process.
+    """Put the merged weights into `model`, in place, until the block ends. Every process must call this.
 
     Args:
-        model: of the class of `expert`, adapted or not, on any device.
-        folder: the merged model; read on the first process alone.
-        expert: whose head is put on, if it has one of its own.
+        model: a model of the expert's class, with or without an adapter, on any device.
+        folder: the folder of the merged model. Only the first process reads it.
+        expert: the name of the expert whose head is used, if it has one of its own.
 
     Raises:
         MergeError: if the model cannot hold the merged weights.
@@ -64,15 +64,16 @@ def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterat
 
 @contextmanager
 def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """`model` has these weights, and no adapter, as long as the block lasts. On every process.
+    """Put weights into `model`, and disable its adapter, until the block ends. Every process must call this.
 
-    Parameters that are not among them (a head that was not trained) stay as they are.
+    Parameters that are not in `weights` (a head that was not trained) keep their values.
 
     Args:
-        weights: by the names that they have without an adapter; those of the first process count.
+        model: the model, on any device.
+        weights: the new weights, by their names without an adapter. Those of the first process are used.
 
     Raises:
-        MergeError: if the model cannot hold them.
+        MergeError: if the model cannot hold the weights.
     """
     live = own_weights(model)
     on_first_process(lambda: _check_fit(live, weights))
@@ -81,16 +82,17 @@ def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor]) -> Ite
         with replaced(live, weights), _without_adapters(model):
             yield
     finally:
-        for parameter, requires_grad in trainable.items():  # PEFT sets them when it switches its layers on again
+        for parameter, requires_grad in trainable.items():  # PEFT changes them when it enables its layers again
             parameter.requires_grad_(requires_grad)
 
 
 @contextmanager
 def replaced(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """`live` tensors hold other values, in place, as long as the block lasts. On every process.
+    """Put other values into the `live` tensors, in place, until the block ends. Every process must call this.
 
     Args:
-        values: by the names in `live`; those of the first process count.
+        live: the tensors to change, by name, on any device.
+        values: the new values, by the names in `live`. Those of the first process are used.
     """
     saved = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
     with torch.no_grad():
@@ -108,8 +110,8 @@ def replaced(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterat
 
 
 @contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Random numbers go on after the block as if it had not been."""
+def preserved_random_state() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
@@ -120,19 +122,13 @@ def untouched_randomness() -> Iterator[None]:
 
 
 def _load(folder: Path, expert: str, model_class: type[PreTrainedModel]) -> dict[str, Tensor]:
-    """The merged parameters, as far as a model of this class has them all."""
-    head = expert if (folder / HEADS / expert).is_dir() else None
+    """Load the merged parameters that a model of this class has, with the expert's own head if it has one."""
     with TemporaryDirectory() as cache:
-        loaded: Any = AutoMergedModel.from_pretrained(
-            folder,
-            head=head,
-            auto_class=model_class,
-            cache_dir=cache,
-            output_loading_info=True,
-            trust_remote_code=bool(model_class._auto_class),  # its own code runs here already
-        )
-    missing = set(loaded[1]["missing_keys"])
-    return {name: tensor for name, tensor in loaded[0].state_dict().items() if name not in missing}
+        if (folder / HEADS / expert).is_dir():
+            folder = folder_with_head(folder, folder / HEADS, expert, Path(cache))
+        loaded: Any = model_class.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
 
 
 def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,83 @@
+"""The settings of a callback in any framework."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from neuromerge_hf.errors import MergeError
+from neuromerge_hf.options import option
+from neuromerge_hf.spec import OPTION_NAMES, MergeOptions
+from neuromerge_hf.tuning.search import TuningGrid
+
+When = Literal["train_end", "save", "epoch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackSettings:
+    """When a callback merges, where it writes, and what it does with the merged model.
+
+    Raises:
+        MergeError: if a value is not valid.
+    """
+
+    when: When = option(
+        "train_end",
+        "when to merge: at the end of the training (train_end), for each checkpoint (save) or for the model after each "
+        "epoch (epoch). The last two write to ``step-N`` in `output_dir`. Their failures do not stop training, but are "
+        "raised when it ends",
+    )
+    output_dir: str | Path | None = option(
+        None, "the folder of the merged model. An earlier merge there is replaced", shown="<args.output_dir>/merged"
+    )
+    evaluate: bool = option(
+        True,
+        "evaluate the merged model, with the trained model's own head, on the trainer's `eval_dataset`. Its metrics "
+        "``merged_eval_*`` appear beside ``eval_*`` in the log history, in every logger and in the card. The trained "
+        "model is evaluated as well if it was not when training ended",
+    )
+    push_to_hub: bool = option(False, "push the merged model with its card")
+    hub_model_id: str | None = option(
+        None,
+        "the repository to push to",
+        shown="<args.hub_model_id>-merged, or a name made from `args.output_dir`",
+    )
+    checkpoints: Literal["all"] | int | None = option(
+        None, 'also merge checkpoints of the training itself: "all", or the number of the last ones'
+    )
+    tune: bool | TuningGrid = option(
+        False,
+        "tune the lambdas by a metric of the merged model on the trainer's `eval_dataset`: "
+        "``args.metric_for_best_model`` (in Lightning, what a `ModelCheckpoint` monitors), or else the loss. True, or "
+        "a `TuningGrid` of values to try. Training must run on a single process. One evaluation before it checks that "
+        "the metric exists",
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tune, bool | TuningGrid):
+            raise MergeError(f"tune must be True, False or a TuningGrid, not {self.tune!r}.")
+        if self.when not in ("train_end", "save", "epoch"):
+            raise MergeError(f'when must be "train_end", "save" or "epoch", not {self.when!r}.')
+        is_count = isinstance(self.checkpoints, int) and not isinstance(self.checkpoints, bool) and self.checkpoints > 0
+        if self.checkpoints not in (None, "all") and not is_count:
+            raise MergeError(f'checkpoints must be "all" or how many of the last ones, not {self.checkpoints!r}.')
+
+
+class CallbackOptions(MergeOptions, total=False):
+    """The keyword arguments of a callback."""
+
+    when: When
+    output_dir: str | Path | None
+    evaluate: bool
+    push_to_hub: bool
+    hub_model_id: str | None
+    checkpoints: Literal["all"] | int | None
+    tune: bool | TuningGrid
+
+
+NOT_TAKEN = ("overwrite",)
+"""Options of `merge` that a callback does not take. It overwrites earlier merges, and nothing else."""
+
+CALLBACK_NAMES = (
+    *(field.name for field in fields(CallbackSettings)),
+    *(name for name in OPTION_NAMES if name not in NOT_TAKEN),
+)
