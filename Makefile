@@ -15,21 +15,21 @@ test: lint
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-# mypy sees the package as it is installed: callbacks and model_cards inside it.
+# mypy checks the package as it is installed, with callbacks and model_cards inside it, and the tests' shared code.
 	rm -rf build/typed && mkdir -p build/typed/neuromerge_hf
 	ln -s $(addprefix $(CURDIR)/,$(wildcard neuromerge_hf/*) callbacks model_cards) build/typed/neuromerge_hf
-	$(BIN)/mypy build/typed/neuromerge_hf
+	$(BIN)/mypy build/typed/neuromerge_hf tests/support tests/typing tests/conftest.py tests/*/conftest.py
 
-# docs/families.md
+# Writes docs/families.md.
 families: $(VENV)/.test
 	$(BIN)/python tests/support/make_families_table.py
 
-# model_cards/example.md, after `examples/demo.py --results examples/results.json` where the measurements have changed
+# Writes model_cards/example.md. First run `examples/demo.py --results examples/results.json` if measurements changed.
 card: $(VENV)/.test
 	$(BIN)/python tests/support/make_example_card.py
 
-# The versions that are installed now. All but torch are for Python >= 3.11: some have no release for 3.10, where pip
-# is left to choose.
+# Writes the installed versions to constraints.txt. All but torch apply to Python >= 3.11: some have no release for
+# Python 3.10, for which pip chooses the versions.
 constraints: $(VENV)/.test
 	grep '^#' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/pip freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^nvidia-\|^cuda-\|^triton=/d' \
@@ -39,7 +39,7 @@ constraints: $(VENV)/.test
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch first and alone, so that an interrupted install need not fetch it again.
+# torch is installed first, so that an interrupted install does not download it again.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)

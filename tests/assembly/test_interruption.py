@@ -1,8 +1,7 @@
 """A directory that exists is complete, whatever happens while it is made and whoever makes it too."""
 
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import processes
 from neuromerge_hf import AutoMergedModel, MergeError, merge
-from neuromerge_hf.folder.directory import directory_in_the_making
-from tiny_models import contents, load, logits, save_bert, save_fine_tune, save_llama
+from neuromerge_hf.folder.directory import atomic_directory
+from process_work import load_merged, run_command
+from tiny_models import contents, logits, save_bert, save_fine_tune, save_llama
 
 
 @pytest.fixture(scope="module")
@@ -30,45 +31,39 @@ def experts(models: Path) -> list[Path]:
 
 
 @pytest.fixture
-def interrupt():
+def interrupt(models, tmp_path_factory):
     """Merge in a process of its own, and press Ctrl-C there as soon as a file appears that fits a pattern.
 
     An interruption can come anywhere, also between taking a lock and holding it. The process ends; these tests go on.
     """
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 
-    def press(models: Path, output: Path, pattern: str, *options: str) -> None:
-        program = [sys.executable, "-c", "from neuromerge_hf.cli import app; app()"]
+    def press(output: Path, pattern: str, *options: str) -> None:
         arguments = [*experts(models), "--base-model", models / "base", "--output", output, "--threads", "1", *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([*program, "merge", *arguments], **pipes)
+        printed = tmp_path_factory.mktemp("printed") / "output.txt"
+        process = processes.start(run_command, "merge", *map(str, arguments), output=printed)
         deadline = time.monotonic() + 60
-        while not any(output.parent.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
+        while not any(output.parent.glob(pattern)) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
-        try:
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        assert process.returncode == 130, err
-        assert "Merged" not in out
+        assert any(output.parent.glob(pattern)), printed.read_text()
+        os.kill(process.pid, signal.SIGINT)
+        assert processes.finish(process) == 130, printed.read_text()
+        assert "Merged" not in printed.read_text()
 
-    yield press
-    signal.signal(signal.SIGINT, handler)
+    return press
 
 
 @pytest.mark.parametrize(
     "moment", [".merged-*", ".merged-*/model.safetensors"], ids=["while-trimming", "while-writing"]
 )
-def test_an_interrupted_merge_leaves_nothing_behind(models, tmp_path, interrupt, moment):
-    interrupt(models, tmp_path / "merged", moment)
+def test_an_interrupted_merge_leaves_nothing_behind(tmp_path, interrupt, moment):
+    interrupt(tmp_path / "merged", moment)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_replacement_keeps_the_old_directory(models, tmp_path, interrupt):
+def test_an_interrupted_replacement_keeps_the_old_directory(tmp_path, interrupt):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "old.txt").write_text("old")
-    interrupt(models, tmp_path / "merged", ".merged-*", "--overwrite")
+    interrupt(tmp_path / "merged", ".merged-*", "--overwrite")
     assert contents(tmp_path) == {"merged/old.txt": b"old"}
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
@@ -103,7 +98,7 @@ def test_a_replacement_leaves_only_the_new_directory(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MergeError, OSError])
 def test_any_exception_clears_the_directory_in_the_making(tmp_path, error):
     def make():
-        with directory_in_the_making(tmp_path / "new" / "deep" / "merged", overwrite=False) as folder:
+        with atomic_directory(tmp_path / "new" / "deep" / "merged", overwrite=False) as folder:
             (folder / "half").write_text("half")
             raise error("stop")
 
@@ -117,7 +112,7 @@ def test_a_directory_that_cannot_be_replaced_stays(tmp_path):
     target = tmp_path / "merged"
 
     def make():
-        with directory_in_the_making(target, overwrite=False) as folder:
+        with atomic_directory(target, overwrite=False) as folder:
             (folder / "ours").write_text("ours")
             target.mkdir()
             (target / "theirs").write_text("theirs")
@@ -128,41 +123,25 @@ def test_a_directory_that_cannot_be_replaced_stays(tmp_path):
 
 
 def test_the_directory_has_the_usual_permissions(tmp_path):
-    with directory_in_the_making(tmp_path / "merged", overwrite=False):
+    with atomic_directory(tmp_path / "merged", overwrite=False):
         pass
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "merged").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-RACE = """
-import pathlib, sys, time
-from neuromerge_hf import AutoMergedModel
-base, expert, cache = sys.argv[1:]
-import neuromerge_hf.loading.auto
-print("ready", flush=True)
-sys.stdin.readline()
-model = AutoMergedModel.from_pretrained([expert], base_model=base, head="topics", cache_dir=cache)
-print(type(model).__name__)
-"""
 
 
 def test_two_processes_share_one_cache(tmp_path):
     base = save_bert(tmp_path / "base", vocab_size=1_000, hidden_size=512)
     task = {"model_class": "BertForSequenceClassification", "num_labels": 3}
     expert = save_fine_tune(base, tmp_path / "topics", seed=1, **task)
-    command = [sys.executable, "-c", RACE, base, expert, tmp_path / "cache"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert out == "BertForSequenceClassification\n"
-    assert [path for path in (tmp_path / "cache").rglob(".*") if path.name.startswith(".")] == []
-    assert len([path for path in (tmp_path / "cache").iterdir() if path.name != "heads"]) == 1
-    model = AutoMergedModel.from_pretrained([expert], base_model=base, head="topics", cache_dir=tmp_path / "cache")
-    assert logits(model).shape == logits(load(expert)).shape
+    cache, both = tmp_path / "cache", processes.context.Barrier(2)
+    outputs = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    racing = [processes.start(load_merged, both, base, expert, cache, output=output) for output in outputs]
+    for process, output in zip(racing, outputs, strict=True):
+        assert processes.finish(process) == 0, output.read_text()
+        assert output.read_text().endswith("BertForSequenceClassification\n")
+    assert [path for path in cache.rglob(".*") if path.name.startswith(".")] == []
+    assert len([path for path in cache.iterdir() if path.name != "heads"]) == 1
+    options = {"base_model": base, "head": "topics"}
+    shared = AutoMergedModel.from_pretrained([expert], cache_dir=cache, **options)
+    alone = AutoMergedModel.from_pretrained([expert], cache_dir=tmp_path / "other", **options)
+    assert torch.equal(logits(shared), logits(alone))

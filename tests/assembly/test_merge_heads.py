@@ -1,4 +1,4 @@
-"""`merge_heads=True`: heads that the base lacks become one, by their mean; heads that the base has merge anyway."""
+"""With `merge_heads=True`, heads that the base lacks become their mean; heads that the base has merge anyway."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models whose class is in Python files beside their weights, which run only where the user trusts them."""
+"""Models whose class is in Python files beside their weights are merged as any others, where the user trusts them."""
 
 import copy
 import json
@@ -177,6 +177,43 @@ def test_an_own_head_is_put_on_as_the_card_says(models, tmp_path, monkeypatch):
         exec(block.partition("```")[0], names)
         assert type(names["model"]).__name__ == name
     assert torch.equal(names["model"].volume.weight, load(math).volume.weight)
+
+
+def test_an_auto_class_loads_the_own_class_and_saves_its_code(models, tmp_path):
+    base, *experts = models
+    model = AutoMergedModel.from_pretrained(
+        experts,
+        base_model=base,
+        auto_class=AutoModelForSequenceClassification,
+        cache_dir=tmp_path / "cache",
+        **TRUSTED,
+    )
+    assert type(model).__name__ == "TongueForSequenceClassification"
+    with torch.no_grad():
+        model.volume.bias += 1
+    model.save_pretrained(tmp_path / "changed")
+    assert {name for name in CODE if (tmp_path / "changed" / name).is_file()} == set(CODE)
+    assert torch.equal(logits(load(tmp_path / "changed")), logits(model))
+
+
+def test_candidates_are_evaluated_under_an_own_head(models, tmp_path):
+    base, math, chat, _ = models
+    backbone = AutoModel.from_pretrained(base, **TRUSTED)
+    backbone.save_pretrained(tmp_path / "backbone")
+    arguments = {"base_model": tmp_path / "backbone", **TRUSTED}
+
+    def score(model):
+        return logits(model).norm().item()
+
+    found = tune_lambdas([math, chat], {"math": score}, grid=TuningGrid((0.0,), (0.5,), 0), **arguments)
+    merged = AutoMergedModel.from_pretrained(
+        [math, chat], config=found.config, head="math", cache_dir=tmp_path / "cache", **arguments
+    )
+    assert type(merged).__name__ == "TongueForSequenceClassification"
+    assert found.best.score == pytest.approx(score(merged), rel=1e-5)
+    compared = compare_methods([math, chat], {"math": score}, methods=[found.config], **arguments)
+    (scores,) = compared.methods.values()
+    assert scores.tasks["math"] == pytest.approx(score(merged), rel=1e-5)
 
 
 def test_the_card_says_how_to_make_it_again(merged, tmp_path, monkeypatch):

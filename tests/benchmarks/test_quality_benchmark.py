@@ -1,15 +1,20 @@
-"""benchmarks/quality from end to end, with a tiny encoder and two tiny tasks: from training to tables."""
+"""benchmarks/quality runs from training to tables, makes nothing twice, and merges as the library does.
 
+It runs on a tiny encoder and two tiny tasks.
+"""
+
+import ast
 import dataclasses
 import io
-import json
+import shutil
 import sys
 import tarfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast, set_seed
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from neuromerge_hf import AutoMergedModel, merge
 
@@ -23,26 +28,25 @@ NAMES = {
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """The benchmark on a tiny BERT, two tasks of generated texts in archives of the real form, and two methods."""
+    """The benchmark with a tiny BERT, two tasks of generated texts in archives of the real form, and two methods."""
     for folder in (FOLDER, FOLDER.parents[1] / "examples"):
         monkeypatch.syspath_prepend(str(folder))
+    import bench
     import experts
     import methods
     import run
     import scoring
-    import summary
     import tasks
 
     base = make_base(tmp_path / "base")
     make_archives(tmp_path / "cache" / "data")
     for module in (experts, methods, scoring):
         monkeypatch.setattr(module, "BASE", base)
-    for module in (run, scoring, summary, tasks):
-        if hasattr(module, "TASKS"):
-            monkeypatch.setattr(module, "TASKS", ("names", "products"))
-    monkeypatch.setattr(experts, "RATES", {"full": 5e-3, "lora": 5e-3, "near": 5e-3})
+    for module in (bench, run, tasks):
+        monkeypatch.setattr(module, "TASKS", ("names", "products"))
+    monkeypatch.setattr(experts, "RATES", {"full": 5e-3, "lora": 5e-3})
     monkeypatch.setattr(experts, "EPOCHS", {"names": 25, "products": 25})
-    for module in (experts, run, summary):
+    for module in (experts, run):
         monkeypatch.setattr(module, "SEEDS", (0, 1))
         monkeypatch.setattr(module, "KINDS", ("lora",))
     monkeypatch.setattr(run, "SIZES", (2,))
@@ -52,15 +56,30 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setitem(methods.METHODS, "neuromerging", ours)
     monkeypatch.setattr(run, "DEFAULTS", tuple(method.default for method in methods.METHODS.values()))
     monkeypatch.setattr(tasks, "VALIDATION", 20)
-    monkeypatch.setattr(summary, "RESULTS", tmp_path / "results")
     tasks.load_splits.cache_clear()
     threads = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the model is too small for more
     torch.set_num_threads(1)
     yield run
     torch.set_num_threads(threads)
+    forget_modules()
+
+
+@pytest.fixture
+def summary(monkeypatch):
+    """The module that makes the tables and the picture."""
+    for folder in (FOLDER, FOLDER.parents[1] / "examples"):
+        monkeypatch.syspath_prepend(str(folder))
+    import summary
+
+    yield summary
+    forget_modules()
+
+
+def forget_modules() -> None:
+    """Forget the benchmark's modules, whose names are too general to stay."""
     for name, module in list(sys.modules.items()):
-        if FOLDER in Path(getattr(module, "__file__", None) or "/").parents:
+        if FOLDER.parent in Path(getattr(module, "__file__", None) or "/").parents:
             del sys.modules[name]
 
 
@@ -99,81 +118,57 @@ def write_archive(path: Path, members: dict[str, str | bytes]) -> None:
 
 
 def test_the_benchmark_runs_and_makes_nothing_twice(bench, tmp_path):
-    cache = tmp_path / "cache"
-    bench.main(["--cache", str(cache)])
-    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    tables = (tmp_path / "results" / "tables.md").read_text()
-    bench.main(["--cache", str(cache)])
-    assert made == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    assert tables == (tmp_path / "results" / "tables.md").read_text()
+    from figures import Scores
 
-    found = json.loads((tmp_path / "results" / "quality.json").read_text())
-    tested = found["test accuracy in % by task"]
-    assert all(min(row["names"], row["products"]) >= 90 for row in tested if row["method"] == "experts")
-    assert {(row["experts"], row["seed"], row["method"]) for row in tested} == {
-        ("lora", seed, method)
+    cache, results = tmp_path / "cache", tmp_path / "results"
+
+    def run() -> dict[Path, int]:
+        bench.main(["--cache", str(cache), "--results", str(results)])
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+    made, written = run(), {path.name: path.read_bytes() for path in results.iterdir()}
+    assert written.keys() == {"quality.json.gz", "validation.json.gz", "tables.md", "quality.png"}
+    assert run() == made
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == written
+
+    found = Scores.load(results / "quality.json.gz").by_task
+    experts = [scores for (*_, name), scores in found.items() if name == "experts"]
+    assert all(min(scores["names"], scores["products"]) >= 90 for scores in experts)
+    assert found.keys() == {
+        ("lora", seed, 2, method)
         for seed in (0, 1)
         for method in ("base", "experts", "average", "average tuned", "neuromerging", "neuromerging tuned")
     }
 
 
-def test_the_paper_s_variant_is_the_library_s_merge(bench, tmp_path):
-    import variants
-    from methods import METHODS, merged_direction
-
-    list(bench.Bench(tmp_path / "cache").train([(0, "full"), (0, "lora")]))
-    for kind in ("full", "lora"):
-        experiment = variants.Experiment(tmp_path / "cache", kind, 0)
-        automatic = 1 / (1 - experiment.vectors.trimming(0.2)[1])
-        theirs = merged_direction(list(experiment.folders.values()), METHODS["neuromerging"].default)
-        ours = experiment.vectors.direction(0.2, "mean")
-        assert theirs
-        assert theirs.keys() <= ours.keys()
-        for name, change in ours.items():
-            found = theirs.get(name, torch.zeros_like(change))
-            torch.testing.assert_close(found, automatic * change, rtol=1e-3, atol=1e-5)
+def test_the_tables_and_the_picture_follow_from_the_figures_in_the_repository(summary, tmp_path):
+    shutil.copy(FOLDER / "results" / "quality.json.gz", tmp_path)
+    summary.write_summary(tmp_path)
+    assert (tmp_path / "tables.md").read_text() == (FOLDER / "results" / "tables.md").read_text()
+    assert (tmp_path / "quality.png").stat().st_size < 60_000
 
 
-def test_the_open_questions_are_answered_from_training_to_table(bench, tmp_path, monkeypatch):
-    import variants
-    from methods import METHODS
+def test_the_figures_are_read_as_they_were_written(summary, tmp_path):
+    from figures import Scores
+    from methods import Setting
 
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(variants, "SETS", {2: (("names", "products"),)})
-    variants.main(["--cache", str(cache), "--kinds", "full", "near", "--seeds", "0"])
-    files = {kind: variants.variants_file(cache, kind, 0, ("names", "products")) for kind in ("full", "near")}
-    made = {kind: file.read_text() for kind, file in files.items()}
-    table = (tmp_path / "results" / "variants.md").read_text()
-    variants.main(["--cache", str(cache), "--kinds", "full", "near", "--seeds", "0"])
-    assert made == {kind: file.read_text() for kind, file in files.items()}
-    assert table == (tmp_path / "results" / "variants.md").read_text()
-
-    rows = [json.loads(line) for line in made["full"].splitlines()]
-    assert len(rows) == len(variants.variants(("names", "products"), "full"))
-    ours = next(row for row in rows if row["variant"] == dataclasses.asdict(variants.Variant(0.2, "mean", "automatic")))
-    job = bench.Job("full", 0, 2, METHODS["neuromerging"].default, "validation")
-    assert ours["accuracy"] == pytest.approx(bench.Bench(cache).score(job), abs=0.05)
-    for row in rows:
-        if row["variant"]["rule"] != "automatic":
-            assert row["length"] == pytest.approx(float(row["variant"]["rule"]))
+    scores = Scores({("full", 0, 1, "ties"): {"names": 100 * 5 / 7}}, {("full", 0, 1, "ties"): Setting("ties", 0.2, 1)})
+    scores.save(tmp_path / "figures.json.gz")
+    assert Scores.load(tmp_path / "figures.json.gz") == scores
 
 
-def test_the_head_of_a_near_expert_is_fitted_to_the_base_and_stays(bench, tmp_path):
-    from experts import BASE, fit_head, sorted_batches, tokenize, train_expert
-    from scoring import encoder_of, load_base, load_expert
-    from tasks import load_splits
-    from train_experts import new_expert
+def test_no_scripts_import_each_other():
+    scripts = {path.stem: path for path in FOLDER.parent.rglob("*.py")}
+    imports = {name: imported(path) & scripts.keys() for name, path in scripts.items()}
+    assert "figures" in imports["summary"]
+    TopologicalSorter(imports).prepare()  # raises where there is a circle
 
-    splits = load_splits("products", tmp_path / "cache" / "data")
-    train_expert(splits, "near", 0, tmp_path / "expert")
-    expert = load_expert(tmp_path / "expert")
-    assert any(not torch.equal(weight, load_base()[name]) for name, weight in encoder_of(expert).items())
 
-    tokenizer = BertTokenizerFast.from_pretrained(BASE)
-    set_seed(0)
-    fitted = new_expert(splits, str(BASE), full=True)
-    fit_head(fitted, list(sorted_batches(tokenizer, tokenize(tokenizer, splits.train), 32)))
-    torch.testing.assert_close(expert.classifier.weight, fitted.classifier.weight, rtol=0.02, atol=0.02)
+def imported(script: Path) -> set[str]:
+    """The modules that a script imports, also inside functions."""
+    nodes = list(ast.walk(ast.parse(script.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
 def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_path):
@@ -184,7 +179,7 @@ def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_
     cache = tmp_path / "cache"
     list(bench.Bench(cache).train([(0, "full")]))
     folders = {task: expert_folder(cache, "full", 0, task) for task in ("names", "products")}
-    scorer = Scorer(folders, cache / "data", "test", "full")
+    scorer = Scorer(folders, cache / "data", "test")
     direction = merged_direction(list(folders.values()), METHODS["neuromerging"].default)
     scores = scorer.score(add(load_base(), direction, 1))
     merge(list(folders.values()), tmp_path / "merged", base_model=BASE)

@@ -1,32 +1,35 @@
-"""The callbacks in trainings of two processes, on the CPU with gloo."""
+"""In a training of two processes one merges, the other waits however long it takes, and both train on (CPU, gloo)."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import pytest
 
+import processes
 from neuromerge_hf import AutoMergedModel, merge
 from tiny_models import save_bert, save_fine_tune
 from tiny_training import classifier, measure
+from train_in_two_processes import train_in_turn
 
-TESTS = Path(__file__).parents[1] / "support"
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory):
-    """The folder of three trainings, by two processes that are started once, because that takes longest."""
+    """The folder of three trainings, by two processes that are started once."""
     folder = tmp_path_factory.mktemp("trainings")
     base = save_bert(folder / "base")
     other = save_fine_tune(base, folder / "other", seed=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(TESTS / "train_in_two_processes.py"), str(base), str(other), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    run = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    common = free_port(), processes.context.Barrier(2), base, other, folder
+    outputs = [folder / "first.txt", folder / "second.txt"]
+    both = [processes.start(train_in_turn, rank, *common, output=output) for rank, output in enumerate(outputs)]
+    for process, output in zip(both, outputs, strict=True):
+        assert processes.finish(process) == 0, output.read_text()[-3000:]
     return folder
 
 

@@ -1,44 +1,29 @@
-"""NeuroMergeCallback in the Trainer of Lightning."""
+"""NeuroMergeCallback merges what the Trainer of Lightning trained, and changes nothing of the training."""
 
 import csv
+import importlib
 import inspect
 import json
 import shutil
-import subprocess
 import sys
 
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
+from accelerate import PartialState
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from transformers import AutoConfig
 
+import neuromerge_hf.callbacks
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergeCallback, TuningGrid, merge
 from neuromerge_hf.callbacks.common.sharded import is_sharded
 from neuromerge_hf.callbacks.lightning import NeuroMergeCallback as LightningCallback
 from neuromerge_hf.folder.recipe import load_recipe
 from neuromerge_hf.folder.report import load_report
 from tiny_lightning import Classifier, loader, module_class
-from tiny_models import contents, load_adapted, save_bert, save_fine_tune
+from tiny_models import contents, load_adapted
 from tiny_training import CLASSIFIER, classifier, measure
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A base and another expert of it."""
-    folder = tmp_path_factory.mktemp("models")
-    base = save_bert(folder / "base")
-    return base, save_fine_tune(base, folder / "other", seed=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost tiny models more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fit(module, folder, *callbacks, package=pl, **options):
@@ -87,6 +72,21 @@ def test_what_was_trained_is_merged_and_measured(models, tmp_path, package, adap
     assert results["trained", "val_loss"] == pytest.approx(trained["loss"], abs=1e-5)
     assert results["merged", "val_accuracy"] == measured["accuracy"]
     assert set(trainer.callback_metrics) == {"train_loss", "val_loss", "val_accuracy"}
+
+
+def test_the_device_of_the_training_is_not_chosen_by_the_merge(models, tmp_path, monkeypatch):
+    # accelerate would make a device the current one of the process, which may not be the device of Lightning.
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, *arguments):
+            seen.append(dict(PartialState._shared_state))
+
+    base, other = models
+    fit(module_class(pl)(classifier(base)), tmp_path / "run", LightningCallback([other]), Look())
+    assert seen
+    assert not any(seen)
 
 
 def test_the_arguments_are_those_of_the_callback_for_transformers():
@@ -248,7 +248,7 @@ def test_the_lambdas_are_tuned_by_the_validation_of_the_training(models, tmp_pat
     assert len(trials) == 4
     column = f"merged_{monitor or 'val_loss'}"
     assert rows(tmp_path, column) == {4: pytest.approx(max(scores) if monitor else min(scores), abs=1e-5)}
-    assert load_recipe(tmp_path / "merged" / "recipe.yaml").tuned_on == "evaluation set of the training"
+    assert load_recipe(tmp_path / "merged" / "recipe.yaml").spec.tuned_on == "evaluation set of the training"
     saved = measure(classifier(tmp_path / "trained"))
     assert measure(module.network) == pytest.approx(saved, abs=1e-6), "the model has its own weights again"
 
@@ -271,23 +271,18 @@ def test_strategies_that_cannot_give_whole_weights_are_refused():
     assert not is_sharded(pl.strategies.DDPStrategy())
 
 
-def test_importing_the_package_loads_no_lightning_and_either_of_its_packages_will_do():
-    code = """if True:
-        import sys, neuromerge_hf
-        assert not {"torch", "transformers"} & set(sys.modules)
-        neuromerge_hf.NeuroMergeCallback
-        assert not {"lightning", "pytorch_lightning", "trl"} & set(sys.modules)
-        sys.modules.update(lightning=None, pytorch_lightning=None)
-        try:
-            import neuromerge_hf.callbacks.lightning
-        except ImportError as error:
-            print(error)
-        del sys.modules["pytorch_lightning"]
-        from neuromerge_hf.callbacks.lightning import NeuroMergeCallback
-        print(NeuroMergeCallback.__mro__)
-    """
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    first, second = run.stdout.splitlines()
-    assert "pip install lightning" in first
-    assert "pytorch_lightning.callbacks.callback.Callback" in second
+def test_either_of_lightnings_packages_will_do(monkeypatch):
+    ours = "neuromerge_hf.callbacks.lightning"
+    monkeypatch.setattr(neuromerge_hf.callbacks, "lightning", None)  # the import below sets another
+    for name in list(sys.modules):
+        if name.startswith(ours) or name.partition(".")[0] == "lightning":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lightning", None)  # as if it were not installed
+    assert issubclass(importlib.import_module(ours).NeuroMergeCallback, pytorch_lightning.Callback)
+
+    for name in list(sys.modules):
+        if name.startswith(ours) or name.partition(".")[0] == "pytorch_lightning":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        importlib.import_module(ours)

@@ -1,4 +1,4 @@
-"""NeuroMergeCallback in the trainers of TRL, and in the Seq2SeqTrainer."""
+"""NeuroMergeCallback merges and measures in the trainers of TRL and in the Seq2SeqTrainer as in a plain Trainer."""
 
 import logging
 

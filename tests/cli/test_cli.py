@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 import neuromerge_hf
+import processes
+from commands import run
 from neuromerge_hf import NeuroMergingConfig, merge
-from neuromerge_hf.cli import app
+from process_work import import_and_merge
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama
 
 NEUROMERGE = Path(sys.executable).with_name("neuromerge")
@@ -26,10 +27,6 @@ def models(tmp_path_factory):
     save_fine_tune(base, root / "math", seed=1)
     save_adapter(base, root / "code", seed=2)
     return root
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_the_command_merges_and_reports(models, tmp_path):
@@ -82,6 +79,15 @@ def test_options_reach_the_merge(models, tmp_path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     assert "density 0.5" in done.stdout
     assert "lambda_orthogonal 1.5" in done.stdout
+
+
+def test_a_size_may_be_a_number_of_bytes_and_a_device_an_index(models, tmp_path):
+    done = run("merge", models / "code", "--output", tmp_path / "merged", "--max-shard-size", "20000")
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load((tmp_path / "merged" / "recipe.yaml").read_text())["max_shard_size"] == 20_000
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
+    done = run("plan", models / "code", "--device", "9")
+    assert "device=9 cannot be used here" in done.stderr
 
 
 def test_the_defaults_are_those_of_the_config(models, tmp_path):
@@ -145,6 +151,11 @@ def test_what_is_wrong_is_said_on_stderr(models, tmp_path, monkeypatch, options,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_is_one_line(tmp_path):
+    done = run("merge", "./missing", "--output", tmp_path / "merged")
+    assert done.stderr.strip() == "Error: ./missing is not a folder on this machine, and no id of a model on the Hub."
+
+
 def test_a_command_without_models_or_output_shows_how_it_is_used(models):
     for arguments in (["merge"], ["merge", models / "code"], ["merge", models / "code", "--outptu", "x"]):
         done = run(*arguments)
@@ -176,14 +187,9 @@ def test_the_installed_command_works(models, tmp_path):
     assert "The merged model is in" in done.stdout
     assert "Merging: 100%" in done.stderr
     assert "Warning" not in done.stderr
-    failed = subprocess.run(
-        [NEUROMERGE, "merge", "./missing", "--output", tmp_path / "x"], capture_output=True, text=True
-    )
-    assert failed.returncode == 1
-    assert failed.stderr.strip() == "Error: ./missing is not a folder on this machine, and no id of a model on the Hub."
 
 
-LIGHT = """
+IMPORTS = """
 import sys
 import neuromerge_hf
 from neuromerge_hf.cli import app
@@ -191,52 +197,30 @@ dir(neuromerge_hf)
 heavy = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "lightning"}
 print(sorted(heavy & set(sys.modules)))
 neuromerge_hf.merge
-print("peft" in sys.modules)
-"""
-
-SETTINGS = """
-import logging, os, sys, warnings
-import torch, transformers
-
-def settings():
-    return (
-        torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype(), torch.get_default_device(),
-        torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
-        torch.random.initial_seed(), torch.random.get_rng_state().sum().item(),
-        transformers.utils.logging.get_verbosity(), logging.getLogger().level, logging.getLogger().handlers,
-        list(warnings.filters), dict(os.environ), os.getcwd(), os.umask(os.umask(0)),
-    )
-
-import accelerate, peft
-torch.set_num_threads(2)
-before = settings()
-import neuromerge_hf.api  # must not hide the function
-from neuromerge_hf import *
-from neuromerge_hf import merge
-for name in neuromerge_hf.__all__:
-    assert callable(getattr(neuromerge_hf, name)), name
-print(before == settings())
-merge([sys.argv[1]], sys.argv[2], threads=2)
-print([(a, b) for a, b in zip(before, settings()) if a != b])
+print(sorted({"peft"} & set(sys.modules)))
+neuromerge_hf.NeuroMergeCallback
+print(sorted({"lightning", "pytorch_lightning", "trl"} & set(sys.modules)))
 """
 
 
-def test_importing_loads_no_framework_and_no_peft_without_an_adapter():
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["[]", "False"]
+def test_importing_loads_no_framework_no_peft_without_an_adapter_and_no_trainer_of_others():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"] * 3
 
 
 def test_importing_and_merging_change_no_global_setting(models, tmp_path):
-    command = [sys.executable, "-c", SETTINGS, models / "code", tmp_path / "merged"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["True", "[]"]
+    printed = tmp_path / "output.txt"
+    process = processes.start(import_and_merge, models / "code", tmp_path / "merged", output=printed)
+    assert processes.finish(process) == 0, printed.read_text()
+    assert "changed by importing: []" in printed.read_text()
+    assert "changed by merging: []" in printed.read_text()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_the_public_names_are_there():
     names = {"AutoMergedModel", "MergeError", "MergePlan", "MergeReport", "NeuroMergingConfig"}
     names |= {"AverageConfig", "TaskArithmeticConfig", "TIESConfig", "DARETIESConfig", "PCBConfig"}
-    names |= {"merge", "merge_recipe", "plan_merge", "NeuroMergeCallback"}
+    names |= {"merge", "merge_recipe", "plan_merge", "add_results", "NeuroMergeCallback"}
     names |= {"tune_lambdas", "Tuning", "TuningGrid", "compare_methods", "Comparison"}
     assert set(neuromerge_hf.__all__) == names
     assert set(neuromerge_hf.__all__) <= set(dir(neuromerge_hf))

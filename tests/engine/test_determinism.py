@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from engine_runs import merged_weights
 from families import Relatives
-from neuromerge_hf import NeuroMergingConfig, merge
-from neuromerge_hf.engine import low_rank
-from neuromerge_hf.engine import merge as block_merger
-from neuromerge_hf.engine import thresholds as trim
-from neuromerge_hf.engine.passes import map_in_order
+from neuromerge_hf import NeuroMergingConfig, merge, plan_merge
+from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.sources.task_vector import LowRank
 from neuromerge_hf.storage.layout import Layout
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama, seeded
@@ -50,25 +49,34 @@ def merged_bytes(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads_gives_the_same_bytes(
-    threads: int, models: list[Path], tmp_path: Path, monkeypatch
-) -> None:
-    for module in (block_merger, trim):
-        monkeypatch.setattr(module, "BLOCK_ENTRIES", 150)  # so that threads have something to share
+def test_any_number_of_threads_gives_the_same_bytes(threads: int, models: list[Path], tmp_path: Path) -> None:
     want = merged_bytes(models, tmp_path / "want")
     assert merged_bytes(models, tmp_path / "got", threads) == want
     assert {"model.safetensors", "recipe.yaml", "config.json"} <= want.keys()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_that_share_a_tensor_give_the_same_bytes(threads: int, models: list[Path], tmp_path: Path) -> None:
+    base, *experts = models
+    plan = plan_merge(experts, base_model=base, config=BOTH_PARTS)
+    want = merged_weights(plan, tmp_path / "want")
+    got = merged_weights(plan, tmp_path / "got", threads=threads, block_entries=150)
+    assert got.files == want.files
+    assert got.diagnostics == want.diagnostics
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("entries", [1, 150, sys.maxsize])
 def test_adapters_merged_from_their_factors_give_the_same_bytes(
-    threads: int, models: list[Path], tmp_path: Path, monkeypatch
+    entries: int, threads: int, models: list[Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(low_rank, "BLOCK_ENTRIES", 150)
     base, _, _, *adapters = models
     whole = NeuroMergingConfig(density=1, lambda_parallel=0.5)
-    want = merged_bytes([base, *adapters], tmp_path / "want", config=whole)
-    assert merged_bytes([base, *adapters], tmp_path / "got", threads, whole) == want
+    plan = plan_merge(adapters, base_model=base, config=whole)
+    want = merged_weights(plan, tmp_path / "want")
+    got = merged_weights(plan, tmp_path / "got", threads=threads, block_entries=entries)
+    assert got.files == want.files
+    assert got.diagnostics == want.diagnostics
 
 
 @pytest.mark.parametrize("threads_of_torch", [1, 2])
@@ -83,16 +91,25 @@ def test_torchs_own_threads_change_nothing(threads_of_torch: int, models: list[P
         torch.set_num_threads(before)
 
 
-def test_the_first_product_of_a_thread_is_not_split_over_threads() -> None:
+def test_the_first_product_of_a_thread_is_not_split_over_threads(models: list[Path]) -> None:
     with seeded(0):
         left, right = torch.randn(6, 5), torch.randn(5, 39)
+    plan = plan_merge(models[1:], base_model=models[0])
+    passes = Passes(plan.work, torch.device("cpu"), threads=2)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     want = left @ right
     torch.set_num_threads(2)
     try:
         for _ in range(10):  # each with threads of its own
-            assert all(torch.equal(got, want) for got in map_in_order(lambda _: left @ right, range(4), 2))
+            products = [
+                product
+                for _, products in passes.run(lambda unit: (passes.blocks(unit), lambda block: left @ right))
+                for product in products
+            ]
+            assert len(products) == len(plan.units)
+            assert all(torch.equal(product, want) for product in products)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
@@ -100,13 +117,14 @@ def test_the_first_product_of_a_thread_is_not_split_over_threads() -> None:
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("entries", [1, 100, 1000, sys.maxsize])
 def test_any_size_of_blocks_gives_the_same_bytes(
-    entries: int, kind: str, models: list[Path], transposed: list[Path], tmp_path: Path, monkeypatch
+    entries: int, kind: str, models: list[Path], transposed: list[Path], tmp_path: Path
 ) -> None:
-    family = {"rows": models, "columns": transposed}[kind]
-    want = merged_bytes(family, tmp_path / "want")
-    for module in (block_merger, trim):
-        monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
-    assert merged_bytes(family, tmp_path / "got", threads=2) == want
+    base, *experts = {"rows": models, "columns": transposed}[kind]
+    plan = plan_merge(experts, base_model=base, config=BOTH_PARTS)
+    want = merged_weights(plan, tmp_path / "want")
+    got = merged_weights(plan, tmp_path / "got", threads=2, block_entries=entries)
+    assert got.files == want.files
+    assert got.diagnostics == want.diagnostics
 
 
 @pytest.mark.parametrize("width", [1, 39, 64, 513])
@@ -135,3 +153,6 @@ def test_the_order_of_experts_hardly_matters(models: list[Path], tmp_path: Path)
     by_name = {expert.name: (expert.threshold, expert.sigma, expert.entries) for expert in want.experts}
     assert by_name == {expert.name: (expert.threshold, expert.sigma, expert.entries) for expert in got.experts}
     assert got.lambda_orthogonal == want.lambda_orthogonal
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("want", "got"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=1e-7)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import reference
 from neuromerge_hf import MergeError, plan_merge
-from neuromerge_hf.engine.passes import Memory, load_block
+from neuromerge_hf.engine.blocks import Memory, load_block
 from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons
 from neuromerge_hf.kernel import merge_low_rank, merge_neurons
 from neuromerge_hf.storage.layout import Block

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import reference
+from engine_runs import merged_weights
 from families import Relatives
-from neuromerge_hf import MergeReport, NeuroMergingConfig, merge
-from neuromerge_hf.engine import low_rank
-from neuromerge_hf.engine import merge as block_merger
+from neuromerge_hf import MergeReport, NeuroMergingConfig, merge, plan_merge
 from neuromerge_hf.folder.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
 from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.model_cards.picture import draw
@@ -316,15 +315,14 @@ def test_the_order_of_the_experts_does_not_matter(
 
 
 @pytest.mark.parametrize("kinds", ["full", "LoRA"])
-def test_neither_threads_nor_blocks_matter(
-    kinds: str, base: Path, experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neither_threads_nor_blocks_matter(kinds: str, base: Path, experts: list[Path], tmp_path: Path) -> None:
     merged = {"full": experts, "LoRA": [experts[2], save_adapter(base, tmp_path / "other", seed=4, r=3)]}[kinds]
     want = diagnose(base, merged, tmp_path / "want")
-    for module in (block_merger, low_rank):
-        monkeypatch.setattr(module, "BLOCK_ENTRIES", 150)
+    assert diagnose(base, merged, tmp_path / "three threads", threads=3) == want
+    plan = plan_merge(merged, base_model=base, config=NeuroMergingConfig(density=1))
     for threads in (1, 3):
-        assert diagnose(base, merged, tmp_path / f"threads-{threads}", threads) == want
+        got = merged_weights(plan, tmp_path / f"threads-{threads}", threads=threads, block_entries=150)
+        assert got.diagnostics == want
 
 
 def test_the_report_keeps_it_in_a_file(base: Path, experts: list[Path], tmp_path: Path) -> None:

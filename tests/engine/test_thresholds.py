@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, plan_merge
-from neuromerge_hf.engine import histogram
-from neuromerge_hf.engine import sample as sample_of_entries
-from neuromerge_hf.engine.histogram import Trimming
-from neuromerge_hf.engine.thresholds import find_trimmings, trim_rank
+from neuromerge_hf.engine.passes import Passes
+from neuromerge_hf.engine.thresholds import find_trimmings
+from neuromerge_hf.engine.trimming import Trimming, trim_rank
 from tiny_models import save_adapter, save_fine_tune, save_llama
 
 CPU = torch.device("cpu")
@@ -67,9 +66,13 @@ def assert_exact(trimming: Trimming, tau: Tensor, density: float) -> None:
     assert trimming.sigma == pytest.approx(float(removed), rel=1e-6, abs=1e-12)
 
 
-def find(base: Path, *experts: Path, density: float = 0.2, exclude: tuple[str, ...] = ()) -> list[Trimming]:
+def find(
+    base: Path, *experts: Path, density: float = 0.2, exclude: tuple[str, ...] = (), **options: int
+) -> list[Trimming]:
+    """The trimmings of experts; `options` go to `find_trimmings`."""
     config = NeuroMergingConfig(density=density, exclude=exclude)
-    return find_trimmings(plan_merge(experts, base_model=base, config=config), density, CPU, threads=1)
+    plan = plan_merge(experts, base_model=base, config=config)
+    return find_trimmings(Passes(plan.work, CPU), density, **options)
 
 
 # Exactness
@@ -110,14 +113,11 @@ def test_a_task_vector_of_ten_entries_loses_exactly_its_share(density: float, ra
 
 @pytest.mark.parametrize("bins", [4, 16, 1 << 10])
 @pytest.mark.parametrize("sample", [1, 50, 1 << 22])
-def test_a_wrong_prediction_costs_passes_but_no_exactness(
-    bins: int, sample: int, base: Path, expert: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(histogram, "BINS", bins)
-    monkeypatch.setattr(sample_of_entries, "SAMPLE_ENTRIES", sample)
+def test_a_wrong_prediction_costs_passes_but_no_exactness(bins: int, sample: int, base: Path, expert: Path) -> None:
     plan = plan_merge([expert], base_model=base)
     read: list[int] = []
-    (trimming,) = find_trimmings(plan, 0.2, CPU, 1, read.append)
+    passes = Passes(plan.work, CPU, advance=read.append)
+    (trimming,) = find_trimmings(passes, 0.2, bins=bins, sample_entries=sample)
     assert_exact(trimming, task_vector(base, expert), 0.2)
     passes = sum(read) / sum(unit.bytes_read for unit in plan.units)
     assert passes <= 32
@@ -125,15 +125,30 @@ def test_a_wrong_prediction_costs_passes_but_no_exactness(
         assert passes >= 2
 
 
+def test_threshold_and_sigma_do_not_depend_on_the_blocks(base: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def change(name: str, zeros: Tensor) -> Tensor:  # neurons so different that the order of a float64 sum counts
+        neurons = (len(zeros), *[1] * (zeros.ndim - 1))
+        return torch.rand(zeros.shape, generator=generator) * 10 ** (torch.rand(neurons, generator=generator) * 12)
+
+    expert = with_task_vector(base, tmp_path / "expert", change)
+    work = plan_merge([expert], base_model=zero_base(base, tmp_path / "zero")).work
+    found = [
+        find_trimmings(Passes(work, CPU, threads=threads, block_entries=entries), 0.2)
+        for threads, entries in ((1, 1 << 20), (3, 20), (2, 77), (3, 150), (1, 1000))
+    ]
+    assert all(each == found[0] for each in found)
+
+
 def test_a_good_prediction_needs_one_pass(base: Path, expert: Path) -> None:
     plan = plan_merge([expert, expert], base_model=base)
     read: list[int] = []
-    find_trimmings(plan, 0.2, CPU, 1, read.append)
+    find_trimmings(Passes(plan.work, CPU, advance=read.append), 0.2)
     assert sum(read) == sum(unit.bytes_read for unit in plan.units)
 
 
-def test_no_sample_predicts_a_threshold_far_from_the_rest(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sample_of_entries, "SAMPLE_ENTRIES", 10)
+def test_no_sample_predicts_a_threshold_far_from_the_rest(base: Path, tmp_path: Path) -> None:
     origin = zero_base(base, tmp_path / "origin")
 
     def change(name: str, x: Tensor) -> Tensor:
@@ -142,12 +157,11 @@ def test_no_sample_predicts_a_threshold_far_from_the_rest(base: Path, tmp_path: 
 
     tuned = with_task_vector(origin, tmp_path / "tuned", change)
     for density in (0.9, 0.5, 0.2):
-        (trimming,) = find(origin, tuned, density=density)
+        (trimming,) = find(origin, tuned, density=density, sample_entries=10)
         assert_exact(trimming, task_vector(origin, tuned), density)
 
 
-def test_experts_are_settled_independently(base: Path, expert: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(histogram, "BINS", 64)
+def test_experts_are_settled_independently(base: Path, expert: Path, tmp_path: Path) -> None:
     origin = zero_base(base, tmp_path / "origin")
     generator = torch.Generator().manual_seed(0)
     tuned = [
@@ -156,7 +170,7 @@ def test_experts_are_settled_independently(base: Path, expert: Path, tmp_path: P
         )
         for scale in (1e-20, 1.0, 1e20)
     ]
-    trimmings = find(origin, *tuned, origin, expert)
+    trimmings = find(origin, *tuned, origin, expert, bins=64)
     for trimming, folder in zip(trimmings, [*tuned, origin, expert], strict=True):
         tau = task_vector(origin, folder)
         if folder == origin:
@@ -169,8 +183,7 @@ def test_experts_are_settled_independently(base: Path, expert: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("bins", [16, 1 << 16])
-def test_entries_equal_to_the_threshold_stay(bins: int, base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(histogram, "BINS", bins)
+def test_entries_equal_to_the_threshold_stay(bins: int, base: Path, tmp_path: Path) -> None:
     origin = zero_base(base, tmp_path / "origin")
 
     def change(_: str, x: Tensor) -> Tensor:
@@ -180,7 +193,7 @@ def test_entries_equal_to_the_threshold_stay(bins: int, base: Path, tmp_path: Pa
     tuned = with_task_vector(origin, tmp_path / "tuned", change)
     tau = task_vector(origin, tuned)
     for density, threshold in ((0.9, 0.0), (0.7, 1.0), (0.5, 1.0), (0.3, 2.0), (0.01, 2.0)):
-        (trimming,) = find(origin, tuned, density=density)
+        (trimming,) = find(origin, tuned, density=density, bins=bins)
         assert trimming.threshold == threshold
         assert_exact(trimming, tau, density)
     config = NeuroMergingConfig(density=0.5, lambda_orthogonal=1)
@@ -199,7 +212,8 @@ def test_an_expert_that_changes_nothing_has_threshold_and_sigma_zero(base: Path,
 def test_density_one_keeps_everything_and_reads_nothing(base: Path, expert: Path) -> None:
     read: list[int] = []
     plan = plan_merge([expert], base_model=base, config=NeuroMergingConfig(density=1))
-    assert find_trimmings(plan, 1, CPU, 1, read.append) == [Trimming(0.0, 0.0, task_vector(base, expert).numel())]
+    passes = Passes(plan.work, CPU, advance=read.append)
+    assert find_trimmings(passes, 1) == [Trimming(0.0, 0.0, task_vector(base, expert).numel())]
     assert not read
 
 

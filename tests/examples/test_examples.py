@@ -1,4 +1,4 @@
-"""The examples run as they stand, here with fewer steps."""
+"""The examples run as they stand; here they do fewer steps."""
 
 import runpy
 import sys

@@ -1,13 +1,17 @@
 """The recipe that a merge writes makes the same bytes again, from the same inputs or not at all."""
 
 import shutil
+from dataclasses import fields
 
 import pytest
 import yaml
 
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe
-from neuromerge_hf.folder.recipe import InputHasher, file_hash, published_recipe
+from neuromerge_hf.folder.inputs import InputHasher
+from neuromerge_hf.folder.recipe import published_recipe
 from neuromerge_hf.folder.report import load_report
+from neuromerge_hf.spec import MergeSpec
+from neuromerge_hf.storage.hashing import file_hash
 from neuromerge_hf.storage.location import Location
 from tiny_models import contents, save_adapter, save_bert, save_fine_tune, save_llama, save_tokenizer
 
@@ -80,10 +84,15 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
     text = (tmp_path / "merged" / "recipe.yaml").read_text()
     assert "neuromerge merge recipe.yaml --output" in text
     content = yaml.safe_load(text)
-    settings = ["method", "config", "dtype", "tokenizer", "chat_template", "merge_heads", "max_shard_size"]
+    apart = {"models", "base_model", "config", "tuned_on"}
+    settings = ["method", "config", *(each.name for each in fields(MergeSpec) if each.name not in apart)]
     assert list(content) == ["base_model", "models", *settings, "versions"]
     assert (content["method"], content["config"]) == ("neuromerging", NeuroMergingConfig().to_dict())
-    assert [content[name] for name in settings[2:]] == ["float32", "base", None, False, "5GB"]
+    defaults = {each.name: each.default for each in fields(MergeSpec)}
+    assert {name: content[name] for name in settings[2:]} == {
+        **{name: defaults[name] for name in settings[2:]},
+        "dtype": "float32",
+    }
     assert set(content["versions"]) == {"neuromerge-hf", "torch", "transformers", "peft", "safetensors"}
     base, math, code = content["base_model"], *content["models"]
     assert (base["id"], math["id"], code["id"]) == tuple(str(models / name) for name in ("llama", "math", "code"))
@@ -200,6 +209,24 @@ def test_a_damaged_recipe_is_refused(tmp_path, monkeypatch, content):
     with pytest.raises(MergeError, match=r"recipe\.yaml is not a recipe that `neuromerge merge` wrote: .{5}"):
         merge_recipe("recipe.yaml", "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_that_was_cut_off_is_refused(models, tmp_path):
+    merge([models / "code"], tmp_path / "merged")
+    lines = (tmp_path / "merged" / "recipe.yaml").read_text().splitlines(keepends=True)
+    for stop in range(lines.index("versions:\n")):
+        (tmp_path / "cut.yaml").write_text("".join(lines[:stop]))
+        with pytest.raises(MergeError, match=r"cut\.yaml is not a recipe that `neuromerge merge` wrote"):
+            merge_recipe(tmp_path / "cut.yaml", tmp_path / "again")
+
+
+def test_a_recipe_without_an_option_that_came_later_takes_its_default(models, tmp_path):
+    merge([models / "code"], tmp_path / "merged")
+    text = (tmp_path / "merged" / "recipe.yaml").read_text()
+    assert "merge_heads: false\n" in text
+    (tmp_path / "old.yaml").write_text(text.replace("merge_heads: false\n", ""))
+    merge_recipe(tmp_path / "old.yaml", tmp_path / "again")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "again")
 
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path):

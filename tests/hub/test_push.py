@@ -1,14 +1,18 @@
 """A merged folder becomes a repository that plain transformers loads, in one commit."""
 
+import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from neuromerge_hf import MergeError, merge
+from neuromerge_hf import AutoMergedModel, MergeError, merge
 from neuromerge_hf.cli import app
+from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.hub.push import push
 from tiny_models import load, logits, save_adapter, save_bert, save_fine_tune, save_llama
 
@@ -55,6 +59,41 @@ def files_of(folder) -> dict[str, bytes]:
 
 def weights(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name.endswith((".safetensors", ".index.json"))}
+
+
+def test_weights_that_changed_after_the_merge_are_not_pushed_under_its_card(hub, merged):
+    weights = merged / "model.safetensors"
+    found = load_file(weights)
+    save_file({name: 2 * tensor for name, tensor in found.items()}, weights, metadata={"format": "pt"})
+    before = files_of(merged)
+    with pytest.raises(
+        MergeError, match=r"model\.safetensors has changed since merge_report\.json was written: its sha256"
+    ):
+        push(merged, "push/edited")
+    assert "push/edited" not in hub.repos
+    assert files_of(merged) == before
+
+
+def test_a_merge_of_an_earlier_version_has_no_hashes_and_is_pushed(hub, merged, tmp_path):
+    report = json.loads((merged / REPORT_NAME).read_text())
+    del report["weights"]
+    (merged / REPORT_NAME).write_text(json.dumps(report))
+    push(merged, "push/earlier")
+    assert weights(hub.files("push/earlier")) == weights(files_of(merged))
+    assert "\n|  |\n" not in card_of("push/earlier"), "no empty table"
+    AutoMergedModel.from_pretrained(merged).save_pretrained(tmp_path / "copied")
+    push(tmp_path / "copied", "push/copied-earlier")
+    assert weights(hub.files("push/copied-earlier")) == weights(files_of(merged))
+
+
+def test_a_weight_file_that_the_report_does_not_list_is_refused(hub, made, tmp_path):
+    folder = shutil.copytree(made / "sharded", tmp_path / "sharded")
+    report = load_report(folder)
+    (missing, *others) = report.weights
+    dataclasses.replace(report, weights={name: report.weights[name] for name in others}).save(folder)
+    with pytest.raises(MergeError, match=rf"{missing} has changed since .*, not None"):
+        push(folder, "push/unlisted")
+    assert "push/unlisted" not in hub.repos
 
 
 # ----------------------------------------------------------------------------------------------------- what is pushed

@@ -145,6 +145,12 @@ def test_auto_class_is_an_auto_class_or_a_model_class(berts, cache, auto_class):
     assert logits(with_a_new_head).shape == (2, 2)
 
 
+def test_what_is_no_class_of_transformers_is_refused(llamas, cache):
+    for wrong in ("LlamaForCausalLM", torch.nn.Linear):
+        with pytest.raises(MergeError, match="auto_class must be an Auto class or a model class of transformers, not"):
+            AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache, auto_class=wrong)
+
+
 # ------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -305,6 +311,49 @@ def test_a_revision_of_a_merged_model_is_loaded(hub, llamas, cache, tmp_path):
 def test_a_model_that_is_not_merged_is_refused(llamas, cache):
     with pytest.raises(MergeError, match=r"is not a merged model\. Give the experts as a list"):
         AutoMergedModel.from_pretrained(llamas / "math", cache_dir=cache)
+
+
+@pytest.mark.parametrize("option", [{"overwrite": True}, {"max_shard_size": "1GB"}, {"tuned_on": "texts"}])
+def test_an_option_of_the_written_folder_is_refused_before_merging(option, llamas, tmp_path):
+    (name,) = option
+    with pytest.raises(TypeError, match=f"from_pretrained has no argument '{name}': it is one of `merge`"):
+        AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=tmp_path / "cache", **option)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"base_model": "base"},
+        {"config": UNCHANGED},
+        {"tokenizer": "union"},
+        {"merge_heads": True},
+        {"device": "cpu"},
+        {"threads": 2},
+        {"overwrite": True},
+        {"max_shard_size": "1GB"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_option_of_a_merge_is_refused_for_one_model_that_is_merged_already(option, tmp_path):
+    with pytest.raises(TypeError) as caught:
+        AutoMergedModel.from_pretrained(tmp_path / "merged", **option)
+    (name,) = option
+    assert str(caught.value) == (
+        f"{name}= is an option of a merge, but {tmp_path / 'merged'} is one model, which must be merged already. "
+        f"Leave {name}= out, or give the experts as a list."
+    )
+
+
+def test_transformers_own_configuration_is_that_of_a_merged_model(llamas, cache, tmp_path):
+    merge([llamas / "code"], tmp_path / "merged")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "merged", attention_dropout=0.5)
+    for given in (config, None):
+        model = AutoMergedModel.from_pretrained(
+            tmp_path / "merged", config=given, base_model=None, dtype="bfloat16", token=False, cache_dir=cache
+        )
+        assert model.config.attention_dropout == (0.5 if given else 0)
+        assert model.dtype == torch.bfloat16
 
 
 def test_a_saved_model_is_reloaded_by_plain_transformers(berts, llamas, cache, tmp_path):

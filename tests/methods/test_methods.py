@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import reference_methods
+from engine_runs import merged_weights
 from families import Relatives
 from neuromerge_hf import (
     AutoMergedModel,
@@ -25,9 +26,7 @@ from neuromerge_hf import (
     plan_merge,
 )
 from neuromerge_hf.cli import app
-from neuromerge_hf.config import CONFIGS, MergeConfig
-from neuromerge_hf.engine import merge as block_merger
-from neuromerge_hf.engine import thresholds as trim
+from neuromerge_hf.config import MergeConfig, config_class
 from neuromerge_hf.methods.dare import dropped
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama
 
@@ -168,18 +167,12 @@ def test_seeds_experts_and_parameters_have_numbers_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("config", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
-def test_threads_and_blocks_change_no_byte(
-    config: MergeConfig, models: list[Path], tmp_path: Path, monkeypatch
-) -> None:
+def test_threads_and_blocks_change_no_byte(config: MergeConfig, models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
-    want = None
-    for threads, entries in ((1, sys.maxsize), (3, 150)):
-        for module in (block_merger, trim):
-            monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
-        output = tmp_path / str(threads)
-        merge(experts, output, base_model=base, config=config, device="cpu", threads=threads)
-        want = want or contents(output)
-        assert contents(output) == want
+    plan = plan_merge(experts, base_model=base, config=config)
+    want = merged_weights(plan, tmp_path / "want", threads=1, block_entries=sys.maxsize)
+    got = merged_weights(plan, tmp_path / "got", threads=3, block_entries=150)
+    assert got.files == want.files
 
 
 @pytest.mark.parametrize("config", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
@@ -187,7 +180,7 @@ def test_the_recipe_reproduces_every_byte(config: MergeConfig, models: list[Path
     base, *experts = models
     merge(experts, tmp_path / "first", base_model=base, config=config, device="cpu")
     content = yaml.safe_load((tmp_path / "first" / "recipe.yaml").read_text())
-    assert CONFIGS[content["method"]](**content["config"]) == config
+    assert config_class(content["method"])(**content["config"]) == config
     merge_recipe(tmp_path / "first" / "recipe.yaml", tmp_path / "second", device="cpu")
     assert contents(tmp_path / "second") == contents(tmp_path / "first")
 

@@ -38,7 +38,7 @@ FUSED = transformers.GptOssConfig(hidden_size=6, intermediate_size=4, num_local_
 
 
 class Zoo(transformers.PreTrainedModel):
-    """A module of every kind in ALGORITHM.md's table of neurons."""
+    """A module of every kind whose neurons are known."""
 
     config_class = transformers.BertConfig
 

@@ -1,4 +1,4 @@
-"""Base and expert need not store their weights in the same way: other names, other forms, other files, one merge.
+"""Base and expert need not store their weights in the same way: other names and other forms give the same merge.
 
 Each case stores a model in another way, by hand. Whichever way base and experts are stored in, they merge into the same
 model, and it is stored as the base is.
@@ -13,21 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import GIVES_BACK, Relatives, assert_same_bits, load, state
+from families import CPU, GIVES_BACK, assert_same_bits, load, state
 from neuromerge_hf import MergeError, merge, plan_merge
-from stored_forms import CASES, FAMILIES, Tensors, as_in_memory
-
-CPU = {"device": "cpu", "threads": 1}
-
-
-@pytest.fixture(scope="module")
-def relatives_of(tmp_path_factory: pytest.TempPathFactory):
-    made: dict[str, Relatives] = {}
-
-    def relatives_of(name: str) -> Relatives:
-        return made.setdefault(name, Relatives(name, tmp_path_factory.mktemp(name), FAMILIES))
-
-    return relatives_of
+from stored_forms import CASES, Tensors, as_in_memory
 
 
 @pytest.fixture
@@ -77,7 +65,7 @@ def test_the_way_in_which_weights_are_stored_changes_nothing(case: str, relative
     for key, want in states[0].items():
         assert_same_bits(states[1][key], want, key)
         assert_same_bits(states[2][key], states[3][key], key)
-        # BlockStatistics over the model are taken in the order of the base's names.
+        # Sums over the model are taken in the order of the base's names.
         torch.testing.assert_close(states[2][key], want, rtol=1e-6, atol=1e-7)
 
 

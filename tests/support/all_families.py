@@ -1,20 +1,29 @@
-"""The families that must merge, each with the smallest model that has all of its kinds of parameters.
+"""The families that must merge, each with the smallest model that has all kinds of the family's parameters.
 
-The heavier tests run over the few of `families.FAMILIES`, which are stored or computed in a way of their own.
+Slower tests run only over `families.FAMILIES`, which are stored or computed in unusual ways.
 """
+
+from typing import Any
 
 import torch
 import transformers
 
 import reference
-from families import ATTENTION, CAUSAL, DECODER, ENCODER, ENCODER_AND_DECODER, FAMILIES, TOKENS, Family, images
+from families import ATTENTION, CAUSAL, DECODER, ENCODER, ENCODER_AND_DECODER, FAMILIES, LABELS, TOKENS, Family, images
+from reference import Neurons
 
-LOUD = {"initializer_range": 0.3}
-"""With the usual 0.02 the output of so small a model hardly depends on most of its weights."""
+LARGE_INIT: dict[str, Any] = {"initializer_range": 0.3}
+"""With the default of 0.02, the output of so small a model hardly depends on most of its weights."""
 
-SMALL = {**DECODER, **LOUD, "num_hidden_layers": 1}
-SMALL_ENCODER = {**ENCODER, **LOUD, "num_hidden_layers": 1, "vocab_size": 40, "max_position_embeddings": 16}
-SEQ2SEQ = {
+SMALL: dict[str, Any] = {**DECODER, **LARGE_INIT, "num_hidden_layers": 1}
+SMALL_ENCODER: dict[str, Any] = {
+    **ENCODER,
+    **LARGE_INIT,
+    "num_hidden_layers": 1,
+    "vocab_size": 40,
+    "max_position_embeddings": 16,
+}
+SEQ2SEQ: dict[str, Any] = {
     "init_std": 0.3,
     "vocab_size": 40,
     "d_model": 16,
@@ -29,10 +38,10 @@ SEQ2SEQ = {
     "pad_token_id": 0,
     "decoder_start_token_id": 2,
 }
-TEXT_TOWER = {**SMALL_ENCODER, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-VISION_TOWER = {**ENCODER, **LOUD, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
-SPLIT_EXPERTS = {"*.experts.*_proj": reference.FUSED_EXPERTS}
-QUERY_VALUE = {"target_modules": ["q_proj", "v_proj"]}
+TEXT_TOWER: dict[str, Any] = {**SMALL_ENCODER, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+VISION_TOWER: dict[str, Any] = {**ENCODER, **LARGE_INIT, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+SPLIT_EXPERTS: dict[str, Neurons | None] = {"*.experts.*_proj": reference.FUSED_EXPERTS}
+QUERY_VALUE: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 
 
 def sound(*shape: int) -> torch.Tensor:
@@ -47,7 +56,7 @@ MORE_FAMILIES = {
     "phi": Family(transformers.PhiConfig(**SMALL), transformers.PhiForCausalLM, TOKENS, CAUSAL),
     "gpt-neox": Family(
         transformers.GPTNeoXConfig(
-            **LOUD,
+            **LARGE_INIT,
             vocab_size=40,
             hidden_size=16,
             intermediate_size=24,
@@ -95,21 +104,21 @@ MORE_FAMILIES = {
         neurons=SPLIT_EXPERTS,
     ),
     "roberta": Family(
-        transformers.RobertaConfig(**(SMALL_ENCODER | {"max_position_embeddings": 20}), num_labels=3),
+        transformers.RobertaConfig(**(SMALL_ENCODER | {"max_position_embeddings": 20}), **LABELS),
         transformers.RobertaForSequenceClassification,
         TOKENS,
         {"target_modules": ["query", "value"]},
     ),
     "distilbert": Family(
         transformers.DistilBertConfig(
-            **LOUD,
+            **LARGE_INIT,
             vocab_size=40,
             dim=16,
             hidden_dim=24,
             n_layers=1,
             n_heads=2,
             max_position_embeddings=16,
-            num_labels=3,
+            **LABELS,
         ),
         transformers.DistilBertForSequenceClassification,
         TOKENS,
@@ -117,7 +126,7 @@ MORE_FAMILIES = {
     ),
     "deberta": Family(
         transformers.DebertaConfig(
-            **SMALL_ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0, num_labels=3
+            **SMALL_ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0, **LABELS
         ),
         transformers.DebertaForSequenceClassification,
         TOKENS,
@@ -128,9 +137,8 @@ MORE_FAMILIES = {
             **SMALL_ENCODER,
             relative_attention=True,
             pos_att_type=["c2p", "p2c"],
-            position_buckets=4,
             type_vocab_size=0,
-            num_labels=3,
+            **{**LABELS, "position_buckets": 4},
         ),
         transformers.DebertaV2ForSequenceClassification,
         TOKENS,
@@ -150,14 +158,14 @@ MORE_FAMILIES = {
     ),
     "swin": Family(
         transformers.SwinConfig(
-            **LOUD,
+            **LARGE_INIT,
             image_size=16,
             patch_size=2,
             embed_dim=8,
             depths=[1, 1],
             num_heads=[2, 2],
             window_size=4,
-            num_labels=3,
+            **LABELS,
         ),
         transformers.SwinForImageClassification,
         images(16),
@@ -165,14 +173,14 @@ MORE_FAMILIES = {
     ),
     "convnext": Family(
         transformers.ConvNextConfig(
-            **LOUD,
+            **LARGE_INIT,
             layer_scale_init_value=1.0,
             image_size=16,
             patch_size=4,
             num_stages=2,
             hidden_sizes=[8, 12],
             depths=[1, 1],
-            num_labels=3,
+            **LABELS,
         ),
         transformers.ConvNextForImageClassification,
         images(16),
@@ -188,7 +196,7 @@ MORE_FAMILIES = {
     ),
     "wav2vec2": Family(
         transformers.Wav2Vec2Config(
-            **LOUD,
+            **LARGE_INIT,
             vocab_size=40,
             **{key: value for key, value in ENCODER.items() if key != "num_hidden_layers"},
             num_hidden_layers=1,

@@ -1,7 +1,7 @@
 """One tiny model of each architecture that is stored or computed in its own way, with fine-tunes and LoRA adapters.
 
-A family says what the reference needs to know and the package finds out by itself: what the neurons of each parameter
-are. Everything is random, from fixed seeds, and saved by transformers and PEFT.
+A family states the neurons of each parameter for the reference. The package has to find them by itself. All weights are
+random, from fixed seeds, and saved by transformers and PEFT.
 """
 
 import warnings
@@ -26,21 +26,25 @@ from tiny_models import disturb, seeded
 EPSILON = torch.finfo(torch.float32).eps
 
 GIVES_BACK = NeuroMergingConfig(density=1, lambda_parallel=1, lambda_orthogonal=1)
-"""Settings with which one expert is given back unchanged."""
+"""Settings with which a merge of one expert returns that expert unchanged."""
+
+CPU: dict[str, Any] = {"device": "cpu", "threads": 1}
+"""The options of `Runtime` with which tiny models merge fastest."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture.
+    """An architecture, with all that the tests need to know about it.
 
     Attributes:
-        config: of the base.
-        base_class: what the base is saved as.
-        inputs: an example for `forward`.
-        lora: what its adapters target.
-        neurons: which axes number the neurons of a parameter, by patterns of names; dimension 0 of all other weights.
-        expert_class: what the experts are saved as, if not as the base.
-        labels: how many each expert's own head has, for an expert class with a head that the base lacks.
+        config: The base's configuration.
+        base_class: The class that the base is saved as.
+        inputs: Example arguments of `forward`.
+        lora: Options of the adapters' LoraConfig.
+        neurons: The axes that number the neurons of a parameter, by patterns of names. The default is dimension 0 for
+            weights and None (no neurons) for vectors.
+        expert_class: The class that the experts are saved as; None for the base's.
+        labels: The number of labels of each expert's own head, for an expert class with a head that the base lacks.
     """
 
     config: PretrainedConfig
@@ -52,7 +56,7 @@ class Family:
     labels: tuple[int, ...] = ()
 
     def neurons_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Neurons | None]:
-        """What the reference is told about a model's parameters."""
+        """The axes of the neurons of each parameter of a model, for the reference."""
         found = {}
         for name, tensor in parameters.items():
             default = reference.LINEAR if tensor.ndim >= 2 else None
@@ -68,7 +72,7 @@ def images(size: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * size * size).sin().view(2, 3, size, size)}
 
 
-DECODER = {
+DECODER: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,
     "intermediate_size": 12,
@@ -80,9 +84,12 @@ DECODER = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-ENCODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
-ATTENTION = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+ENCODER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+ATTENTION: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+
+LABELS: dict[str, Any] = {"num_labels": 3}
+START: dict[str, Any] = {"decoder_start_token_id": 0}
 
 FAMILIES = {
     "llama": Family(
@@ -100,9 +107,7 @@ FAMILIES = {
         labels=(2, 3, 5),
     ),
     "t5": Family(
-        transformers.T5Config(
-            vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
-        ),
+        transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, **START),
         transformers.T5ForConditionalGeneration,
         ENCODER_AND_DECODER,
         {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v", "wi", "wo"]},
@@ -117,16 +122,14 @@ FAMILIES = {
         neurons=dict.fromkeys(("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight"), reference.CONV1D),
     ),
     "vit": Family(
-        transformers.ViTConfig(**ENCODER, image_size=8, patch_size=4, num_labels=3),
+        transformers.ViTConfig(**ENCODER, image_size=8, patch_size=4, **LABELS),
         transformers.ViTForImageClassification,
         images(8),
         {"target_modules": ["q_proj", "v_proj", "projection"]},
         neurons={"*.cls_token": None, "*.position_embeddings": Neurons((1,))},
     ),
     "resnet": Family(
-        transformers.ResNetConfig(
-            embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic", num_labels=3
-        ),
+        transformers.ResNetConfig(embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic", **LABELS),
         transformers.ResNetForImageClassification,
         images(16),
         {"target_modules": ["convolution"]},
@@ -143,7 +146,7 @@ FAMILIES = {
             neck_hidden_sizes=[4, 6, 8, 8],
             fusion_hidden_size=4,
             is_hybrid=False,
-            initializer_range=0.2,  # at the usual one its output does not depend on its input
+            initializer_range=0.2,  # with the default, the output does not depend on the input
         ),
         transformers.DPTForDepthEstimation,
         images(16),
@@ -173,7 +176,7 @@ FAMILIES = {
 
 
 class Relatives:
-    """A family's base and experts in a folder, made when they are asked for. Experts are numbered from 0."""
+    """A family's base and experts in a folder. Each is made when it is first used. Experts are numbered from 0."""
 
     def __init__(self, name: str, folder: Path, families: Mapping[str, Family] = FAMILIES):
         self.family = families[name]
@@ -198,7 +201,7 @@ class Relatives:
         return self.full(number) if kind == "full" else self.adapter(number)
 
     def full(self, number: int) -> Path:
-        """A full fine-tune: all parameters are other ones, and so are the buffers."""
+        """A full fine-tune, in which all parameters and buffers differ from the base's."""
         folder = self.folder / f"full-{number}"
         if not folder.exists():
             model = self.untrained(number)
@@ -210,7 +213,7 @@ class Relatives:
         return folder
 
     def adapter(self, number: int, folder: Path | None = None, **options: Any) -> Path:
-        """A LoRA adapter, none of whose factors is zero; one with other `options` needs a folder of its own."""
+        """A LoRA adapter without zero factors. An adapter with other `options` needs a folder of its own."""
         folder = folder or self.folder / f"adapter-{number}"
         if not folder.exists():
             with seeded(200 + number):
@@ -220,11 +223,11 @@ class Relatives:
             # PEFT warns that it also stores the embeddings that it adapts.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
-                model.save_pretrained(folder)
+                model.save_pretrained(str(folder))
         return folder
 
     def untrained(self, number: int, folder: Path | None = None) -> PreTrainedModel:
-        """The model of an expert's class with a base's weights (default: the base's); the head is always the same."""
+        """A model of an expert's class with the weights in `folder` (default: the base), and always the same head."""
         labels = self.family.labels
         with seeded(300 + number):
             return load(self.expert_class, folder or self.base, **({"num_labels": labels[number]} if labels else {}))
@@ -236,10 +239,8 @@ class Relatives:
         return load(self.expert_class, expert)
 
     def load_cleanly(self, folder: Path) -> PreTrainedModel:
-        """A merged model as the base's class, which finds just what it needs."""
-        model, info = self.family.base_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        assert not any(info.values()), info
-        return model
+        """Load a merged model as the base's class, and assert that no weights are missing or unexpected."""
+        return load_cleanly(self.family.base_class, folder, dtype=torch.float32)
 
     def base_state(self, folder: Path | None = None) -> dict[str, Tensor]:
         """The parameters and buffers of the base, or of a merged model."""
@@ -248,7 +249,7 @@ class Relatives:
     def expert_state(self, expert: Path, number: int) -> dict[str, Tensor]:
         """The parameters and buffers that an expert may change, by their names in the base."""
         base = self.base_state()
-        model = self.trained(expert, number)
+        model: Any = self.trained(expert, number)
         is_adapter = isinstance(model, PeftModel)
         if is_adapter:
             model = model.merge_and_unload()
@@ -265,14 +266,23 @@ class Relatives:
         return [self.expert_state(expert, number) for number, expert in enumerate(experts)]
 
     def output(self, model: torch.nn.Module) -> Tensor:
-        """What a model answers to the family's example."""
+        """The output of a model for the family's example inputs."""
         with torch.no_grad():
-            return model(**self.family.inputs, return_dict=False)[0]
+            answer: Tensor = model(**self.family.inputs, return_dict=False)[0]
+            return answer
 
 
 def load(model_class: type[PreTrainedModel], folder: Path, **changes: Any) -> PreTrainedModel:
-    """A model in float32, whatever it is stored in, so that PEFT does not round what it adds to it."""
+    """Load a model in float32, whatever its stored dtype, so that PEFT does not round the weights that it merges."""
     model: PreTrainedModel = model_class.from_pretrained(folder, dtype=torch.float32, **changes)
+    return model
+
+
+def load_cleanly(model_class: type[PreTrainedModel], folder: Path, **options: Any) -> PreTrainedModel:
+    """Load a model, and assert that no weights are missing or unexpected."""
+    loaded: Any = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
+    assert not any(loaded[1].values()), loaded[1]
     return model
 
 
@@ -292,14 +302,17 @@ def assert_merged_as_reference(
     *,
     exact_task_vectors: bool = True,
 ) -> None:
-    """A merged model's float32 state is the one that the reference makes with the report's settings.
+    """Assert that a merged model's float32 state is the reference's result with the report's settings.
 
     A neuron agrees when it differs by at most 1e-5 of its change plus one rounding of its own norm to float32.
 
     Args:
-        exact_task_vectors: whether the experts' states determine the task vectors to the last bit; those of a LoRA are
-            rounded when they are added to the base.
+        exact_task_vectors: whether the experts' states determine the task vectors to the last bit. Those of a LoRA do
+            not, because they are rounded when they are added to the base.
     """
+    assert report.density is not None
+    assert report.lambda_parallel is not None
+    assert report.lambda_orthogonal is not None
     want, found = reference.merge_model(
         base, experts, neurons, report.density, report.lambda_parallel, report.lambda_orthogonal
     )
@@ -315,7 +328,7 @@ def assert_merged_as_reference(
         if theta is base[name]:
             assert_same_bits(merged[name], theta, name)
             continue
-        view = neurons[name] or Neurons(tuple(range(theta.ndim)))  # each entry of the others is compared alone
+        view = neurons[name] or Neurons(tuple(range(theta.ndim)))  # without neurons, each entry is compared alone
         goal, got, old = (view.to_rows(tensor.double()) for tensor in (theta, merged[name], base[name]))
         tolerance = 1e-5 * (goal - old).norm(dim=1) + EPSILON * goal.norm(dim=1)
         agree = (got - goal).norm(dim=1) <= tolerance

@@ -1,12 +1,12 @@
-"""What the loopback Hub answers to each request for a model repository."""
+"""The answers of the loopback Hub to each request for a model repository."""
 
 import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 LARGEST_PICTURE = 10_000
-"""Pictures of more bytes are stored as large files, too."""
+"""Pictures with more bytes than this are stored as large files."""
 
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "gpl-3.0", "llama3.2", "gemma", "openrail", "other"}
 
 
 class HubError(Exception):
-    """An answer that is an error. `code` becomes the X-Error-Code header, from which the client picks its exception."""
+    """An answer with an error. `code` becomes the X-Error-Code header, from which the client picks its exception."""
 
-    def __init__(self, status: int, code: str, message: str = "", headers: Mapping[str, str] = {}, **body: object):
+    def __init__(self, status: int, code: str, message: str = "", headers: Mapping[str, str] = {}, **body: Any):
         super().__init__(code)
         self.status, self.body = status, {"error": message or code, **body}
         self.headers = {"X-Error-Code": code, "X-Error-Message": message or code, **headers}
@@ -58,7 +58,7 @@ def is_large(path: str, size: int) -> bool:
 
 
 def etag(path: str, data: bytes) -> str:
-    """What the Hub reports: sha256 for large files, git's blob id for the others."""
+    """The ETag that the Hub reports: the sha256 of a large file, or git's blob id of another file."""
     if is_large(path, len(data)):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -77,7 +77,7 @@ def whoami(call: "Call") -> object:
 def create_repo(call: "Call") -> object:
     asked = json.loads(call.body)
     repo_id = f"{asked.get('organization') or 'user'}/{asked['name']}"
-    url = {"url": f"{call.hub.url}/{repo_id}", "name": repo_id}
+    url: dict[str, Any] = {"url": f"{call.hub.url}/{repo_id}", "name": repo_id}
     if repo_id in call.hub.repos:
         raise HubError(409, "RepoExists", "You already created this model repo", **url)
     repo = call.hub.repos[repo_id] = Repo(private=asked.get("visibility") == "private")
@@ -86,7 +86,7 @@ def create_repo(call: "Call") -> object:
 
 
 def validate_yaml(call: "Call") -> object:
-    """As the Hub: 400 and the list of errors, where the metadata are not what they must be."""
+    """Answer as the Hub does: status 400 and the list of errors if the metadata are not valid."""
     front_matter = _front_matter(json.loads(call.body)["content"])
     if front_matter is None:
         return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
@@ -105,8 +105,8 @@ def _front_matter(card: str) -> str | None:
     return found[1] if found else None
 
 
-def _metadata_errors(metadata: dict[str, object]) -> list[str]:
-    def listed(key: str) -> list[object]:
+def _metadata_errors(metadata: dict[str, Any]) -> list[str]:
+    def listed(key: str) -> list[Any]:
         value = metadata.get(key, [])
         return value if isinstance(value, list) else [value]
 
@@ -169,7 +169,7 @@ def preupload(call: "Call", repo_id: str, revision: str) -> object:
 
 
 def lfs_batch(call: "Call", repo_id: str) -> object:
-    """Where to upload large files; nothing to do for those that are stored."""
+    """Answer with the addresses to upload large files to. Files that are stored already get none."""
     repo = call.repo(repo_id)
     url = f"{call.hub.url}/lfs/{repo_id}"
     objects = []
@@ -265,22 +265,22 @@ def download(call: "Call", repo_id: str, revision: str, path: str) -> object:
 
 
 _ID, _REV = r"([^/]+/[^/]+)", r"([^/]+)"
+_ROUTES: dict[str, Callable[..., object]] = {
+    "GET /api/whoami-v2": whoami,
+    "POST /api/repos/create": create_repo,
+    "POST /api/validate-yaml": validate_yaml,
+    "GET /api/models/{id}(?:/revision/{rev})?": model_info,
+    "GET /api/models/{id}/refs": refs,
+    "GET /api/models/{id}/tree/{rev}(?:/(.*))?": tree,
+    "POST /api/models/{id}/preupload/{rev}": preupload,
+    "POST /([^/]+/[^/]+?)\\.git/info/lfs/objects/batch": lfs_batch,
+    "PUT /lfs/{id}/([0-9a-f]{64})": lfs_upload,
+    "POST /lfs/{id}/verify": lfs_verify,
+    "POST /api/models/{id}/commit/{rev}": commit,
+    "POST /api/models/{id}/branch/{rev}": create_branch,
+    "POST /api/models/{id}/tag/{rev}": create_tag,
+    "(?:GET|HEAD) /{id}/resolve/{rev}/(.+)": download,
+}
 ROUTES = [
-    (re.compile(pattern.replace("{id}", _ID).replace("{rev}", _REV)), route)
-    for pattern, route in {
-        "GET /api/whoami-v2": whoami,
-        "POST /api/repos/create": create_repo,
-        "POST /api/validate-yaml": validate_yaml,
-        "GET /api/models/{id}(?:/revision/{rev})?": model_info,
-        "GET /api/models/{id}/refs": refs,
-        "GET /api/models/{id}/tree/{rev}(?:/(.*))?": tree,
-        "POST /api/models/{id}/preupload/{rev}": preupload,
-        "POST /([^/]+/[^/]+?)\\.git/info/lfs/objects/batch": lfs_batch,
-        "PUT /lfs/{id}/([0-9a-f]{64})": lfs_upload,
-        "POST /lfs/{id}/verify": lfs_verify,
-        "POST /api/models/{id}/commit/{rev}": commit,
-        "POST /api/models/{id}/branch/{rev}": create_branch,
-        "POST /api/models/{id}/tag/{rev}": create_tag,
-        "(?:GET|HEAD) /{id}/resolve/{rev}/(.+)": download,
-    }.items()
+    (re.compile(pattern.replace("{id}", _ID).replace("{rev}", _REV)), route) for pattern, route in _ROUTES.items()
 ]

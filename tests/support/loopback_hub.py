@@ -22,7 +22,7 @@ from hub_routes import ROUTES, HubError, Repo, lfs_upload, validate_yaml
 
 @dataclass
 class Failure:
-    """What happens to the next requests that match: an error instead of an answer, or a connection that is cut."""
+    """A failure of the next matching requests: an error instead of an answer, or a connection that is cut."""
 
     requests: re.Pattern[str]
     times: float
@@ -83,17 +83,17 @@ class LoopbackHub:
         times: float = math.inf,
         **headers: str,
     ) -> None:
-        """From now on, let requests fail.
+        """Make matching requests fail from now on.
 
         Args:
-            requests: a regular expression for those that fail: "PUT /lfs/", "POST .*/commit/".
-            status: of the error that is answered.
-            message: the error's own words.
-            code: its X-Error-Code.
-            cut: in the middle of what the connection is closed: of the "request", which then has no effect, or of the
-                "answer", when the request has had its effect.
-            times: how many requests fail.
-            **headers: of the error, with underscores for hyphens.
+            requests: A regular expression for the requests that fail: "PUT /lfs/", "POST .*/commit/".
+            status: The status of the error that is answered.
+            message: The message of the error.
+            code: The error's X-Error-Code.
+            cut: Where the connection is closed: in the middle of the "request", which then has no effect, or in the
+                middle of the "answer", after the request took effect.
+            times: How many requests fail.
+            **headers: Headers of the error, with underscores for hyphens.
         """
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         error = HubError(status, code, message, headers) if status else None
@@ -107,7 +107,7 @@ class LoopbackHub:
 
 
 class Call(BaseHTTPRequestHandler):
-    """A request and its answer."""
+    """The handler of one request."""
 
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
@@ -120,7 +120,7 @@ class Call(BaseHTTPRequestHandler):
         if failure and failure.cut == "request":
             self.begin_reading()
             return self.hang_up()
-        # The body is always read: what is left of it would be taken for the next request of a kept-alive connection.
+        # The body is always read: on a kept-alive connection, the rest of it would be taken for the next request.
         self.body = b"".join(self.chunks())
         self.query = {k: v[-1] for k, v in parse_qs(query).items()}
         with self.hub.lock:
@@ -148,7 +148,7 @@ class Call(BaseHTTPRequestHandler):
             next(self.chunks())
 
     def chunks(self) -> Iterator[bytes]:
-        """The body of the request, which the client sends in chunks where it does not know the size beforehand."""
+        """The body of the request. The client sends chunks if it does not know the size beforehand."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             yield self.rfile.read(int(self.headers.get("Content-Length") or 0))
             return
@@ -187,11 +187,11 @@ class Call(BaseHTTPRequestHandler):
             self.hang_up()
 
     def repo(self, repo_id: str, signed: bool = False) -> Repo:
-        """A repository; `signed`: the address is a secret of its own, so that no token is needed."""
+        """Find a repository. No token is needed for a `signed` address, which is itself a secret."""
         repo = self.hub.repos.get(repo_id)
         known = signed or "Authorization" in self.headers
         if repo is None or (repo.private and not known):
-            # Like the Hub, tell strangers neither that a repository is private nor that it is missing.
+            # Like the Hub, do not tell strangers whether a repository is private or missing.
             raise HubError(404 if known else 401, "RepoNotFound")
         return repo
 

@@ -1,14 +1,16 @@
-"""Writes model_cards/example.md and its picture, the card of the demo's merge: `make card`.
+"""Writes the card of the demo's merge, model_cards/example.md, and its picture (`make card`).
 
-The measurements are those of `python examples/demo.py --results examples/results.json`.
+The measurements come from `python examples/demo.py --results examples/results.json`.
 """
 
+import importlib
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from neuromerge_hf import NeuroMergingConfig
+from neuromerge_hf.api import add_results
 from neuromerge_hf.folder.results import load_results
 from neuromerge_hf.model_cards.picture import NAME
 
@@ -18,13 +20,13 @@ PICTURE = ROOT / "model_cards" / NAME
 
 
 def make(folder: Path) -> Path:
-    """Merge the demo's experts into a folder, and give its card the demo's measurements."""
+    """Merge the demo's experts, add the demo's measurements to the card, and return the merge's folder."""
     sys.path.append(str(ROOT / "examples"))
-    from demo import merge_experts
+    merge_experts = importlib.import_module("demo").merge_experts
 
     experts = sorted(path for path in (ROOT / "examples" / "experts").iterdir() if path.is_dir())
     report = merge_experts(experts, folder / "merged", NeuroMergingConfig())
-    report.add_results(load_results(ROOT / "examples" / "results.json"))
+    add_results(report.output_dir, load_results(ROOT / "examples" / "results.json"))
     return folder / "merged"
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/families.md from the tables that the tests run over: `make families`."""
+"""Writes docs/families.md from the tables of the tests (`make families`)."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ or the experts in either way (tests/sources/test_stored_forms.py):
 
 
 def render() -> str:
-    """The document."""
+    """The text of docs/families.md."""
     rows = (_row(name, family) for name, family in sorted(ALL_FAMILIES.items()))
     return HEAD + "".join(rows) + FORMS + "".join(f"* {case}\n" for case in CASES)
 

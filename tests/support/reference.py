@@ -1,7 +1,7 @@
-"""NeuroMerging written out slowly and directly, as the yardstick for the fast implementation.
+"""A slow and direct implementation of NeuroMerging, against which the fast one is tested.
 
-Float64, explicit projections, the singular value decomposition itself, Python loops over neurons and directions. It
-shares no code with the package, and none of its shortcuts. Symbols are those of the paper (arXiv:2503.05320).
+It uses float64, explicit projections, the singular value decomposition itself, and Python loops over neurons and
+directions. It shares neither code nor shortcuts with the package. Symbols are those of the paper (arXiv:2503.05320).
 """
 
 import math
@@ -12,14 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# What rounding leaves of a number that is exactly 0 has no sign, and must not be counted in a mean.
-ZERO_PART = 1e-12  # of ||tau||^2: a task's orthogonal part below this is zero
-ZERO_COORDINATE = 1e-10  # of S_j: a coordinate or a sum of coordinates below this is zero; of the largest S: S_j
+# Rounding turns an exact 0 into a tiny number. Its sign means nothing, so it must not be counted in a mean.
+ZERO_PART = 1e-12  # an orthogonal part is zero below this share of ||tau||^2
+ZERO_COORDINATE = 1e-10  # S_j is zero below this share of the largest S, and coordinates and their sums, of S_j
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """The axes of a weight that number its neurons; all others, flattened, are a neuron's incoming weights."""
+    """The axes of a weight that number its neurons. The other axes, flattened, are a neuron's incoming weights."""
 
     axes: tuple[int, ...]
 
@@ -56,7 +56,7 @@ def elected_sign(values: list[float], rounding: float = 0.0) -> int:
 
 
 def elect_mean(values: list[float], tie_sign: int = 0, rounding: float = 0.0) -> float:
-    """The mean of the values that have the sign of the sum, or `tie_sign` where the sum is 0."""
+    """The mean of the values that have the elected sign: the sign of the sum, or `tie_sign` if the sum is 0."""
     elected = elected_sign(values, rounding) or tie_sign
     chosen = [value for value in values if elected and sign(value) == elected]
     return math.fsum(chosen) / len(chosen) if chosen else 0.0
@@ -70,7 +70,7 @@ def elect_means(columns: list[list[float]], roundings: list[float]) -> list[floa
 
 
 def merge_parts(w0: Tensor, taus: Tensor) -> tuple[Tensor, Tensor]:
-    """psi_par and psi_orth of one neuron."""
+    """psi_par and psi_orth (n,) of one neuron, for `w0` (n,) and trimmed task vectors `taus` (T, n)."""
     w0, taus = w0.double(), taus.double()
     alphas = [float(tau @ w0 / (w0 @ w0)) if w0.any() else 0.0 for tau in taus]
 
@@ -117,10 +117,11 @@ def merge_model(
     lambda_1: float,
     lambda_2: float | Literal["auto"] = "auto",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Merges whole state dicts; merged parameters are float64, those that no expert changes are the base's own.
+    """Merge whole state dicts. Return the merged one, with sigma, the thresholds and lambda_2.
 
-    An expert holds the parameters it may change, and no others. `neurons` says what a parameter's neurons are, None
-    for one without; names it lacks count as None.
+    Parameters that an expert changes become float64; all others are the base's own tensors. An expert holds only the
+    parameters that it may change. `neurons` has the neurons of each parameter; those of None and of missing names have
+    none.
     """
     floating = {name for name, tensor in base.items() if tensor.is_floating_point()}
     tasks = [

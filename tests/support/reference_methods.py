@@ -1,7 +1,7 @@
-"""The methods that NeuroMerging is compared with, written out directly on whole flattened models in float64.
+"""Direct implementations of the other methods, on whole flattened models in float64.
 
 It shares no code with the package. Each task vector is one long vector over the parameters that its expert may change,
-as in the papers; positions that an expert cannot change are 0 and do not count in its quantiles.
+as in the papers. Entries that an expert cannot change are 0 and do not count in its quantiles.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 class Flat:
-    """Task vectors (T, D) float64 of whole models, and which entries each expert may change (T, D)."""
+    """Task vectors (T, D) float32 of whole models, and the entries that each expert may change, (T, D) bool."""
 
     def __init__(self, base: State, experts: list[State]):
         self.names = sorted(name for name, tensor in base.items() if tensor.is_floating_point())
@@ -34,10 +34,10 @@ class Flat:
             rows.append(torch.cat([part.flatten() for part in parts]))
             owned.append(torch.cat([torch.full(t.shape, n in expert).flatten() for n, t in self.base.items()]))
         self.owned = torch.stack(owned)
-        self.task_vectors = torch.stack(rows)  # float32, as the thresholds are those of float32 numbers
+        self.task_vectors = torch.stack(rows)  # float32, because thresholds are float32 numbers
 
     def merged(self, change: Tensor) -> State:
-        """The base with a merged task vector (D,)."""
+        """The state of the base plus a merged task vector (D,), in float64."""
         sizes = [theta.numel() for theta in self.base.values()]
         return {
             name: theta.double() + part.view(theta.shape)

@@ -1,4 +1,4 @@
-"""Ways in which checkpoints store their tensors, made by hand: other names, other forms."""
+"""Checkpoints that are changed by hand, so that they store their tensors under other names or in other forms."""
 
 import json
 import re
@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from all_families import ALL_FAMILIES, ENCODER, SMALL, VISION_TOWER
-from families import DECODER, TOKENS, Family, images, state
+from all_families import ALL_FAMILIES, SMALL, VISION_TOWER
+from families import DECODER, ENCODER, TOKENS, Family, images, state
 
 Tensors = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ FAMILIES = ALL_FAMILIES | {
 
 
 def renamed(*patterns: tuple[str, str]) -> Callable[[Path, Tensors], Tensors]:
-    """The same tensors under other names."""
+    """Return a function that stores the same tensors under other names."""
 
     def restore(folder: Path, tensors: Tensors) -> Tensors:
         for old, new in patterns:
@@ -68,13 +68,13 @@ def renamed(*patterns: tuple[str, str]) -> Callable[[Path, Tensors], Tensors]:
 
 
 def as_in_memory(folder: Path, tensors: Tensors) -> Tensors:
-    """What torch itself saves: the parameters under the names and in the forms that the class has."""
+    """The parameters with the names and shapes that they have in memory, as torch itself saves them."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     return state(getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32))
 
 
 def with_buffers(*names: str) -> Callable[[Path, Tensors], Tensors]:
-    """Old checkpoints hold the positions, which are no parameter."""
+    """Return a function that adds position ids, which old checkpoints store although they are no parameters."""
     return lambda folder, tensors: tensors | {name: torch.arange(16)[None] for name in names}
 
 
@@ -85,7 +85,7 @@ def with_tied_copies(**copies: str) -> Callable[[Path, Tensors], Tensors]:
 
 
 def transposed_experts(folder: Path, tensors: Tensors) -> Tensors:
-    """As the published checkpoints of Qwen3-VL-MoE are."""
+    """The tensors with transposed experts, as in the published checkpoints of Qwen3-VL-MoE."""
     return {
         name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
         for name, tensor in tensors.items()

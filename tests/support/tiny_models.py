@@ -1,10 +1,12 @@
 """Tiny real models, fine-tunes and adapters with fixed seeds, saved by transformers and PEFT themselves.
 
-A model here is a folder. Nothing is trained: noise is as good a task vector as any.
+Each model is a folder. Nothing is trained: random noise serves as task vectors.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,16 +20,16 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "quick", "brown", 
 
 
 @contextlib.contextmanager
-def seeded(seed: int):
-    """torch's random numbers from `seed`, without a trace afterwards."""
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's random numbers in the block, and restore their state after it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
-def save_llama(folder: Path, *, seed: int = 0, dtype: str = "float32", shard: str = "1GB", **changes) -> Path:
-    """A Llama with two layers, grouped queries and a tokenizer: 13 thousand parameters."""
-    settings = {
+def save_llama(folder: Path, *, seed: int = 0, dtype: str = "float32", shard: str = "1GB", **changes: Any) -> Path:
+    """Save a Llama with two layers, grouped queries and a tokenizer: 13 thousand parameters."""
+    settings: dict[str, Any] = {
         "vocab_size": 40,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -46,9 +48,9 @@ def save_llama(folder: Path, *, seed: int = 0, dtype: str = "float32", shard: st
     return folder
 
 
-def save_bert(folder: Path, model_class: str = "BertModel", *, seed: int = 0, **changes) -> Path:
-    """A BERT with two layers and a tokenizer: 11 thousand parameters."""
-    settings = {
+def save_bert(folder: Path, model_class: str = "BertModel", *, seed: int = 0, **changes: Any) -> Path:
+    """Save a BERT with two layers and a tokenizer: 11 thousand parameters."""
+    settings: dict[str, Any] = {
         "vocab_size": 40,
         "hidden_size": 24,
         "intermediate_size": 48,
@@ -84,9 +86,9 @@ def disturb(model: torch.nn.Module, *, trainable_only: bool = False, scale: floa
 
 
 def save_fine_tune(
-    base: Path, folder: Path, *, seed: int, model_class: str | None = None, shard: str = "1GB", **changes
+    base: Path, folder: Path, *, seed: int, model_class: str | None = None, shard: str = "1GB", **changes: Any
 ) -> Path:
-    """A full fine-tune of a base, as `model_class` (default: the base's); `changes` go to its configuration."""
+    """Save a full fine-tune of a base as `model_class` (default: the base's). `changes` go to its configuration."""
     with seeded(seed):
         model = load(base, model_class, **changes)
         disturb(model)
@@ -95,43 +97,49 @@ def save_fine_tune(
 
 
 def save_adapter(
-    base: Path, folder: Path, *, seed: int, model_class: str | None = None, num_labels: int | None = None, **options
+    base: Path,
+    folder: Path,
+    *,
+    seed: int,
+    model_class: str | None = None,
+    num_labels: int | None = None,
+    **options: Any,
 ) -> Path:
-    """A LoRA adapter of a base; `options` go to its LoraConfig."""
+    """Save a LoRA adapter of a base. `options` go to its LoraConfig."""
     changes = {} if num_labels is None else {"num_labels": num_labels}
     with seeded(seed):
         model = load(base, model_class, **changes)
-        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+        settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
         adapted = get_peft_model(model, LoraConfig(**(settings | options)))
         disturb(adapted, trainable_only=True)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return folder
 
 
-def load(folder: Path, model_class: str | None = None, **kwargs) -> PreTrainedModel:
-    """A plain model of transformers."""
+def load(folder: Path | str, model_class: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a model with plain transformers."""
     name = model_class or transformers.AutoConfig.from_pretrained(folder).architectures[0]
     model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, **kwargs)
     return model
 
 
-def load_adapted(base: Path, adapter: Path, model_class: str | None = None, **kwargs) -> PeftModel:
-    """An adapter on its base, as PEFT loads it."""
+def load_adapted(base: Path, adapter: Path, model_class: str | None = None, **kwargs: Any) -> PeftModel:
+    """Load an adapter on its base with PEFT."""
     return PeftModel.from_pretrained(load(base, model_class, **kwargs), adapter).eval()
 
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    """What a model says to a fixed input: its logits, or its hidden states if it has no head."""
+    """A model's logits for a fixed input, or its hidden states if it has no head."""
     output = model(input_ids=torch.arange(1, 13).view(2, 6))
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
-OF_ONE_RUN = ("merge_report.json", "README.md", "neuromerge.png")
-"""They tell how long the merge took, and where it is; everything else is the same whenever it is made again."""
+NOT_REPRODUCIBLE = ("merge_report.json", "README.md", "neuromerge.png")
+"""Files that record the time and place of a merge. All others are the same when the merge is repeated."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder that is not of one run, by its path."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in OF_ONE_RUN)
+    """The content of every reproducible file of a merge, by its path."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_REPRODUCIBLE)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -1,18 +1,20 @@
-"""Real trainings of tiny models, of a few steps each."""
+"""Training tiny models for a few steps."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from tiny_models import load, seeded
 
 CLASSIFIER = "BertForSequenceClassification"
 
 
-class Texts(Dataset):
+class Texts(Dataset[dict[str, torch.Tensor]]):
     """Sixteen labelled sequences of eight tokens: the label is in the first one."""
 
     def __len__(self) -> int:
@@ -24,17 +26,17 @@ class Texts(Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(index % 2)}
 
 
-def classifier(base: Path | str, *, adapter: bool = False) -> PreTrainedModel:
-    """A BERT from `base` with a fresh head for two classes, and a fresh LoRA if asked for."""
+def classifier(base: Path | str, *, adapter: bool = False) -> Any:
+    """A BERT from `base` with a new head for two classes and, for an `adapter`, a new LoRA."""
     with seeded(5):
-        model = load(base, CLASSIFIER, num_labels=2)
+        model: Any = load(base, CLASSIFIER, num_labels=2)
         if adapter:
             model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
     return model
 
 
-def arguments(folder: Path, **changes) -> TrainingArguments:
-    settings = {
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -47,18 +49,21 @@ def arguments(folder: Path, **changes) -> TrainingArguments:
     return TrainingArguments(str(folder), **(settings | changes))
 
 
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    predicted: Any = prediction.predictions
+    return {"accuracy": float((predicted.argmax(-1) == prediction.label_ids).mean())}
 
 
-def train(model, folder: Path, *callbacks: TrainerCallback, resume: bool = False, **changes) -> Trainer:
-    """Train a classifier in `folder`; `changes` go to its TrainingArguments."""
+def train(model: Any, folder: Path, *callbacks: TrainerCallback, resume: bool = False, **changes: Any) -> Trainer:
+    """Train a classifier in `folder`. `changes` go to its TrainingArguments."""
     trainer = make_trainer(model, folder, *callbacks, **changes)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def make_trainer(model, folder: Path, *callbacks: TrainerCallback, init=None, **changes) -> Trainer:
+def make_trainer(
+    model: Any, folder: Path, *callbacks: TrainerCallback, init: Callable[..., Any] | None = None, **changes: Any
+) -> Trainer:
     return Trainer(
         model,
         arguments(folder, **changes),
@@ -82,5 +87,5 @@ def measure(model: torch.nn.Module) -> dict[str, float]:
 
 
 def logged(trainer: Trainer, prefix: str) -> list[dict[str, float]]:
-    """The entries of the log history that hold a metric of this prefix."""
+    """The entries of the log history that hold a metric with this prefix."""
     return [entry for entry in trainer.state.log_history if any(name.startswith(prefix) for name in entry)]

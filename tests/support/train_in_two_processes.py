@@ -1,37 +1,52 @@
-"""Trainings in several processes, run by torch.distributed.run: what each of them saw goes to a file of its own.
+"""Training in two processes with each framework in turn. Each process writes its results to a file of its own.
 
-    train_in_two_processes.py BASE OTHER FOLDER
-
-The processes give up when one is waited for longer than `TIMEOUT`, and the first merge takes longer.
+A process that waits for the other longer than `TIMEOUT` fails. The first merge takes longer than that.
 """
 
 import json
 import os
-import sys
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from neuromerge_hf.callbacks.common import run
 from tiny_training import classifier, logged, make_trainer, train
 
-TIMEOUT = 15  # seconds
+TIMEOUT = 5  # seconds
 
 
-def main(base: str, other: str, folder: Path) -> None:
+def train_in_turn(rank: int, port: int, everyone: Barrier, base: Path, other: Path, folder: Path) -> None:
+    """Train as process `rank` of two, with the callback, and write the results to ``<framework>/rank-<rank>.json``.
+
+    Args:
+        rank: The number of this process.
+        port: The port at which the first process waits for the second.
+        everyone: A barrier for both processes before their first training. Without it, one would time out while the
+            other still imports.
+        base: The model that is trained.
+        other: The expert that is merged with what was trained.
+        folder: The folder in which each training gets its own.
+    """
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    merge = run.merge
-    merged_by = []
 
-    def merge_slowly(*arguments, **options):
+    import lightning.pytorch  # noqa: F401, so that the other process need not wait for it later
+
+    merge = run.merge_spec  # type: ignore[attr-defined]
+    merged_by: list[int] = []
+
+    def merge_slowly(*arguments: Any, **options: Any) -> Any:
         if not merged_by:
             time.sleep(TIMEOUT + 1)
         merged_by.append(rank)
         return merge(*arguments, **options)
 
-    run.merge = merge_slowly
+    run.merge_spec = merge_slowly  # type: ignore[attr-defined]
+    everyone.wait()
     for name, train_with in {"ddp": with_transformers, "lightning": with_lightning, "fsdp": with_fsdp}.items():
         model = classifier(base)
         metrics = train_with(model, other, folder / name)
@@ -45,26 +60,26 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def with_transformers(model, other, folder):
+def with_transformers(model: Any, other: Path, folder: Path) -> list[dict[str, float]]:
     from neuromerge_hf import NeuroMergeCallback
 
     trainer = train(model, folder, NeuroMergeCallback([other]), eval_strategy="epoch", ddp_timeout=TIMEOUT)
     return logged(trainer, "eval_loss") + logged(trainer, "merged_eval_loss")
 
 
-def with_fsdp(model, other, folder):
-    """accelerate shards models on accelerators alone; told to, it does so on the CPU as well."""
+def with_fsdp(model: Any, other: Path, folder: Path) -> list[dict[str, float]]:
+    """Train with FSDP on the CPU. accelerate shards only on accelerators unless its state is changed."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.tensor import DTensor
     from transformers import TrainerCallback
 
     from neuromerge_hf import NeuroMergeCallback
 
-    class Insist(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+    class ForceFSDP(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer.accelerator.state.distributed_type = DistributedType.FSDP
 
-    trainer = make_trainer(model, folder, NeuroMergeCallback([other]), Insist(), max_grad_norm=0)
+    trainer = make_trainer(model, folder, NeuroMergeCallback([other]), ForceFSDP(), max_grad_norm=0)
     trainer.is_fsdp_enabled = True
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
     trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -74,11 +89,11 @@ def with_fsdp(model, other, folder):
         cpu_ram_efficient_loading=False,
     )
     trainer.train()
-    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     return logged(trainer, "merged_")
 
 
-def with_lightning(model, other, folder):
+def with_lightning(model: Any, other: Path, folder: Path) -> dict[str, float]:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.strategies import DDPStrategy
@@ -100,7 +115,3 @@ def with_lightning(model, other, folder):
     )
     trainer.fit(Classifier(model), loader(), loader())
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

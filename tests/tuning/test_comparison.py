@@ -21,7 +21,7 @@ from neuromerge_hf import (
     tune_lambdas,
 )
 from neuromerge_hf.cli import app
-from neuromerge_hf.config import CONFIGS
+from neuromerge_hf.config import METHODS, config_class
 from neuromerge_hf.tuning.bootstrap import differences
 from neuromerge_hf.tuning.compare import judge, label_of
 from neuromerge_hf.tuning.evaluation import Scores
@@ -50,12 +50,12 @@ def test_the_base_the_experts_and_each_method_are_evaluated(models: list[Path], 
     base, math, code = models
     found = compare_methods([math, code], output_score, base_model=base, **CPU)
     assert list(found.experts) == ["math", "code"]
-    assert list(found.methods) == list(CONFIGS)
+    assert list(found.methods) == list(METHODS)
     assert found.base.average == pytest.approx(output_score(load(base)), rel=1e-5)
     assert found.experts["math"].average == pytest.approx(output_score(load(math)), rel=1e-5)
     assert found.experts["code"].average == pytest.approx(output_score(load_adapted(base, code)), rel=1e-5)
     for name in ("neuromerging", "pcb"):
-        merge([math, code], tmp_path / name, base_model=base, config=CONFIGS[name](), **CPU)
+        merge([math, code], tmp_path / name, base_model=base, config=config_class(name)(), **CPU)
         assert found.methods[name].average == output_score(load(tmp_path / name))
 
 
@@ -199,8 +199,55 @@ def test_each_task_is_evaluated_under_its_experts_own_head(tmp_path: Path) -> No
     merge([topics, spam], tmp_path / "best", base_model=base, config=tuned.config, **CPU)
     model = AutoMergedModel.from_pretrained(tmp_path / "best", head="spam", cache_dir=tmp_path / "cache")
     assert tuned.best.tasks["spam"] == pytest.approx(output_score(model), rel=1e-5)
-    with pytest.raises(MergeError, match=r"No expert 'news' has a head of its own.*\['spam', 'topics'\]"):
-        compare_methods([topics, spam], {"news": output_score}, base_model=base, methods=configs, **CPU)
+
+
+@pytest.mark.parametrize("known", [[], ["topics"], ["spam", "topics"]])
+@pytest.mark.parametrize("function", [compare_methods, tune_lambdas])
+def test_an_evaluation_for_an_unknown_expert_names_the_known_ones(function, known: list[str], tmp_path: Path) -> None:
+    base = save_bert(tmp_path / "base")
+    task = {"model_class": "BertForSequenceClassification", "num_labels": 3}
+    experts = [save_fine_tune(base, tmp_path / name, seed=seed, **task) for seed, name in enumerate(["topics", "spam"])]
+    evaluate = dict.fromkeys([*known, "news"], output_score)
+    with pytest.raises(MergeError) as caught:
+        function(experts, evaluate, base_model=base, **CPU)
+    message = "evaluate='news' names no expert with a head of its own. There are: spam, topics."
+    assert str(caught.value) == message
+
+
+def test_a_head_is_loaded_once_for_all_candidates(tmp_path: Path) -> None:
+    base = save_bert(tmp_path / "base")
+    topics = save_fine_tune(
+        base, tmp_path / "topics", seed=3, model_class="BertForSequenceClassification", num_labels=3
+    )
+    models, scores = [], []
+
+    def evaluate(model: torch.nn.Module) -> float:
+        models.append(model)
+        scores.append(output_score(model))
+        return scores[-1]
+
+    grid = TuningGrid((0.0, 1.0), (0.5, 1.0), 0)
+    found = tune_lambdas([topics], {"topics": evaluate}, base_model=base, grid=grid, **CPU)
+    assert len({id(model) for model in models}) == 1
+    assert len(set(scores)) > 1
+    assert models[0].bert is found.model
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ({"config": TIESConfig()}, "pass a list of configurations as methods="),
+        ({"overwrite": True}, "the files of an earlier comparison are always replaced"),
+        ({"max_shard_size": "1GB"}, "no merged model is kept"),
+        ({"tuned_on": "dev"}, "no merged model is kept, and so no card that could name the data"),
+    ],
+)
+def test_an_option_that_means_nothing_for_a_comparison_is_refused(option: dict, advice: str, tmp_path: Path) -> None:
+    (name,) = option
+    with pytest.raises(TypeError) as caught:
+        compare_methods(["math"], output_score, output_dir=tmp_path / "table", **option)
+    assert str(caught.value) == f"compare_methods has no argument {name!r}: {advice}."
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_tasks_for_another_model_are_refused(models: list[Path]) -> None:

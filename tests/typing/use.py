@@ -1,0 +1,40 @@
+"""How a user calls the library: `make lint` type-checks this file and runs nothing of it.
+
+A comment that ignores an error stands where a mistake must be seen: mypy complains of comments that ignore nothing.
+"""
+
+from pathlib import Path
+
+import torch
+
+from neuromerge_hf import (
+    AutoMergedModel,
+    MergeReport,
+    NeuroMergeCallback,
+    NeuroMergingConfig,
+    TIESConfig,
+    TuningGrid,
+    add_results,
+    compare_methods,
+    merge,
+    merge_recipe,
+    plan_merge,
+    tune_lambdas,
+)
+
+report: MergeReport = merge(["me/math", Path("chat")], "merged", base_model="me/base", dtype=torch.bfloat16, threads=2)
+merge(["me/math"], Path("merged"), config=TIESConfig(density=0.3), overwrite=True)
+merge(["me/math"], "merged", densty=0.2)  # type: ignore[call-arg]
+merge(["me/math"], "merged", threads="two")  # type: ignore[arg-type]
+merge_recipe("recipe.yaml", "merged", device="cpu")
+merge_recipe("recipe.yaml", "merged", dtype="float32")  # type: ignore[call-arg]
+needed: int = plan_merge(["me/math"], output_dir="merged").bytes_to_download
+add_results("merged", [{"model": "merged", "task": "sums", "metric": "accuracy", "value": 0.9}]).results[0].value.hex()
+
+AutoMergedModel.from_pretrained(["me/math"], base_model="me/base", device_map="auto", dtype="bfloat16").eval()
+tune_lambdas(["me/math"], lambda model: 1.0, grid=TuningGrid(rounds=2), device_map="auto").config.density.hex()
+compare_methods(["me/math"], lambda model: [1.0], methods=[NeuroMergingConfig()]).verdict.upper()
+
+NeuroMergeCallback(["me/math"], when="save", tune=True, dtype="bfloat16")
+NeuroMergeCallback(["me/math"], when="never")  # type: ignore[arg-type]
+NeuroMergeCallback(["me/math"], overwrite="yes")  # type: ignore[arg-type]
