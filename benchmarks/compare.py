@@ -1,16 +1,18 @@
-"""Times ours, mergekit's TIES and plain reading and writing on the same files; and the direct SVD form on one weight.
+"""Times our merge, mergekit's TIES, and plain reading and writing on the same files.
+
+It also times the direct SVD form of the method and the Gram form of neuromerge on one weight.
 
     pip install -e .
     python benchmarks/compare.py --folder family                  # 1.1 B parameters, 3 experts, 11 GB of disk
     python benchmarks/compare.py --folder family --skip mergekit  # a minute instead of ten
 
-Makes the model family where it is not there yet. The floor is `cat` of all inputs twice and writing one output; its
-second read of the base is what it writes. At density 1 no threshold is needed, hence one read. Every command's inputs
-are read twice right before it, so that nobody waits for the disk to read. On file systems where copies share blocks
-(btrfs, XFS) `cat` writes nothing: use another one.
+The script makes the model family if it is missing. "Read twice, write" runs `cat` twice on all inputs and writes one
+output from the second read of the base. A merge at density 1 needs no threshold, so it reads its inputs once. The
+inputs of a command are read twice right before it, so that no command waits for the disk. On file systems that share
+blocks between copies (btrfs, XFS), `cat` writes nothing: use another file system.
 
-Memory is the peak of a process's private memory, GB/s counts inputs and output once, however often they are read.
-mergekit runs with its defaults, in a virtual environment of its own with this environment's version of torch.
+Memory is the peak of a process's private memory. GB/s counts inputs and output once, however often they are read.
+mergekit runs with its defaults, in its own virtual environment with this environment's version of torch.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import COLUMNS, RESULTS, Case, machine, ours, print_table, start, weights, write_json
+from common import COLUMNS, RESULTS, Case, machine, ours, print_table, save_png, start, weights, write_json
 from torch import Tensor
 
 from families import make_family
@@ -38,7 +40,7 @@ PARTS = ("floor", "ours", "mergekit", "svd", "picture")
 
 
 def floor(base: Path, experts: list[Path], output: Path, reads: int) -> Case:
-    """Reads every input `reads` times and writes one output; the last read of the base is what is written."""
+    """Return a command that reads every input `reads` times and writes the last read of the base."""
     paths = [weights(model) for model in (base, *experts)]
     every, others = (shlex.join(map(str, some)) for some in (paths, paths[1:]))
     script = f"cat {others} > /dev/null && cat {shlex.quote(str(paths[0]))} > {shlex.quote(str(output))}"
@@ -49,18 +51,19 @@ def floor(base: Path, experts: list[Path], output: Path, reads: int) -> Case:
 
 
 def mergekit_environment(folder: Path) -> Path:
-    """Make a virtual environment with mergekit, unless it is there, and return its command."""
+    """Make a virtual environment with mergekit if it is missing, and return its command."""
     command = folder / "bin" / "mergekit-yaml"
     if not command.exists():
         print(f"Installing mergekit {MERGEKIT} into {folder}", flush=True)
         venv.create(folder, with_pip=True)
-        # Ours, and torch first, so that the two are compared on the same one.
+        # torch comes first, so that mergekit runs on the same version as neuromerge.
         for package in (f"torch=={torch.__version__.split('+')[0]}", f"mergekit=={MERGEKIT}"):
             subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", package], check=True)
     return command
 
 
 def mergekit(command: Path, base: Path, experts: list[Path], scratch: Path) -> Case:
+    """Return a merge with mergekit's TIES."""
     config = {
         "merge_method": "ties",
         "base_model": str(base),
@@ -82,7 +85,7 @@ def mergekit(command: Path, base: Path, experts: list[Path], scratch: Path) -> C
 
 
 def direct(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tensor:
-    """`merge_neurons` as the paper defines it: neuron by neuron, by singular value decomposition, in float64."""
+    """Merge as the paper defines it: neuron by neuron, with a singular value decomposition, in float64."""
 
     def elect_mean(values: Tensor) -> Tensor:
         elected = values.sign() == values.sum(0).sign()
@@ -98,7 +101,7 @@ def direct(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -> Tenso
 
 
 def compare_svd(experts: int, width: int = 1024, repeat: int = 3) -> dict[str, Any]:
-    """Seconds of the direct form and of ours for one square weight, on one thread each."""
+    """Time the direct SVD form and the Gram form on one square weight, on one thread."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     x = 1e-3 * torch.randn(width, 1 + experts, width, generator=generator)
@@ -127,13 +130,13 @@ def compare_svd(experts: int, width: int = 1024, repeat: int = 3) -> dict[str, A
 
 
 def draw(cases: dict[str, Case], title: str, path: Path) -> None:
-    """Bars of time and memory, in colours that can be read on white and on black."""
-    import matplotlib.pyplot as plt
+    """Draw bars of time and memory, in colours that can be read on white and on black."""
+    from matplotlib.figure import Figure
 
     grey, colours = "#7d848c", {"floor": "#9aa2ab", "ours": "#2f81f7", "mergekit": "#d9822b"}
-    plt.rcParams.update({"font.size": 10, "svg.hashsalt": "neuromerge", "text.color": grey, "ytick.color": grey})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.6 + 0.42 * len(cases)), sharey=True, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = Figure(figsize=(9, 0.6 + 0.42 * len(cases)), dpi=160, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(title, fontsize=11, color=grey)
     scales: list[tuple[str, str, Callable[[Case], float]]] = [
         ("seconds", "{:.1f}", lambda case: case.wall),
         ("peak private memory, GB", "{:.2f}", lambda case: case.private_memory / 1e9),
@@ -147,22 +150,21 @@ def draw(cases: dict[str, Case], title: str, path: Path) -> None:
         axis.set_title(label, fontsize=10, color=grey, loc="left")
         axis.set_xlim(0, 1.15 * max(values))
         axis.spines[:].set_visible(False)
-        axis.tick_params(left=False, bottom=False, labelbottom=False)
+        axis.tick_params(left=False, bottom=False, labelbottom=False, labelcolor=grey)
     axes[0].invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_png(figure, path, transparent=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("family"), help="of the models; made where missing")
+    parser.add_argument("--folder", type=Path, default=Path("family"), help="the models, made if missing")
     parser.add_argument("--layers", type=int, default=22, help="22 give 1.1 B parameters (%(default)s)")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=1, help="how often each command runs; the median is shown")
     parser.add_argument("--skip", choices=PARTS, nargs="+", default=[])
-    parser.add_argument("--mergekit-venv", type=Path, help="made where missing (FOLDER/mergekit-venv)")
+    parser.add_argument("--mergekit-venv", type=Path, help="made if missing (FOLDER/mergekit-venv)")
     parser.add_argument("--json", type=Path, default=RESULTS / "compare.json")
-    parser.add_argument("--picture", type=Path, default=RESULTS / "compare.svg", help="SVG or PNG")
+    parser.add_argument("--picture", type=Path, default=RESULTS / "compare.png")
     options = parser.parse_args()
     parts = set(PARTS) - set(options.skip)
 
@@ -187,15 +189,15 @@ def main() -> None:
         if "mergekit" in parts:
             environment = options.mergekit_venv or folder / "mergekit-venv"
             cases["mergekit"] = mergekit(mergekit_environment(environment.absolute()), base, experts, scratch)
-        for _ in range(options.repeat):  # one after the other, so that a slow minute does not hit one of them alone
+        for _ in range(options.repeat):  # the commands alternate, so that a slow minute does not hit only one of them
             for case in cases.values():
                 print(case.name, flush=True)
                 case.run()
 
     parameters = weights(base).stat().st_size // 2
     family = {"parameters": parameters, "experts": options.experts, "layers": options.layers, "dtype": "bfloat16"}
-    about = "{cores} cores, {memory_gib} GiB of memory".format(**machine())
-    title = f"Merging {options.experts} experts of {parameters / 1e9:.2g} B parameters: {about}"
+    hardware = "{cores} cores, {memory_gib} GiB of memory".format(**machine())
+    title = f"Merging {options.experts} experts of {parameters / 1e9:.2g} B parameters: {hardware}"
     print(f"\n{title}\n")
     print_table(COLUMNS, [case.row() for case in cases.values()])
     ratios = {

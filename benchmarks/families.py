@@ -1,9 +1,9 @@
-"""Makes a family of models to benchmark with: a Llama-shaped base with random weights, and experts of it.
+"""Makes a family of models for the benchmarks: a base of Llama's architecture with random weights, and its experts.
 
     python benchmarks/families.py FOLDER --layers 22 --experts 3            # 1.1 B parameters, full fine-tunes
     python benchmarks/families.py FOLDER --layers 22 --experts 8 --rank 16  # LoRA adapters
 
-Writes FOLDER/base and FOLDER/expert-1, expert-2, ... block by block, so any size fits into a little memory.
+It writes FOLDER/base and FOLDER/expert-1, expert-2, ... block by block, so that any size needs little memory.
 """
 
 import argparse
@@ -26,7 +26,10 @@ def make_family(
     intermediate: int = 5632,
     vocabulary: int = 32000,
 ) -> None:
-    """Write the family, unless it is there already; weights are bfloat16, changes a twentieth of the weights' size."""
+    """Write the models of the family that are missing.
+
+    Weights are bfloat16. An expert's changes are a twentieth of the size of the base's weights.
+    """
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,

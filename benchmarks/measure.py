@@ -1,8 +1,8 @@
-"""Runs a command and measures the whole process: wall time, CPU time, and peak private memory.
+"""Runs a command and measures its process: wall time, CPU time, and peak private memory.
 
     python benchmarks/measure.py -- neuromerge merge A B --base-model M --output OUT
 
-Private memory is RssAnon: mapped files, which the kernel may drop at any time, do not count.
+Private memory is RssAnon. Mapped files do not count, because the kernel may drop their pages at any time.
 """
 
 import os
@@ -19,7 +19,7 @@ SAMPLE_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a command took: seconds, and bytes of peak private memory."""
+    """The resources that a command used: wall and CPU time in seconds, and peak private memory in bytes."""
 
     wall: float
     cpu: float
@@ -27,7 +27,11 @@ class Measurement:
 
 
 def measure(command: Sequence[str], **options: object) -> Measurement:
-    """Run a command to its end; its output is shown only if it fails."""
+    """Run a command to its end and measure it.
+
+    Raises:
+        RuntimeError: with the command's output, if it fails.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     peak = 0

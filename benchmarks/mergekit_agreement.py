@@ -2,11 +2,12 @@
 
     python benchmarks/mergekit_agreement.py --folder small-family
 
-mergekit trims each tensor on its own where the paper trims the whole model, so TIES is compared at density 1, then with
-ours run on one tensor at a time, and last as each is meant. Two differences are of mergekit's choosing: where the
-changes sum to exactly 0, which bfloat16 files make common, it elects the positive sign and ours keeps the base, like
-the paper's algorithm (counted apart); and of the entries that equal a threshold it keeps some, ours all.
-Both compute and write float32. Two entries agree if they differ by at most two roundings.
+mergekit trims each tensor on its own, while the paper trims the whole model. So TIES is compared at density 1, then
+with neuromerge on one tensor at a time, and last with both tools in their normal use. Two more differences remain. If
+the changes sum to exactly 0, which is common in bfloat16 files, mergekit elects the positive sign, and neuromerge keeps
+the base, like the paper's algorithm. These entries are counted apart. Of the entries that equal a threshold, mergekit
+keeps some, and neuromerge keeps all. Both compute and write float32. Two entries agree if they differ by at most two
+rounding errors.
 """
 
 import argparse
@@ -34,6 +35,7 @@ State = dict[str, Tensor]
 def theirs(
     command: Path, base: Path, experts: list[Path], folder: Path, method: str, parameters: dict[str, float]
 ) -> State:
+    """Return the weights that mergekit merges."""
     config = {
         "merge_method": method,
         "base_model": str(base),
@@ -47,11 +49,13 @@ def theirs(
 
 
 def ours(base: Path, experts: list[Path], folder: Path, config: MergeConfig) -> State:
+    """Return the weights that neuromerge merges."""
     merge(experts, folder / "ours", base_model=base, config=config, dtype="float32", device="cpu", overwrite=True)
     return load_file(folder / "ours" / "model.safetensors")
 
 
 def tensor_by_tensor(base: Path, experts: list[Path], folder: Path, density: float) -> State:
+    """Return the weights of neuromerge's TIES, with each tensor trimmed on its own."""
     names = list(load_file(weights(base)))
     merged = {}
     for name in names:
@@ -61,7 +65,10 @@ def tensor_by_tensor(base: Path, experts: list[Path], folder: Path, density: flo
 
 
 def agreement(first: State, second: State, base: State) -> dict[str, Any]:
-    """How many entries agree, and how far the two changes of the base are apart where ours does not keep it alone."""
+    """Count the entries that agree, and measure the relative distance of the two changes of the base.
+
+    Entries for which only the first one keeps the base are counted apart, and do not count for the distance.
+    """
     agreeing = without_sign = total = 0
     apart = size = 0.0
     for name, theta in base.items():
@@ -82,8 +89,8 @@ def agreement(first: State, second: State, base: State) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("small-family"), help="of the models; made where missing")
-    parser.add_argument("--mergekit-venv", type=Path, help="made where missing (FOLDER/mergekit-venv)")
+    parser.add_argument("--folder", type=Path, default=Path("small-family"), help="the models, made if missing")
+    parser.add_argument("--mergekit-venv", type=Path, help="made if missing (FOLDER/mergekit-venv)")
     parser.add_argument("--json", type=Path, default=RESULTS / "mergekit_agreement.json")
     options = parser.parse_args()
     folder = options.folder.absolute()

@@ -1,11 +1,12 @@
-"""Sweeps experts, sizes and densities, and says how time and memory grow.
+"""Measures how time and memory grow with the number of experts, the size of the model and the density.
 
     python benchmarks/scaling.py --folder families          # 30 GB of disk at a time, half an hour
     python benchmarks/scaling.py --folder families --small  # only to see that it runs
 
-Makes one model family after the other, and removes what it made unless --keep is given. Inputs are warm, as in
-`compare.py`: 2, 4 and 8 experts of 0.5 B parameters, 2 experts of three times the parameters, 2 experts with an
-embedding matrix of 256 000 x 4096, and eight LoRA adapters on 1.1 B parameters, beside a plain copy of their base.
+The script makes one model family after the other, and removes it afterwards unless --keep is given. Inputs are warm,
+as in `compare.py`. The families are 2, 4 and 8 experts of 0.5 B parameters, 2 experts of three times the parameters,
+2 experts with an embedding matrix of 256 000 x 4096, and eight LoRA adapters on 1.1 B parameters. The adapters are
+compared with a plain copy of their base.
 """
 
 import argparse
@@ -23,7 +24,15 @@ DENSITIES = (0.2, 1)
 
 @dataclass(frozen=True)
 class Family:
-    """What `make_family` is called with, and what is measured on it."""
+    """A model family to measure.
+
+    Attributes:
+        name: the family's name in tables.
+        shape: arguments of `make_family`.
+        experts: the numbers of experts to merge.
+        densities: the densities to merge at.
+        copy: whether a plain copy of the base is measured as well.
+    """
 
     name: str
     shape: dict[str, Any]
@@ -42,12 +51,15 @@ FAMILIES = [
 
 
 def reduced(shape: dict[str, Any]) -> dict[str, Any]:
-    """The shape of a family small enough to try the script with."""
+    """Return a smaller shape, to try the script with."""
     return shape | {"hidden": 512, "intermediate": 1024, "vocabulary": 20 * shape.get("hidden", 100)}
 
 
 def cases_of(family: Family, folder: Path) -> dict[tuple[Any, ...], Case]:
-    """The measurements on a family, by (family, experts, density), and by (family, "cp") and (family, "start")."""
+    """Return the commands to measure on a family.
+
+    The keys are (family, experts, density) for merges, (family, "cp") for the copy, and (family, "start") for loading.
+    """
     base = folder / "base"
     parameters = f"{weights(base).stat().st_size / 2e9:.2g} B"
     cases: dict[tuple[Any, ...], Case] = {}
@@ -65,7 +77,7 @@ def cases_of(family: Family, folder: Path) -> dict[tuple[Any, ...], Case]:
 
 
 def ratios_of(cases: dict[tuple[Any, ...], Case]) -> list[tuple[str, float, float]]:
-    """(what, measured, at most) for what was measured."""
+    """Return ratios of the measurements, each as (description, measured value, upper bound)."""
     small, ratios = FAMILIES[0].name, []
     for density in DENSITIES:
         if not (one := cases.get((small, 2, density))):
@@ -89,7 +101,7 @@ def ratios_of(cases: dict[tuple[Any, ...], Case]) -> list[tuple[str, float, floa
 def main() -> None:
     names = [family.name for family in FAMILIES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("families"), help="of the families; made where missing")
+    parser.add_argument("--folder", type=Path, default=Path("families"), help="the families, made if missing")
     parser.add_argument("--only", choices=names, nargs="+", default=names)
     parser.add_argument("--repeat", type=int, default=1, help="how often each command runs; the median is shown")
     parser.add_argument("--keep", action="store_true", help="keep the families that were made")

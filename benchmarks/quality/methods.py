@@ -1,7 +1,7 @@
-"""The methods, each with its default and with six settings to tune on the validation texts.
+"""The methods to compare. Each has a default setting, and most have six settings to tune on the validation texts.
 
-Every method is ``base + scale * direction``, where only the direction depends on the density, so that scores of several
-scales need one merge.
+Every method computes ``base + scale * direction``. Only the direction depends on the density, so one merge serves all
+scales.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ from neuromerge_hf.config import MergeConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its hyper-parameters: `density` is None where it has none."""
+    """A method with its hyper-parameters. `density` is None if the method has none."""
 
     method: str
     density: float | None
@@ -41,14 +41,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared.
+    """A method to compare.
 
     Attributes:
-        title: in tables.
-        config: the configuration by the density, with scale 1.
-        default: the setting that its paper advises without validation data.
-        tried: the settings to tune over.
-        scale: what the scale is.
+        title: the method's name in tables.
+        config: a function that returns the method's configuration at scale 1 for a density.
+        default: the setting that the method's paper advises without validation data.
+        tried: the settings to tune over; empty if the method is not tuned.
+        scale: the name of the method's scale in tables.
     """
 
     title: str
@@ -62,6 +62,7 @@ def _grid(method: str, densities: Sequence[float | None], scales: Sequence[float
     return tuple(Setting(method, density, scale) for density, scale in product(densities, scales))
 
 
+OURS = "neuromerging"
 METHODS = {
     "average": Method("average", lambda _: AverageConfig(), Setting("average", None, 1), ()),
     "task_arithmetic": Method(
@@ -95,7 +96,7 @@ METHODS = {
         _grid("neuromerging", [0.2, 0.5], [0.7, 1, 1.5]),
         scale="share of the automatic lambda_2",
     ),
-    # Not the default: chosen on the validation texts of LoRA adapters, see "Open questions" in the README.
+    # Its default was chosen on the validation texts of LoRA adapters: see "Open questions" in the README.
     "neuromerging_length": Method(
         "NeuroMerging by length",
         lambda density: NeuroMergingConfig(density=density, lambda_orthogonal="length"),
@@ -106,7 +107,7 @@ METHODS = {
 
 
 def merged_direction(folders: Sequence[Path], setting: Setting) -> Encoder:
-    """What a method adds to the base at scale 1, where it adds anything."""
+    """Return what a method adds to the base at scale 1, without the parameters that it leaves unchanged."""
     config = METHODS[setting.method].config(setting.density or 1)
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary, "merged")
@@ -117,5 +118,5 @@ def merged_direction(folders: Sequence[Path], setting: Setting) -> Encoder:
 
 
 def add(base: Encoder, direction: Encoder, scale: float) -> Encoder:
-    """The base with a direction added; what is not in the direction stays as it is."""
+    """Return the base plus `scale` times a direction. Parameters that the direction lacks are unchanged."""
     return {name: weight + scale * direction[name] if name in direction else weight for name, weight in base.items()}

@@ -1,136 +1,48 @@
-"""Measures how good merged models are: six text tasks, full fine-tunes and LoRA adapters, three training seeds.
+"""Measures the accuracy of merged models: six text tasks, full fine-tunes and LoRA adapters, three training seeds.
 
     pip install -e '.[demo]'
-    python benchmarks/quality/run.py --cache quality        # from nothing; goes on where it was stopped
+    python benchmarks/quality/run.py --cache quality        # resumes a run that was stopped
 
-Each trained expert, each merge and each score is a file in the cache, and what is there is not made again. Everything
-that is chosen is chosen on validation texts; the test texts are read for the final table alone.
+Each trained expert, merge and score is a file in the cache, and is not computed again. All choices are made on the
+validation texts. The test texts are used for the final tables only.
 """
 
 import argparse
-import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from statistics import mean
 
 import torch
-from experts import KINDS, SEEDS, expert_folder, train_expert
+from bench import BASE, EXPERTS, Bench, Job
+from experts import KINDS, SEEDS
+from figures import FIGURES, RESULTS, VALIDATION, Scores, write_compressed
 from huggingface_hub.utils import disable_progress_bars
-from methods import METHODS, Setting, add, merged_direction
-from safetensors.torch import load_file, save_file
-from scoring import Encoder, Scorer, load_base
-from summary import write_report, write_validation
-from tasks import TASKS, Split, load_splits
+from methods import METHODS, Setting
+from summary import write_summary
+from tasks import TASKS
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 SIZES = (2, 4, 6)
 STEPS = ("train", "validate", "test", "report")
-BASE, EXPERTS = Setting("base", None, 0), Setting("experts", None, 1)
 REFERENCES = (BASE, EXPERTS)
 DEFAULTS = tuple(method.default for method in METHODS.values())
 
 
-@dataclass(frozen=True)
-class Job:
-    """One score: of a merge of the first `size` experts of a kind and a seed, on each of their tasks."""
-
-    kind: str
-    seed: int
-    size: int
-    setting: Setting
-    split: Split
-
-    def file(self, folder: Path) -> Path:
-        return (
-            folder / "scores" / self.split / f"{self.kind}-{self.seed}" / f"{self.size}-tasks" / f"{self.setting}.json"
-        )
-
-
-class Bench:
-    """Trains, merges and scores, and remembers the scores as files."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def train(self, families: Sequence[tuple[int, str]]) -> Iterator[None]:
-        for seed, kind in families:
-            for task in TASKS:
-                folder = expert_folder(self.folder, kind, seed, task)
-                if not folder.is_dir():
-                    folder.parent.mkdir(parents=True, exist_ok=True)
-                    train_expert(load_splits(task, self.folder / "data"), kind, seed, folder)
-                yield
-
-    def score(self, job: Job) -> dict[str, float]:
-        """The accuracy by task, from its file or measured now."""
-        file = job.file(self.folder)
-        if not file.is_file():
-            scores = self._measure(job)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps({"job": asdict(job), "accuracy": scores}))
-            partial.rename(file)
-        return json.loads(file.read_text())["accuracy"]
-
-    def average(self, job: Job) -> float:
-        return mean(self.score(job).values())
-
-    def best(self, kind: str, seed: int, size: int, method: str) -> Setting:
-        """The setting with the best validation score; the default where none is tried."""
-        tried = METHODS[method].tried or (METHODS[method].default,)
-        return max(tried, key=lambda setting: self.average(Job(kind, seed, size, setting, "validation")))
-
-    def _measure(self, job: Job) -> dict[str, float]:
-        scorer = self._scorer(job.kind, job.seed, job.split)
-        tasks = TASKS[: job.size]
-        if job.setting == EXPERTS:
-            return scorer.score_experts(tasks)
-        if job.setting == BASE:
-            return scorer.score(self._base(), tasks)
-        direction = self._direction(job.kind, job.seed, job.size, job.setting.method, job.setting.density)
-        return scorer.score(add(self._base(), direction, job.setting.scale), tasks)
-
-    @cache  # noqa: B019 (one object for the life of the program)
-    def _base(self) -> Encoder:
-        return load_base()
-
-    @lru_cache(maxsize=1)  # noqa: B019
-    def _scorer(self, kind: str, seed: int, split: Split) -> Scorer:
-        return Scorer(self._folders(kind, seed, len(TASKS)), self.folder / "data", split, kind)
-
-    @lru_cache(maxsize=1)  # noqa: B019
-    def _direction(self, kind: str, seed: int, size: int, method: str, density: float | None) -> Encoder:
-        folders = list(self._folders(kind, seed, size).values())
-        if size < len(TASKS):  # quicker made than all tasks', and too many to keep
-            return merged_direction(folders, Setting(method, density, 1))
-        file = self.folder / "directions" / f"{kind}-{seed}" / f"{size}-tasks" / f"{method}-{density}.safetensors"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            save_file(merged_direction(folders, Setting(method, density, 1)), partial)
-            partial.rename(file)
-        return load_file(file)
-
-    def _folders(self, kind: str, seed: int, size: int) -> dict[str, Path]:
-        return {task: expert_folder(self.folder, kind, seed, task) for task in TASKS[:size]}
-
-
 def all_families() -> list[tuple[int, str]]:
-    """Each seed and kind of experts, in the order of the work."""
+    """Return the seed and the kind of every family of experts, in the order of the work."""
     return [(seed, kind) for seed in SEEDS for kind in KINDS]
 
 
 def by_merge(setting: Setting) -> tuple[str, float, float]:
-    """The order in which settings that share a merge follow each other."""
+    """Return a sort key that puts settings with the same merge next to each other."""
     return setting.method, setting.density or 0, setting.scale
 
 
 def validation_jobs(families: Sequence[tuple[int, str]]) -> list[Job]:
+    """Return jobs for the references and all settings, for each number of tasks."""
     tried = {setting for method in METHODS.values() for setting in method.tried}
     settings = sorted({*REFERENCES, *DEFAULTS, *tried}, key=by_merge)
     return [
@@ -142,7 +54,7 @@ def validation_jobs(families: Sequence[tuple[int, str]]) -> list[Job]:
 
 
 def test_jobs(bench: Bench, families: Sequence[tuple[int, str]]) -> list[Job]:
-    """The references and every method at its default and tuned, for each number of tasks."""
+    """Return jobs for the references and every method, default and tuned, for each number of tasks."""
     jobs = []
     for seed, kind in families:
         for size in reversed(SIZES):
@@ -152,9 +64,35 @@ def test_jobs(bench: Bench, families: Sequence[tuple[int, str]]) -> list[Job]:
     return jobs
 
 
+def write_validation(bench: Bench, path: Path) -> None:
+    """Write the validation accuracies in % that have been measured."""
+    rows = [
+        {"experts": job.kind, "seed": job.seed, "tasks": job.size, "setting": str(job.setting)}
+        | {task: round(100 * accuracy, 2) for task, accuracy in bench.score(job).items()}
+        for job in validation_jobs(all_families())
+        if job.file(bench.folder).is_file()
+    ]
+    write_compressed(path, rows)
+
+
+def collect_scores(bench: Bench) -> Scores:
+    """Return the test accuracies of every family of experts, and measure missing ones."""
+    found = Scores()
+    for kind, seed, size in product(KINDS, SEEDS, SIZES):
+        settings = {"base": BASE, "experts": EXPERTS} | {name: method.default for name, method in METHODS.items()}
+        for name in METHODS:
+            found.chosen[kind, seed, size, name] = bench.best(kind, seed, size, name)
+            settings[f"{name} tuned"] = found.chosen[kind, seed, size, name]
+        for name, setting in settings.items():
+            accuracies = bench.score(Job(kind, seed, size, setting, "test"))
+            found.by_task[kind, seed, size, name] = {task: 100 * value for task, value in accuracies.items()}
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="where archives, experts and scores are kept (15 GB)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where figures, tables and picture are written")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
     names = [f"{kind}-{seed}" for seed, kind in all_families()]
     parser.add_argument(
@@ -175,12 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "validate" in options.steps:
         for job in tqdm(validation_jobs(families), "Validating", unit="score"):
             bench.score(job)
-        write_validation(bench)
+        write_validation(bench, options.results / VALIDATION)
     if "test" in options.steps:
         for job in tqdm(test_jobs(bench, families), "Testing", unit="score"):
             bench.score(job)
     if "report" in options.steps:
-        write_report(bench)
+        collect_scores(bench).save(options.results / FIGURES)
+        write_summary(options.results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Scores an encoder on many tasks: the encoder is one live model, each task has its expert's own classifier on top."""
+"""Scores an encoder on several tasks, with the classifier of each task's expert."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from experts import BASE, BATCH_SIZE, Batch, features, sorted_batches, tokenize
+from experts import BASE, BATCH_SIZE, Batch, sorted_batches, tokenize
 from peft import PeftModel
 from safetensors.torch import load_file
 from tasks import Split, load_splits
@@ -12,20 +12,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 Encoder = dict[str, Tensor]
-"""Weights by their names in the base's checkpoint."""
-
-HEAD = "classifier."
-PREFIX = "bert."
+"""The weights of an encoder, by their names in the base's checkpoint."""
 
 
 def load_base() -> Encoder:
-    """The pretrained encoder, float32."""
+    """Return the pretrained encoder in float32."""
     weights = load_file(BASE / "model.safetensors")
     return {name: weight.float() for name, weight in weights.items() if weight.is_floating_point()}
 
 
 def load_expert(folder: Path) -> BertForSequenceClassification:
-    """An expert as a plain classifier: a checkpoint, or the base with the adapter merged into it."""
+    """Load an expert as a plain classifier. An adapter is merged into the base."""
     config = AutoConfig.from_pretrained(folder)
     if not (folder / "adapter_config.json").is_file():
         return AutoModelForSequenceClassification.from_pretrained(folder, config=config).eval()
@@ -34,7 +31,7 @@ def load_expert(folder: Path) -> BertForSequenceClassification:
 
 
 def encoder_of(model: BertForSequenceClassification) -> Encoder:
-    """The weights of a classifier's encoder, under the names that the base has for them."""
+    """Return the weights of a classifier's encoder under the names of the base."""
     return {name: weight for name, weight in model.bert.state_dict().items() if weight.is_floating_point()}
 
 
@@ -42,14 +39,12 @@ class Scorer:
     """Measures the accuracy of encoders on one split of some tasks.
 
     Args:
-        folders: the experts by task.
-        data: where the archives of the texts are.
+        folders: the folder of each task's expert.
+        data: the folder of the archives with the texts.
         split: "validation" or "test".
-        kind: of the experts.
     """
 
-    def __init__(self, folders: Mapping[str, Path], data: Path, split: Split, kind: str):
-        self.kind = kind
+    def __init__(self, folders: Mapping[str, Path], data: Path, split: Split):
         tokenizer = AutoTokenizer.from_pretrained(BASE)
         self.experts = {task: load_expert(folder) for task, folder in folders.items()}
         self.batches: dict[str, list[Batch]] = {}
@@ -58,7 +53,7 @@ class Scorer:
             self.batches[task] = list(sorted_batches(tokenizer, examples, 2 * BATCH_SIZE))
 
     def score(self, encoder: Encoder, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """The share of a task's texts that are labelled right, by task."""
+        """Return the accuracy of an encoder by task."""
         model = next(iter(self.experts.values()))
         own = {name: weight.clone() for name, weight in encoder_of(model).items()}
         try:
@@ -68,7 +63,7 @@ class Scorer:
             model.bert.load_state_dict(own, strict=False)
 
     def score_experts(self, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """Each expert on its own task."""
+        """Return the accuracy of each expert on its own task."""
         return {task: self._accuracy(self.experts[task], task) for task in tasks or self.experts}
 
     @torch.inference_mode()
@@ -77,7 +72,7 @@ class Scorer:
         right = total = 0
         with torch.autocast("cpu", torch.bfloat16):
             for inputs, labels in self.batches[task]:
-                predicted = head(features(model, inputs, self.kind)).argmax(dim=-1)
+                predicted = head(model.bert(**inputs).pooler_output).argmax(dim=-1)
                 right += int((predicted == labels).sum())
                 total += len(labels)
         return right / total

