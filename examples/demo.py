@@ -1,9 +1,9 @@
-"""Merges the five experts of examples/experts into all-MiniLM-L6-v2, and measures what came of it.
+"""Merges the five experts of examples/experts into all-MiniLM-L6-v2, and measures the result.
 
     python examples/demo.py
 
-Everything is real: a pretrained encoder, LoRA adapters that were trained on labelled texts, test texts that no training
-has seen. `train_experts.py` makes the adapters again from nothing.
+The encoder is pretrained. The LoRA adapters were trained on labelled texts, without the test texts.
+`train_experts.py` trains the adapters again.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from neuromerge_hf import AutoMergedModel, MergeReport, NeuroMergingConfig, merge
-from neuromerge_hf.folder.results import Result
+from neuromerge_hf import AutoMergedModel, MergeReport, NeuroMergingConfig, add_results, merge
 
 FOLDER = Path(__file__).resolve().parent
 BASE = CACHE / "all-MiniLM-L6-v2"
@@ -29,7 +28,9 @@ BASE = CACHE / "all-MiniLM-L6-v2"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=Path, default=FOLDER / "experts", help="one expert in each folder of it")
+    parser.add_argument(
+        "--experts", type=Path, default=FOLDER / "experts", help="a folder that holds the experts' folders"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER.parent / "merged")
     parser.add_argument("--density", type=float, default=NeuroMergingConfig.density)
     parser.add_argument("--limit", type=int, default=TEST_LIMIT, help="test texts of each task (%(default)s)")
@@ -48,22 +49,21 @@ def main() -> None:
     print(f"{'task':<12} {'base':>6} {'expert':>7} {'merged':>7}   the task")
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    split = f"test[:{arguments.limit}]"
-    columns = []
+    rows, results = [], []
     for task, expert in zip(tasks, experts, strict=True):
-        models = (
-            base_with_head(experts, task.name),
-            load_expert(expert),
-            merged_with_head(arguments.output, task.name),
-        )
-        shares = [accuracy(model, tokenizer, task, limit=arguments.limit) for model in models]
-        columns.append([100 * share for share in shares])
-        print("{:<12} {:6.1f} {:7.1f} {:7.1f}   {}".format(task.name, *columns[-1], task.description))
-        report.add_results(
-            Result(model, task.description, "accuracy", round(share, 4), "text-classification", split=split)
-            for model, share in zip(("base", task.name, "merged"), shares, strict=True)
-        )
-    base, expert, merged = (sum(column) / len(columns) for column in zip(*columns, strict=True))
+        models = {
+            "base": base_with_head(experts, task.name),
+            task.name: load_expert(expert),
+            "merged": merged_with_head(arguments.output, task.name),
+        }
+        shares = {name: accuracy(model, tokenizer, task, arguments.limit) for name, model in models.items()}
+        rows.append([100 * share for share in shares.values()])
+        print("{:<12} {:6.1f} {:7.1f} {:7.1f}   {}".format(task.name, *rows[-1], task.description))
+        measured = {"task": task.description, "metric": "accuracy", "split": f"test[:{arguments.limit}]"}
+        measured["task_type"] = "text-classification"
+        results += [{"model": name, "value": round(share, 4), **measured} for name, share in shares.items()]
+    add_results(report.output_dir, results)  # to the report and the model card in the output folder
+    base, expert, merged = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     print(f"{'average':<12} {base:6.1f} {expert:7.1f} {merged:7.1f}")
     share = 100 * (merged - base) / (expert - base)
     print(f"\nOne model has {share:.0f}% of what the {len(experts)} experts gained over their base.")
@@ -74,7 +74,10 @@ def main() -> None:
 
 
 def merge_experts(experts: list[Path], output: Path, config: NeuroMergingConfig) -> MergeReport:
-    """Merge the experts into the encoder, which is called by its own name and not by that of its package's folder."""
+    """Merge the experts into the encoder.
+
+    The base is a link to the encoder, so that report and card show its name and not the folder of its package.
+    """
     if not BASE.exists():
         BASE.parent.mkdir(exist_ok=True)
         BASE.symlink_to(get_model_path(), target_is_directory=True)
@@ -82,18 +85,18 @@ def merge_experts(experts: list[Path], output: Path, config: NeuroMergingConfig)
 
 
 def merged_with_head(folder: Path, head: str) -> PreTrainedModel:
-    """The merged encoder as the task model of one expert."""
+    """Load the merged encoder with the head of one expert."""
     return AutoMergedModel.from_pretrained(folder, head=head)
 
 
 def base_with_head(experts: list[Path], head: str) -> PreTrainedModel:
-    """The base with an expert's head: a merge in which no part of the experts has any weight."""
+    """Load the base with an expert's head, by a merge in which the experts' changes have weight 0."""
     nothing = NeuroMergingConfig(density=1, lambda_parallel=0, lambda_orthogonal=0)
     return AutoMergedModel.from_pretrained(experts, base_model=BASE, config=nothing, head=head)
 
 
 def load_expert(folder: Path) -> PeftModel | PreTrainedModel:
-    """An expert as it was trained: a full checkpoint, or the adapter on the base, unmerged."""
+    """Load an expert as it was trained: a full checkpoint, or an adapter on the base."""
     if not (folder / "adapter_config.json").is_file():
         return AutoModelForSequenceClassification.from_pretrained(folder)
     head = AutoModelForSequenceClassification.from_pretrained(BASE, config=AutoConfig.from_pretrained(folder))

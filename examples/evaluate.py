@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on a task's held-out texts."""
+"""Measures the accuracy of a classifier on a task's held-out texts."""
 
 import torch
 from data import Task
@@ -16,10 +16,17 @@ def accuracy(
     limit: int | None = TEST_LIMIT,
     batch_size: int = 64,
 ) -> float:
-    """Share of the first `limit` test texts (all of them: None) that `model` labels right.
+    """Return the share of a task's test texts that a model labels correctly.
 
-    The test texts are in a fixed random order, so every model is judged on the same sample. Batches hold texts of
-    similar length, because padding costs as much as text does.
+    The test texts have a fixed random order, so every model is measured on the same sample. Batches hold texts of
+    similar length, because padding costs as much as text.
+
+    Args:
+        model: a classifier with the task's labels.
+        tokenizer: the model's tokenizer.
+        task: the task with its texts.
+        limit: the number of test texts to use; None for all.
+        batch_size: the number of texts to classify at once.
     """
     model.eval()
     examples = sorted(task.test[:limit], key=lambda example: len(example[0]))

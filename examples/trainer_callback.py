@@ -2,7 +2,7 @@
 
     python examples/trainer_callback.py
 
-The others are LoRA adapters of this repository (examples/experts): full fine-tunes and adapters may be mixed.
+The other experts are LoRA adapters in examples/experts. Full fine-tunes and adapters can be mixed.
 """
 
 import argparse
@@ -44,19 +44,19 @@ def main() -> None:
         compute_metrics=accuracy,
         callbacks=[
             NeuroMergeCallback(
-                [EXPERTS / "reviews", EXPERTS / "languages"],  # wrong ones would stop the run in its first second
+                [EXPERTS / "reviews", EXPERTS / "languages"],  # the experts are checked before the first step
                 config=NeuroMergingConfig(density=0.2),
             )
         ],
     )
     trainer.train()
 
-    # What was measured is in the log history, in every logger, and in the card of the merged model.
+    # The scores are in the log history, in every logger, and in the card of the merged model.
     measured = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     print(f"trained: {measured['eval_accuracy']:.3f} of the held-out sentences right")
     print(f"merged:  {measured['merged_eval_accuracy']:.3f}")
 
-    # The merged encoder with the head that was trained here, or with that of another expert.
+    # The merged encoder works with the head that was trained here, or with the head of another expert.
     for head in ("trained", "reviews"):
         model = AutoMergedModel.from_pretrained(f"{options.output}/merged", head=head)
         print(f"{head}: {type(model).__name__} with the labels {', '.join(model.config.id2label.values())}")
