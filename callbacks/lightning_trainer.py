@@ -24,12 +24,12 @@ class LightningTraining:
     """Training by a Lightning trainer, see `neuromerge_hf.callbacks.common.training.Training`."""
 
     trial: str | None = None
-    push_options: dict[str, Any] = {}  # noqa: RUF012, it is never changed
     not_evaluated: str | None = None
 
     def __init__(self, trainer: Any, attribute: str | None, best: str | None = None):
         attribute = attribute or _find_model(trainer.lightning_module)
         self.trainer = trainer
+        self.push_options: dict[str, Any] = {}
         self.prefix = f"{attribute}."
         self.best = best
         self.model: HuggingFaceModel = trainer.lightning_module.get_submodule(attribute)

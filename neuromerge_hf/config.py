@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import option
@@ -121,7 +121,7 @@ def default_config() -> MergeConfig:
 
 def check_density(value: object) -> None:
     """Raise a `MergeError` unless `value` is a density: the fraction of the entries that a method keeps."""
-    if not is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
+    if not is_number(value) or not 0 < value <= 1:
         raise MergeError(f"density must be a number with 0 < density <= 1, not {value!r}.")
 
 
@@ -131,6 +131,6 @@ def check_number(name: str, value: object) -> None:
         raise MergeError(f"{name} must be a finite number, not {value!r}.")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether a value is a finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -36,14 +36,15 @@ def on_first_process(work: Callable[[], T]) -> T:
             result = [work()]
         except Exception as error:
             failure = error
-    outcome = [result[0], str(failure) if failure else None]
+    outcome: list[Any] = [result[0], str(failure) if failure else None]
     dist.broadcast_object_list(outcome, src=0, group=group)
     dist.destroy_process_group(group)
     if failure:
         raise failure
     if outcome[1] is not None:
         raise MergeError(f"The first process failed: {outcome[1]}")
-    return outcome[0]  # type: ignore[return-value]
+    received: T = outcome[0]
+    return received
 
 
 def is_distributed() -> bool:

@@ -21,7 +21,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Changes:
     """How the parameters and buffers of a model compare with the files that it was loaded from.
 
     Attributes:
@@ -46,7 +46,7 @@ def compare(
     config: PretrainedConfig,
     *,
     is_quantised: bool = False,
-) -> Comparison:
+) -> Changes:
     """Compare parameters and buffers with their stored values, after casting these to the live dtype.
 
     The files are read one parameter at a time, and reading stops at the first difference. Three kinds of tensors are
@@ -84,8 +84,8 @@ def compare(
             found = [live[name] for name in names_of[parameter] if name in live]  # it may list tied ones once
             is_lacking = not found and not is_quantised
             if is_lacking or not all(_is_same(tensor, stored) for tensor in found):
-                return Comparison(True, added)
-    return Comparison(False, added)
+                return Changes(True, added)
+    return Changes(False, added)
 
 
 def _is_same(live: Tensor, stored: Tensor) -> bool:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from neuromerge_hf.folder.assets import BESIDE_CARD, copy_merge, remove_older_weights
 from neuromerge_hf.folder.report import REPORT_NAME
 from neuromerge_hf.hub.push import check_repo_id, push
-from neuromerge_hf.loading.changes import Comparison, compare
+from neuromerge_hf.loading.changes import Changes, compare
 from neuromerge_hf.loading.loaded_merge import LoadedMerge, settings_of
 from neuromerge_hf.model_cards import write_card
 from neuromerge_hf.storage.files import HEADS
@@ -67,12 +67,12 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
             form |= {"push_to_hub": push_to_hub, "token": token, **push_arguments}
             return super().save_pretrained(save_directory, is_main_process, **form)
         folder = Path(save_directory)
-        comparison = self._compare(origin, state_dict)
-        if form or not comparison.is_equal or not self._is_in_files(origin):
+        changes = self._compare(origin, state_dict)
+        if form or not changes.is_equal or not self._is_in_files(origin):
             super().save_pretrained(save_directory, is_main_process, **form)
             if is_main_process:
                 remove_older_weights(folder)
-                origin.add_companions(folder, comparison.changed)
+                origin.add_companions(folder, changes.changed)
         elif is_main_process:
             copy_merge(origin.folder, folder)
         if not is_main_process:
@@ -170,7 +170,7 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
             return None
         return self._origin
 
-    def _compare(self, origin: LoadedMerge, state_dict: Mapping[str, Tensor] | None = None) -> Comparison:
+    def _compare(self, origin: LoadedMerge, state_dict: Mapping[str, Tensor] | None = None) -> Changes:
         live = self.state_dict() if state_dict is None else state_dict
         model_class = _plain_class(type(self))
         config = _stored_config(model_class, origin.loaded_folder)

@@ -15,18 +15,14 @@ import processes
 from commands import run
 from neuromerge_hf import NeuroMergingConfig, merge
 from process_work import import_and_merge
-from tiny_models import contents, save_adapter, save_fine_tune, save_llama
+from tiny_models import contents, save_llamas
 
 NEUROMERGE = Path(sys.executable).with_name("neuromerge")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "base")
-    save_fine_tune(base, root / "math", seed=1)
-    save_adapter(base, root / "code", seed=2)
-    return root
+    return save_llamas(tmp_path_factory.mktemp("models"))
 
 
 def test_the_command_merges_and_reports(models, tmp_path):

@@ -14,19 +14,12 @@ from neuromerge_hf import AutoMergedModel, MergeError, merge
 from neuromerge_hf.cli import app
 from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.hub.push import push
-from tiny_models import load, logits, save_adapter, save_bert, save_fine_tune, save_llama
+from tiny_models import load, logits, save_classifiers, save_llamas
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "base", shard="20KB")
-    save_fine_tune(base, root / "math", seed=1)
-    save_adapter(base, root / "code", seed=2)
-    encoder = save_bert(root / "encoder")
-    save_fine_tune(encoder, root / "topics", seed=3, model_class="BertForSequenceClassification", num_labels=3)
-    save_fine_tune(encoder, root / "moods", seed=4, model_class="BertForSequenceClassification", num_labels=5)
-    return root
+    return save_classifiers(save_llamas(tmp_path_factory.mktemp("models"), shard="20KB"))
 
 
 @pytest.fixture(scope="module")

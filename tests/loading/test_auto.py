@@ -11,7 +11,17 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge
-from tiny_models import contents, load, load_adapted, logits, save_adapter, save_bert, save_fine_tune, save_llama
+from tiny_models import (
+    contents,
+    load,
+    load_adapted,
+    logits,
+    save_adapter,
+    save_bert,
+    save_fine_tune,
+    save_llama,
+    save_llamas,
+)
 
 UNCHANGED = NeuroMergingConfig(density=1, lambda_parallel=1, lambda_orthogonal=1)
 """With it, merging one expert gives that expert back."""
@@ -19,11 +29,7 @@ UNCHANGED = NeuroMergingConfig(density=1, lambda_parallel=1, lambda_orthogonal=1
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory):
-    root = tmp_path_factory.mktemp("llamas")
-    base = save_llama(root / "base")
-    save_fine_tune(base, root / "math", seed=1)
-    save_adapter(base, root / "code", seed=2)
-    return root
+    return save_llamas(tmp_path_factory.mktemp("llamas"))
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +49,6 @@ def berts(tmp_path_factory):
     )
     save_fine_tune(classifier, root / "of-classifier", seed=6, num_labels=3, ignore_mismatched_sizes=True, **task)
     return root
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

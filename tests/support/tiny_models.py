@@ -96,6 +96,22 @@ def save_fine_tune(
     return folder
 
 
+def save_llamas(root: Path, *, shard: str = "1GB") -> Path:
+    """Save a Llama as "base", a fine-tune "math" and an adapter "code" of it, in a folder. `shard` is of the base."""
+    base = save_llama(root / "base", shard=shard)
+    save_fine_tune(base, root / "math", seed=1)
+    save_adapter(base, root / "code", seed=2)
+    return root
+
+
+def save_classifiers(root: Path) -> Path:
+    """Save a BERT as "encoder", and its classifiers "topics" (3 labels) and "moods" (5 labels), in a folder."""
+    base = save_bert(root / "encoder")
+    save_fine_tune(base, root / "topics", seed=3, model_class="BertForSequenceClassification", num_labels=3)
+    save_fine_tune(base, root / "moods", seed=4, model_class="BertForSequenceClassification", num_labels=5)
+    return root
+
+
 def save_adapter(
     base: Path,
     folder: Path,
@@ -143,3 +159,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     """The content of every reproducible file of a merge, by its path."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_REPRODUCIBLE)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def merged_folder(model: Any) -> Path:
+    """The folder of the merge that a model was loaded from."""
+    folder: Path = model._origin.location.folder
+    return folder

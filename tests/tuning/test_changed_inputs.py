@@ -13,7 +13,7 @@ from neuromerge_hf import AverageConfig, MergeError, TIESConfig, TuningGrid, com
 from neuromerge_hf.folder.recipe import load_recipe
 from neuromerge_hf.storage.hashing import file_hash
 from rewriting import WAYS, rewrite
-from tiny_models import contents, load, save_adapter, save_fine_tune, save_llama
+from tiny_models import contents, load, save_llamas
 
 CPU = {"device": "cpu", "threads": 1}
 ONE = TuningGrid((0.0,), (1.0,), rounds=0)
@@ -25,11 +25,7 @@ CHANGED = (
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("originals")
-    base = save_llama(root / "base")
-    save_fine_tune(base, root / "math", seed=1)
-    save_adapter(base, root / "code", seed=2)
-    return root
+    return save_llamas(tmp_path_factory.mktemp("originals"))
 
 
 @pytest.fixture
