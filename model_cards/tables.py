@@ -65,8 +65,10 @@ def parameters(card: MergeCard) -> str:
     """How each class of parameters was merged."""
     report = card.report
     how = "merged neuron by neuron" if card.method.by_neuron else "merged entry by entry"
+    others = "other weights with neurons" if report.by_matrix.names else "weights with neurons"
     classes = [
-        ("weights with neurons", how, report.by_neuron, False),
+        ("weights of linear layers", "merged as whole matrices", report.by_matrix, False),
+        (others, how, report.by_neuron, False),
         ("vectors (biases, norms) and scalars", "merged entry by entry", report.by_entry, False),
         ("all others", "the base's", report.from_base, True),
     ]

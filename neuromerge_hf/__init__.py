@@ -7,7 +7,8 @@
 * `NeuroMergingConfig` holds the hyper-parameters, `MergeReport` says what was done, `MergeError` what is wrong.
 * `tune_lambdas([...], evaluate)` chooses the lambdas on validation data; `compare_methods` compares methods on it.
 * `add_results(folder, [...])` adds measurements to the report and the card of a merge.
-* `AverageConfig`, `TaskArithmeticConfig`, `TIESConfig`, `DARETIESConfig`, `PCBConfig` select another merging method.
+* `AverageConfig`, `TaskArithmeticConfig`, `TIESConfig`, `DARETIESConfig`, `PCBConfig`, `IsoCConfig`, `TSVConfig`,
+  `NeuroIsoConfig` select another merging method.
 
 These names and `neuromerge_hf.callbacks.lightning.NeuroMergeCallback` are the public interface. Every other module,
 class and function may change without notice.
@@ -29,10 +30,13 @@ if TYPE_CHECKING:  # type checkers do not run `__getattr__`; a test compares thi
     from neuromerge_hf.loading.auto import AutoMergedModel as AutoMergedModel
     from neuromerge_hf.methods.average import AverageConfig as AverageConfig
     from neuromerge_hf.methods.dare import DARETIESConfig as DARETIESConfig
+    from neuromerge_hf.methods.iso_c import IsoCConfig as IsoCConfig
+    from neuromerge_hf.methods.neuro_iso import NeuroIsoConfig as NeuroIsoConfig
     from neuromerge_hf.methods.neuromerging import NeuroMergingConfig as NeuroMergingConfig
     from neuromerge_hf.methods.pcb import PCBConfig as PCBConfig
     from neuromerge_hf.methods.task_arithmetic import TaskArithmeticConfig as TaskArithmeticConfig
     from neuromerge_hf.methods.ties import TIESConfig as TIESConfig
+    from neuromerge_hf.methods.tsv import TSVConfig as TSVConfig
     from neuromerge_hf.planning.plan import MergePlan as MergePlan
     from neuromerge_hf.tuning.compare import compare_methods as compare_methods
     from neuromerge_hf.tuning.comparison import Comparison as Comparison
@@ -46,13 +50,16 @@ PUBLIC = {
     "AverageConfig": "methods.average",
     "Comparison": "tuning.comparison",
     "DARETIESConfig": "methods.dare",
+    "IsoCConfig": "methods.iso_c",
     "MergeError": "errors",
     "MergePlan": "planning.plan",
     "MergeReport": "folder.report",
     "NeuroMergeCallback": "callbacks.transformers",
+    "NeuroIsoConfig": "methods.neuro_iso",
     "NeuroMergingConfig": "methods.neuromerging",
     "PCBConfig": "methods.pcb",
     "TIESConfig": "methods.ties",
+    "TSVConfig": "methods.tsv",
     "TaskArithmeticConfig": "methods.task_arithmetic",
     "Tuning": "tuning.tune",
     "TuningGrid": "tuning.search",

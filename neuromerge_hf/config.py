@@ -20,6 +20,9 @@ METHODS = {
     "ties": "neuromerge_hf.methods.ties:TIESConfig",
     "dare_ties": "neuromerge_hf.methods.dare:DARETIESConfig",
     "pcb": "neuromerge_hf.methods.pcb:PCBConfig",
+    "neuro_iso": "neuromerge_hf.methods.neuro_iso:NeuroIsoConfig",
+    "iso_c": "neuromerge_hf.methods.iso_c:IsoCConfig",
+    "tsv": "neuromerge_hf.methods.tsv:TSVConfig",
 }
 """The configuration class of each method, as "module:class". It is imported on first use.
 
@@ -44,7 +47,9 @@ class MergeConfig:
         citation: the paper's BibTeX entry; None if the card is to name the paper alone.
         own_rules: names of hyper-parameters, each with a value that is a rule of this library and not of the paper.
         by_neuron: whether weights are merged neuron by neuron. `Method.merge_block` then records the statistics of
-            each block, and report and card show them.
+            each block, and report and card show them unless the configuration has `by_matrix` as well.
+        by_matrix: whether matrices of linear layers are merged whole. `Method.find_change` then merges them, and
+            `Method.merge_block` everything else.
         bytes_per_entry: an estimate of the memory that `Method.merge_block` needs for each entry of a block, besides
             its input and its result, in bytes.
         exclude: names of parameters to copy from the base, as shell patterns (``*``, ``?``, ``[...]``).
@@ -60,6 +65,7 @@ class MergeConfig:
     citation: ClassVar[str | None] = None
     own_rules: ClassVar[Mapping[str, str]] = {}
     by_neuron: ClassVar[bool] = False
+    by_matrix: ClassVar[bool] = False
     bytes_per_entry: ClassVar[int] = 32  # for sums, counts, scores, or random numbers
 
     exclude: tuple[str, ...] = option((), "names of parameters to leave unmerged, as patterns", kw_only=True)
@@ -84,6 +90,10 @@ class MergeConfig:
     def finds_thresholds(self) -> bool:
         """Whether the first pass fills a histogram and a sample for each expert."""
         return self.passes > 1
+
+    def spectra(self, experts: int) -> int:
+        """How many spectra a matrix needs that so many experts change, if the configuration has `by_matrix`."""
+        return 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values as plain Python objects, for YAML or JSON."""

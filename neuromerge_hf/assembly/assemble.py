@@ -91,5 +91,6 @@ def _write_weights(
             merge_weights(passes, method, writer, collector.add)
         finally:
             writer.close()
-    diagnostics = collector.diagnostics(method.trimmings) if plan.config.by_neuron else None
+    by_neuron = plan.config.by_neuron and not plan.config.by_matrix
+    diagnostics = collector.diagnostics(method.trimmings) if by_neuron else None
     return method, diagnostics, writer.hashes

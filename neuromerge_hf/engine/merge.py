@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.blocks import load_base, load_block
+from neuromerge_hf.engine.matrices import Matrix
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
 from neuromerge_hf.engine.statistics import BlockStatistics
@@ -16,20 +18,22 @@ from neuromerge_hf.storage.tensors import read_rows
 
 
 class UnitMerger:
-    """Merges or copies one opened unit, block by block, on any number of threads.
+    """Merges or copies one opened unit, block by block or matrix by matrix, on any number of threads.
 
     Attributes:
-        factors: the factors of the unit's LoRA adapters if it is merged from them, else None.
+        factors: the factors of the unit's LoRA adapters if its blocks are merged from them, else None.
     """
 
     def __init__(self, passes: Passes, method: Method[Any], unit: Unit):
-        self.factors = method.find_factors(unit, passes.device)
+        self.factors = None if unit.by_matrix else method.find_factors(unit, passes.device)
         self._passes = passes
         self._method = method
         self._unit = unit
 
     def blocks(self) -> Iterator[Block]:
-        """Return the blocks in which the unit is merged."""
+        """Return the blocks in which the unit is merged: whole matrices if the method merges them."""
+        if self._unit.by_matrix:
+            return self._unit.layout.matrices()
         if self.factors:  # The last bits of low-rank products depend on the number of rows, so the size is fixed.
             return self._unit.layout.blocks(BLOCK_ENTRIES)
         return self._passes.blocks(self._unit)
@@ -57,12 +61,21 @@ class UnitMerger:
         unit, memory, device = self._unit, self._passes.memory, self._passes.device
         if not unit.task_vectors:
             return read_rows(unit.tensor, unit.layout, block)
+        if unit.by_matrix:
+            return self._merge_matrix(Matrix(unit, block, self._passes))
         if self.factors:
             base = load_base(unit, block, memory, device)
             return self._method.merge_factors(base, self.factors.rows(unit, block), self.factors, record)
         x = load_block(unit, block, memory, device)
         observe(x)
         return self._method.merge_block(x, unit, block, record)
+
+    def _merge_matrix(self, matrix: Matrix) -> Tensor:
+        change = self._method.find_change(matrix)
+        merged = torch.empty(len(matrix.block), matrix.unit.layout.width, device=self._passes.device)
+        for (rows, part), (_, left) in zip(matrix.parts(merged), matrix.parts(change.left), strict=True):
+            part.copy_(self._method.add_rows(matrix.base(rows), left @ change.right))
+        return merged
 
 
 def merge_weights(

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from neuromerge_hf.engine.low_rank import StackedFactors
+    from neuromerge_hf.engine.matrices import Matrix
     from neuromerge_hf.engine.passes import Passes
     from neuromerge_hf.engine.statistics import BlockStatistics
     from neuromerge_hf.sources.unit import Unit
+    from neuromerge_hf.spectrum import Factors
     from neuromerge_hf.storage.layout import Block
 
 Recorder: TypeAlias = "Callable[[BlockStatistics], object]"
@@ -103,6 +105,18 @@ class Method(ABC, Generic[Config]):
     def merge_factors(self, base: Tensor, left: Tensor, factors: StackedFactors, record: Recorder) -> Tensor:
         """Merge a block from the factors of its task vectors; see `kernel.merge_low_rank`."""
         raise NotImplementedError
+
+    def find_change(self, matrix: Matrix) -> Factors:
+        """Return what is added to a matrix of a linear layer, in factors, if the configuration has `by_matrix`.
+
+        Raises:
+            FloatingPointError: if an input holds a NaN or an infinity.
+        """
+        raise NotImplementedError
+
+    def add_rows(self, base: Tensor, change: Tensor) -> Tensor:
+        """Add some rows of a matrix' change to the base; see `add_change`. Both are (rows, columns) float32."""
+        return add_change(base, change)
 
 
 def fit_method(config: Config, passes: Passes) -> Method[Config]:

@@ -99,7 +99,8 @@ class MergeReport:
         sigma: the largest sigma of the experts. It and the lambdas are None for methods that have none.
         lambda_parallel: the paper's lambda_1.
         lambda_orthogonal: the value that was used for the paper's lambda_2.
-        by_neuron: the weights that were merged neuron by neuron.
+        by_matrix: the weights of linear layers, if the method merges whole matrices.
+        by_neuron: all other weights with neurons.
         by_entry: the parameters that have no neurons (biases, norms), merged entry by entry.
         from_base: the parameters and buffers that were copied from the base.
         head: the names of the head's parameters, if they are the mean of the experts' heads.
@@ -157,11 +158,12 @@ class MergeReport:
     results: list[Result] = field(default_factory=list)
     changed: bool = False
     loaded_head: str | None = None
+    by_matrix: ParameterReport = field(default_factory=lambda: ParameterReport([], 0))
 
     @property
     def merged(self) -> list[str]:
         """The names of the parameters that were merged, sorted."""
-        return sorted([*self.by_neuron.names, *self.by_entry.names])
+        return sorted([*self.by_matrix.names, *self.by_neuron.names, *self.by_entry.names])
 
     @property
     def copied(self) -> list[str]:
@@ -234,11 +236,11 @@ def load_report(folder: Path) -> MergeReport:
     """
     path = folder / REPORT_NAME
     lists = {"experts": ExpertReport, "parents": Parent, "results": Result}
-    single = ("by_neuron", "by_entry", "from_base")
+    single = ("by_matrix", "by_neuron", "by_entry", "from_base")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         made: dict[str, Any] = {key: [kind(**entry) for entry in content.pop(key)] for key, kind in lists.items()}
-        made |= {key: ParameterReport(**content.pop(key)) for key in single}
+        made |= {key: ParameterReport(**content.pop(key)) for key in single if key in content}  # by_matrix is new
         vocabulary = content.pop("vocabulary")
         made["vocabulary"] = VocabularyReport(**vocabulary) if vocabulary else None
         diagnostics = content.pop("diagnostics")

@@ -21,6 +21,10 @@ VALUES_PER_SECOND = 150_000_000
 """How many entries of the base and of task vectors a thread processes: 130 to 210 million in the benchmarks."""
 
 
+SPECTRUM_SECONDS = 1e-10, 3e-10
+"""The time that a thread needs for the spectrum of a matrix (m, n), m >= n, in seconds for each of m n^2 and n^3."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """What a merge costs.
@@ -55,7 +59,7 @@ def estimate(
         bytes_written=written,
         disk=bytes_to_download + written + temporary,
         memory=_memory(units, experts, config, threads),
-        seconds=_seconds(units, passes, threads),
+        seconds=_seconds(units, passes, threads) + _spectra_seconds(units, config, threads),
     )
 
 
@@ -66,12 +70,14 @@ def _memory(units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfi
     of T experts in float32, an input buffer (8 bytes an entry), the merged (4) and the written block (4), and a padded
     copy if neurons do not fill whole cache lines, and what the method says that it needs. Finding thresholds takes a
     histogram and a sample for each expert, and two copies of one sample while it is sorted. The largest head is in
-    memory while it is written. The memory that PEFT needs to compute an adapter's weights is not counted.
+    memory while it is written. Where matrices are merged whole, each thread holds one; see `_matrix_memory`. The memory
+    that PEFT needs to compute an adapter's weights is not counted.
     """
     thresholds = 0
     if config.finds_thresholds:
         thresholds = len(experts) * (8 * BINS + 4 * SAMPLE_ENTRIES) + 8 * SAMPLE_ENTRIES
     blocks = threads * (max(map(_block_memory, units)) + BLOCK_ENTRIES * config.bytes_per_entry)
+    blocks += threads * max((_matrix_memory(unit, config) for unit in units if unit.by_matrix), default=0)
     return START_MEMORY + _factor_bytes(units) + thresholds + blocks + max(_head_bytes(experts), default=0)
 
 
@@ -90,6 +96,32 @@ def _block_memory(unit: Unit) -> int:
     rows = 4 * (1 + len(unit.changing))
     padded = unit.is_neuronal and unit.layout.width % (ALIGNMENT // 4) != 0
     return entries * (rows * (1 + padded) + 8 + 4 + 4) if unit.task_vectors else entries * unit.dtype.itemsize
+
+
+def _matrix_memory(unit: Unit, config: MergeConfig) -> int:
+    """Estimate the memory in which one matrix is merged: itself and its spectrum twice in float64, and the result."""
+    rows, columns = unit.layout.matrix, unit.layout.width
+    spectrum = _rank(unit) or min(rows, columns)
+    held = 0 if _rank(unit) else rows * columns * 4
+    vectors = 8 * spectrum * (rows + columns) * (2 if config.spectra(2) > 1 or _rank(unit) else 0)
+    return held + 5 * 8 * spectrum**2 + vectors + rows * columns * (4 + 4 + unit.dtype.itemsize)
+
+
+def _spectra_seconds(units: Sequence[Unit], config: MergeConfig, threads: int) -> float:
+    """Estimate the time for the spectra of full matrices. Those of LoRA adapters take hardly any."""
+    seconds = 0.0
+    for unit in units:
+        if unit.by_matrix and not _rank(unit):
+            short, long = sorted((unit.layout.matrix, unit.layout.width))
+            one = SPECTRUM_SECONDS[0] * long * short**2 + SPECTRUM_SECONDS[1] * short**3
+            seconds += unit.layout.rows // unit.layout.matrix * one * config.spectra(len(unit.changing))
+    return seconds / threads
+
+
+def _rank(unit: Unit) -> int:
+    """Return the sum of the ranks if only LoRA adapters change a unit, else 0."""
+    ranks = [vector.rank for vector in unit.task_vectors if vector]
+    return min(sum(ranks), unit.layout.width) if all(ranks) else 0
 
 
 def _factor_bytes(units: Sequence[Unit]) -> int:

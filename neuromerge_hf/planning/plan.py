@@ -159,10 +159,9 @@ class MergePlan:
                 lines.append(f"    own head, kept apart: {', '.join(sorted(expert.head.tensors))}")
             if expert.ignored:
                 lines.append(f"    left out, not of its model class: {listed(expert.ignored)}")
-        neuronal = sum(unit.is_neuronal for unit in self.units)
         merged, copied, costs = self.merged, self.copied, self.costs
         lines += [
-            f"  merged: {counted(len(merged))}, {neuronal} by neurons, {len(merged) - neuronal} by single entries",
+            f"  merged: {counted(len(merged))}, {self._ways}",
             f"  copied from the base: {counted(len(copied))}" + (f" ({listed(copied)})" if copied else ""),
             *([f"  heads merged by their mean: {', '.join(sorted(self.head.tensors))}"] if self.head else []),
             *([f"  tokenizer of {self.tokenizer.location}"] if self.tokenizer.is_expert else []),
@@ -180,3 +179,12 @@ class MergePlan:
                 f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"
             )
         return "\n".join(lines)
+
+    @property
+    def _ways(self) -> str:
+        """How many parameters are merged in each way."""
+        whole = sum(unit.by_matrix for unit in self.units)
+        neuronal = sum(unit.is_neuronal for unit in self.units) - whole
+        ways = [f"{whole} as whole matrices"] if whole else []
+        ways += [f"{neuronal} by neurons", f"{len(self.merged) - whole - neuronal} by single entries"]
+        return ", ".join(ways)

@@ -55,6 +55,7 @@ def make_units(
                 is_neuronal=merged and layout is not None,
                 task_vectors=tuple(vectors) if merged else (),
                 dtype=dtype if dtype and is_mergeable(tensor) else tensor.dtype,
+                by_matrix=merged and config.by_matrix and layout is not None and layout.matrix > 0,
             )
         )
     if problems:

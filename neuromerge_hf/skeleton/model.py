@@ -4,7 +4,8 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -82,8 +83,16 @@ class Skeleton:
 
     def is_vocabulary(self, name: str) -> bool:
         """Whether a parameter belongs to the input or output embeddings, which have a row for each token."""
-        embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        return any(self.model.get_submodule(name.rpartition(".")[0]) is module for module in embeddings)
+        return any(self.model.get_submodule(name.rpartition(".")[0]) is module for module in self._vocabulary)
+
+    @cached_property
+    def _vocabulary(self) -> list[torch.nn.Module]:
+        """The modules of the input and output embeddings."""
+        found = []
+        for find in (self.model.get_input_embeddings, self.model.get_output_embeddings):
+            with suppress(NotImplementedError):  # a class of its own that does not say where they are
+                found.append(find())
+        return found
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -130,7 +139,10 @@ class Skeleton:
         module = self.model.get_submodule(module_name)
         if isinstance(module, ParametrizationList):
             module = self.model.get_submodule(module_name.rpartition(".parametrizations.")[0])
-        return neuron_axis(module, attribute, self.shapes[parameter])
+        axis = neuron_axis(module, attribute, self.shapes[parameter])
+        if axis and axis.linear and self.is_vocabulary(parameter):
+            return replace(axis, linear=False)  # a head with a row for each token is like the embeddings it may share
+        return axis
 
     def stored_layouts(self, stored: StoredForm) -> tuple[dict[str, Layout | None], dict[str, str]]:
         """Find the layout of each tensor of a checkpoint.
@@ -170,7 +182,8 @@ class Skeleton:
             except MergeError:  # this conversion needs fixed sizes
                 continue
             if found[parameter].shape == wanted[parameter]:
-                return NeuronAxis(stored, fused=axis.fused and ndim == len(self.shapes[parameter]))
+                fused = axis.fused and ndim == len(self.shapes[parameter])
+                return NeuronAxis(stored, fused, linear=axis.linear)
         raise MergeError(
             f"{parameter} is stored in a form in which its neurons cannot be found (as {next(iter(pieces))}). "
             "Exclude it (exclude=), so that it is the base's."

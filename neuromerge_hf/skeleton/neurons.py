@@ -1,6 +1,6 @@
 """The axis of a parameter along which its neurons lie, from the module that owns it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,24 +19,30 @@ class NeuronAxis:
         axis: the axis of the output units.
         fused: whether the parameter is a batch of matrices (E, ...), such as the weights of fused experts.
         view: the shape in which the module uses the parameter; None for the parameter's own shape.
+        linear: whether the parameter holds the matrices of linear layers, which are applied to vectors.
     """
 
     axis: int
     fused: bool = False
     view: tuple[int, ...] | None = None
+    linear: bool = False
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """The layout of a parameter with this shape."""
         shape = self.view or shape
-        return Layout.of_experts(shape, self.axis) if self.fused else Layout.of(shape, self.axis)
+        layout = Layout.of_experts(shape, self.axis) if self.fused else Layout.of(shape, self.axis)
+        return replace(layout, matrix=shape[self.axis]) if self.linear else layout
 
 
-ROWS, COLUMNS = NeuronAxis(1, fused=True), NeuronAxis(2, fused=True)
+ROWS, COLUMNS = NeuronAxis(1, fused=True, linear=True), NeuronAxis(2, fused=True, linear=True)
 """The neuron axes of a batch of matrices (E, out, in) and of a batch (E, in, out)."""
+
+TABLES = NeuronAxis(1, fused=True)
+"""The neuron axis of a batch of embeddings (E, num, dim)."""
 
 BATCHES = {
     "CsmCodebooksHead": COLUMNS,
-    "Gemma4VisionPatchEmbedder": ROWS,
+    "Gemma4VisionPatchEmbedder": TABLES,
     "GroupedLinearLayer": COLUMNS,
     "InklingSharedExperts": ROWS,
     "JetMoeParallelExperts": ROWS,
@@ -79,12 +85,12 @@ def neuron_axis(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> Ne
     if isinstance(module, _ConvNd) and shape != tuple(module.weight.shape):
         return None  # the magnitudes of weight_norm are gates, which have no neurons
     if isinstance(module, Conv1D | _ConvTransposeNd):
-        return NeuronAxis(1)
+        return NeuronAxis(1, linear=isinstance(module, Conv1D))
     if isinstance(module, _ConvNd | nn.Linear | nn.Embedding):
-        return NeuronAxis(0)
+        return NeuronAxis(0, linear=isinstance(module, nn.Linear))
     if "DbrxExpertGLU" in _class_names(module) and attribute == "w2":
         owner: Any = module
-        return NeuronAxis(2, fused=True, view=(owner.moe_num_experts, owner.ffn_hidden_size, shape[1]))
+        return NeuronAxis(2, fused=True, view=(owner.moe_num_experts, owner.ffn_hidden_size, shape[1]), linear=True)
     if any(f"{name}.{attribute}" in TRANSPOSED for name in _class_names(module)):
         return NeuronAxis(1)
     declares_axis = hasattr(module, "is_transposed")

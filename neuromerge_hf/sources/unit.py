@@ -23,6 +23,7 @@ class Unit:
         task_vectors: the task vector of each expert, None for experts that do not change the tensor; empty if it is
             copied.
         dtype: the dtype in which the result is written.
+        by_matrix: whether the tensor's matrices are merged whole, each by itself.
     """
 
     tensor: StoredTensor
@@ -31,6 +32,7 @@ class Unit:
     is_neuronal: bool
     task_vectors: tuple[TaskVector | None, ...]
     dtype: torch.dtype
+    by_matrix: bool = False
 
     @property
     def changing(self) -> list[int]:

@@ -18,6 +18,11 @@ class Block:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def split(self, neurons: int) -> "Iterator[Block]":
+        """Blocks of at most so many neurons that make up this one, in order."""
+        for start in range(self.start, self.stop, neurons):
+            yield Block(self.batch, start, min(start + neurons, self.stop))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -26,12 +31,17 @@ class Layout:
     A Linear weight (out, in) is (1, 1, out, in), GPT-2's Conv1D (in, out) is (1, in, out, 1), fused experts
     (E, in, out) are (E, in, out, 1). If `before` is 1, the neurons are contiguous on the disk, and the batch is folded
     into them.
+
+    Attributes:
+        matrix: how many neurons each matrix of a linear layer has; 0 if the tensor holds none. Fused experts hold one
+            matrix for each expert.
     """
 
     batch: int
     before: int
     neurons: int
     after: int
+    matrix: int = 0
 
     @classmethod
     def of(cls, shape: tuple[int, ...], axis: int | None) -> "Layout":
@@ -62,8 +72,12 @@ class Layout:
         """Blocks of whole neurons with about `entries` entries each, in their order on the disk."""
         step = max(1, entries // max(1, self.width))
         for batch in range(self.batch):
-            for start in range(0, self.neurons, step):
-                yield Block(batch, start, min(start + step, self.neurons))
+            yield from Block(batch, 0, self.neurons).split(step)
+
+    def matrices(self) -> Iterator[Block]:
+        """One block for each matrix of a linear layer, in their order on the disk."""
+        for batch in range(self.batch):
+            yield from Block(batch, 0, self.neurons).split(self.matrix)
 
     def runs(self, block: Block) -> Iterator[tuple[int, int]]:
         """The ranges [start, stop) of the flat tensor that make up a block, in order."""

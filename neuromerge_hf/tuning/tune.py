@@ -120,7 +120,7 @@ def tune_lambdas(
     """
     started = time.perf_counter()
     spec, runtime, others = split_options(models, options)
-    if not isinstance(spec.config, NeuroMergingConfig):
+    if type(spec.config) is not NeuroMergingConfig:
         raise MergeError(f"Lambdas are NeuroMerging's: config must be a NeuroMergingConfig, not {spec.config!r}.")
     for density in densities or ():
         dataclasses.replace(spec.config, density=density)  # raises if it is out of range

@@ -3,6 +3,7 @@
 Also against the layouts that `families` states for whole models, and stored tensors against tensors in memory.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,15 @@ def zoo() -> Skeleton:
 
 
 ROWS, COLUMNS = NeuronAxis(0), NeuronAxis(1)
+LINEAR, LINEAR_COLUMNS = NeuronAxis(0, linear=True), NeuronAxis(1, linear=True)
 
 AXES = {
-    "linear.weight": ROWS,
+    "linear.weight": LINEAR,
     "linear.bias": None,
-    "square.weight": ROWS,
-    "conv1d.weight": COLUMNS,
+    "square.weight": LINEAR,
+    "conv1d.weight": LINEAR_COLUMNS,
     "conv1d.bias": None,
-    "square_conv1d.weight": COLUMNS,
+    "square_conv1d.weight": LINEAR_COLUMNS,
     "square_conv1d.bias": None,
     "convolution.weight": ROWS,
     "convolution.bias": None,
@@ -107,13 +109,13 @@ AXES = {
     "batch_norm.num_batches_tracked": None,
     "attention.in_proj_weight": ROWS,
     "attention.in_proj_bias": None,
-    "attention.out_proj.weight": ROWS,
+    "attention.out_proj.weight": LINEAR,
     "attention.out_proj.bias": None,
-    "routed.gate_up_proj": NeuronAxis(1, fused=True),
-    "routed.down_proj": NeuronAxis(1, fused=True),
-    "fused.gate_up_proj": NeuronAxis(2, fused=True),
+    "routed.gate_up_proj": NeuronAxis(1, fused=True, linear=True),
+    "routed.down_proj": NeuronAxis(1, fused=True, linear=True),
+    "fused.gate_up_proj": NeuronAxis(2, fused=True, linear=True),
     "fused.gate_up_proj_bias": None,
-    "fused.down_proj": NeuronAxis(2, fused=True),
+    "fused.down_proj": NeuronAxis(2, fused=True, linear=True),
     "fused.down_proj_bias": None,
     "normalised.bias": None,
     "normalised.parametrizations.weight.original0": None,  # one magnitude for each output unit
@@ -246,6 +248,23 @@ def test_an_output_unit_of_a_raw_matrix_answers_to_its_neuron(name: str) -> None
             assert answer(module).flatten().nonzero().flatten().tolist() == [neuron]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_linear_are_the_layers_that_are_applied_to_vectors_but_heads_of_tokens(name: str) -> None:
+    skeleton = Skeleton(FAMILIES[name].base_class, FAMILIES[name].config)
+    head = skeleton.model.get_output_embeddings()
+    for owner, module in skeleton.model.named_modules():
+        if type(module) in (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d) and skeleton.neuron_axis(f"{owner}.weight"):
+            linear = isinstance(module, nn.Linear | Conv1D) and module is not head
+            assert skeleton.neuron_axis(f"{owner}.weight").linear == linear, owner
+
+
+def test_every_expert_of_a_mixture_has_its_matrix() -> None:
+    rows = NeuronAxis(1, fused=True, linear=True).layout((3, 4, 6))
+    columns = NeuronAxis(2, fused=True, linear=True).layout((3, 6, 4))
+    assert [(block.start, block.stop) for block in rows.matrices()] == [(0, 4), (4, 8), (8, 12)]
+    assert [(block.batch, block.start, block.stop) for block in columns.matrices()] == [(e, 0, 4) for e in range(3)]
+
+
 def test_a_batch_of_matrices_of_an_unknown_class_is_refused() -> None:
     class Unknown(nn.Module):
         def __init__(self):
@@ -316,7 +335,7 @@ def test_experts_stored_one_by_one_have_rows_as_neurons() -> None:
     assert {ref.parameter.rpartition(".")[2] for ref in refs.values()} == {"gate_up_proj", "down_proj"}
     layouts, unknown = skeleton.stored_layouts({name: (refs[name], shape) for name, shape in shapes.items()})
     assert not unknown
-    assert layouts == {name: Layout.of(shape, 0) for name, shape in shapes.items()}
+    assert layouts == {name: replace(Layout.of(shape, 0), matrix=shape[0]) for name, shape in shapes.items()}
 
 
 def test_ties_name_the_first_parameter() -> None:

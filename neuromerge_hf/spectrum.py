@@ -1,0 +1,163 @@
+"""The mathematics of methods that merge the matrix of a linear layer as a whole, on plain tensors.
+
+*Iso* (Marczak et al., arXiv:2502.04959) sums the task vectors and gives all singular values of the sum their mean.
+*TSV-M* (Gargiulo et al., arXiv:2412.00081) keeps each task's largest singular triples and decorrelates their singular
+vectors. Both need singular vectors. A sum of LoRA adapters has them in a small core, between the orthonormal bases of
+its stacked factors. Of a full matrix, they are eigenvectors of the Gram matrix of its shorter side in float64. That is
+as fast as a float32 SVD, and accurate for singular values down to 1e-6 of the largest.
+
+The functions are pure, run on any device and need torch alone. Inputs and results are float32.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUMERICAL_RANK = 1e-3
+"""Singular values up to this share of the largest one do not count in the numerical rank of a sum of task vectors."""
+
+NEGLIGIBLE = 1e-6
+"""Singular values up to this share of the largest one count as 0."""
+
+GRAM_ENTRIES = 1 << 20
+"""How many numbers are converted to float64 at a time."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matrix in factors, ``left @ right``.
+
+    Attributes:
+        left: (rows, r) float32.
+        right: (r, columns) float32.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @staticmethod
+    def stacked(factors: Sequence["Factors"]) -> "Factors":
+        """Return the sum of matrices in factors."""
+        return Factors(torch.cat([each.left for each in factors], 1), torch.cat([each.right for each in factors]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the product."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def times(self, scale: float) -> "Factors":
+        """Return the matrix times a number."""
+        smaller = self.left.numel() < self.right.numel()
+        return Factors(self.left * scale, self.right) if smaller else Factors(self.left, self.right * scale)
+
+
+@dataclass(frozen=True)
+class Triples:
+    """Singular triples of a matrix, the largest first.
+
+    Attributes:
+        u: (rows, r) float64, the left singular vectors.
+        s: (r,) float64, the singular values, above 0.
+        vh: (r, columns) float64, the right singular vectors.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+
+def singular_triples(matrix: Tensor | Factors, most: int | None = None, cutoff: float = NEGLIGIBLE) -> Triples:
+    """Return the singular triples of a matrix, the largest first.
+
+    Args:
+        matrix: (rows, columns) float32, or its factors.
+        most: the largest number of triples; None for all.
+        cutoff: triples with a singular value up to this share of the largest one are left out.
+    """
+    if isinstance(matrix, Factors):
+        u_basis, u_core = torch.linalg.qr(matrix.left.double())
+        v_basis, v_core = torch.linalg.qr(matrix.right.T.double())
+        u, s, vh = torch.linalg.svd(u_core @ v_core.T, full_matrices=False)
+        count = _count(s, most, cutoff)
+        return Triples(u_basis @ u[:, :count], s[:count], vh[:count] @ v_basis.T)
+    if matrix.shape[0] < matrix.shape[1]:
+        found = singular_triples(matrix.T, most, cutoff)
+        return Triples(found.vh.T, found.s, found.u.T)
+    values, vectors = _gram_eigenvectors(matrix)
+    s = values.clamp(min=0).sqrt()
+    count = _count(s, most, cutoff)
+    s, v = s[:count], vectors[:, :count]
+    return Triples(matrix.double() @ (v / s), s, v.T)
+
+
+def flattened(matrix: Tensor | Factors) -> tuple[Factors, Tensor]:
+    """Flatten the spectrum of a matrix ``U S V^T`` within its numerical rank r (Iso, section 4.1).
+
+    The published method flattens all singular values, also those of directions in which no task changes anything. In
+    a sum of LoRA adapters these directions are arbitrary.
+
+    Args:
+        matrix: (rows, columns) float32, or its factors.
+
+    Returns:
+        ``U_r V_r^T`` in factors, and the r singular values: (r,) float64.
+    """
+    if isinstance(matrix, Factors):
+        triples = singular_triples(matrix, cutoff=NUMERICAL_RANK)
+        return Factors(triples.u.float(), triples.vh.float()), triples.s
+    if matrix.shape[0] < matrix.shape[1]:
+        transposed, values = flattened(matrix.T)
+        return Factors(transposed.right.T, transposed.left.T), values
+    values, vectors = _gram_eigenvectors(matrix)
+    s = values.clamp(min=0).sqrt()
+    count = _count(s, None, NUMERICAL_RANK)
+    s, v = s[:count], vectors[:, :count]
+    return Factors(matrix, ((v / s) @ v.T).float()), s
+
+
+def decorrelated(tasks: Iterable[Tensor | Factors], experts: int) -> Factors:
+    """Merge task matrices by their singular vectors (TSV-M, section 4.3 of its paper).
+
+    Each task gives its largest ``floor(min(rows, columns) / experts)`` triples, but at least one. The singular vectors
+    of all tasks are made orthonormal, by the nearest matrix with orthonormal columns, and put together with the
+    singular values.
+
+    Args:
+        tasks: the task vectors: (rows, columns) float32, or their factors. They are taken one at a time.
+        experts: the number of all experts.
+
+    Returns:
+        The merged matrix, in factors.
+    """
+    triples = [singular_triples(task, max(1, min(task.shape) // experts)) for task in tasks]
+    u = torch.cat([each.u for each in triples], 1)
+    s = torch.cat([each.s for each in triples])
+    vh = torch.cat([each.vh for each in triples])
+    core = _inverse_root(u.T @ u) @ (s.unsqueeze(1) * _inverse_root(vh @ vh.T))
+    return Factors((u @ core).float(), vh.float())
+
+
+def _gram_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues, the largest first, and the eigenvectors of ``matrix^T matrix`` in float64."""
+    columns = matrix.shape[1]
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(max(1, GRAM_ENTRIES // max(1, columns))):
+        exact = rows.double()
+        gram.addmm_(exact.T, exact)
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0), vectors.flip(1)
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """Return ``G^(-1/2)`` of a Gram matrix on its range, by which vectors become orthonormal: (n, n) float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > NEGLIGIBLE**2 * values[-1:]
+    return (vectors[:, kept] * values[kept].rsqrt()) @ vectors[:, kept].T
+
+
+def _count(s: Tensor, most: int | None, cutoff: float) -> int:
+    """Return how many of the descending singular values to keep."""
+    found = int((s > cutoff * s[:1]).sum())
+    return found if most is None else min(found, most)
