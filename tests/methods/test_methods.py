@@ -16,11 +16,13 @@ from neuromerge_hf import (
     AutoMergedModel,
     AverageConfig,
     DARETIESConfig,
+    IsoCConfig,
     MergeError,
     NeuroMergingConfig,
     PCBConfig,
     TaskArithmeticConfig,
     TIESConfig,
+    TSVConfig,
     merge,
     merge_recipe,
     plan_merge,
@@ -45,9 +47,25 @@ CONFIGURATIONS = {
     "pcb 0.3": PCBConfig(density=0.3, scale=1.2),
 }
 
-ONE_OF_EACH = {name: CONFIGURATIONS[name] for name in ("average", "task arithmetic", "ties", "dare", "pcb")}
+BY_MATRIX = {
+    "iso": IsoCConfig(),
+    "iso 1.5": IsoCConfig(scale=1.5),
+    "tsv": TSVConfig(),
+    "tsv 0.6": TSVConfig(scale=0.6),
+}
 
-ALONE = [AverageConfig(), TaskArithmeticConfig(scale=1), TIESConfig(density=1), DARETIESConfig(drop_rate=0, density=1)]
+ONE_OF_EACH = {
+    **{name: CONFIGURATIONS[name] for name in ("average", "task arithmetic", "ties", "dare", "pcb")},
+    **{name: BY_MATRIX[name] for name in ("iso", "tsv")},
+}
+
+ALONE = [
+    AverageConfig(),
+    TaskArithmeticConfig(scale=1),
+    TIESConfig(density=1),
+    DARETIESConfig(drop_rate=0, density=1),
+    TSVConfig(),
+]
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +120,34 @@ def test_three_experts_are_merged_as_defined(config: MergeConfig, name: str, kin
     # What an adapter adds is rounded here and not there: single entries are on the other side of a threshold or of 0.
     assert agreeing.float().mean() >= (0.998 if "lora" in kinds else 0.9999)
     assert error.norm() <= (0.05 if "lora" in kinds else 1e-3) * change.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("gpt2", ("full",) * 3),
+        ("bert", ("lora",) * 3),
+        ("bert", ("full", "lora", "full")),
+        ("mixtral", ("full",) * 2),
+        ("gpt-oss", ("full",) * 2),
+    ],
+    ids=["gpt2 full", "bert lora", "bert both", "mixtral full", "gpt-oss full"],
+)
+@pytest.mark.parametrize("config", BY_MATRIX.values(), ids=BY_MATRIX)
+def test_matrices_of_linear_layers_are_merged_whole(config: MergeConfig, name: str, kinds, relatives_of, tmp_path):
+    relatives = relatives_of(name)
+    experts = [relatives.expert(kind, number) for number, kind in enumerate(kinds)]
+    report = merge(experts, tmp_path / "merged", base_model=relatives.base, config=config, **CPU)
+    got, base = relatives.base_state(tmp_path / "merged"), relatives.base_state()
+    flat = reference_methods.Flat(base, relatives.experts_state(experts))
+    matrices = relatives.family.matrices_of(base)
+    settings = {key: value for key, value in config.to_dict().items() if key != "exclude"}
+    want = flat.merged(reference_methods.METHODS[config.method](flat, matrices=matrices, **settings))
+    for key in want:
+        change = (want[key] - flat.base[key].double()).norm()
+        assert (got[key].double() - want[key]).norm() <= 1e-3 * change + 1e-6 * want[key].norm(), key
+    changed = {key for key in matrices if (want[key] != flat.base[key]).any()}
+    assert report.by_matrix.entries == sum(base[key].numel() for key in changed)
 
 
 @pytest.mark.parametrize("config", ALONE, ids=lambda config: config.method)
@@ -266,6 +312,8 @@ def test_the_plan_counts_the_passes(config: MergeConfig, passes: int, models: li
         ("--method ties --density 0.5 --scale 0.9", TIESConfig(density=0.5, scale=0.9)),
         ("--method dare_ties --drop-rate 0.5 --seed 7", DARETIESConfig(drop_rate=0.5, seed=7)),
         ("--method pcb --exclude *norm*", PCBConfig(exclude=("*norm*",))),
+        ("--method iso_c --scale 1.3", IsoCConfig(scale=1.3)),
+        ("--method tsv --scale 0.8", TSVConfig(scale=0.8)),
         ("--method neuromerging --density 0.5", NeuroMergingConfig(density=0.5)),
     ],
 )
@@ -306,6 +354,8 @@ def test_options_of_other_methods_are_refused(options: str, message: str, models
         (DARETIESConfig, "seed", -1),
         (PCBConfig, "density", 1.1),
         (PCBConfig, "scale", None),
+        (IsoCConfig, "scale", float("inf")),
+        (TSVConfig, "scale", "auto"),
         (AverageConfig, "exclude", "lm_head"),
     ],
 )

@@ -5,7 +5,7 @@ random, from fixed seeds, and saved by transformers and PEFT.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import reference
 from neuromerge_hf import MergeReport, NeuroMergingConfig
@@ -43,6 +44,7 @@ class Family:
         lora: Options of the adapters' LoraConfig.
         neurons: The axes that number the neurons of a parameter, by patterns of names. The default is dimension 0 for
             weights and None (no neurons) for vectors.
+        fused: The number of matrices that a parameter of fused experts is stored as, by patterns of names.
         expert_class: The class that the experts are saved as; None for the base's.
         labels: The number of labels of each expert's own head, for an expert class with a head that the base lacks.
     """
@@ -52,6 +54,7 @@ class Family:
     inputs: dict[str, Tensor]
     lora: dict[str, Any]
     neurons: dict[str, Neurons | None] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
     expert_class: type[PreTrainedModel] | None = None
     labels: tuple[int, ...] = ()
 
@@ -62,6 +65,18 @@ class Family:
             default = reference.LINEAR if tensor.ndim >= 2 else None
             found[name] = next((n for pattern, n in self.neurons.items() if fnmatchcase(name, pattern)), default)
         return found
+
+    def matrices_of(self, parameters: Collection[str]) -> dict[str, int]:
+        """The parameters that hold matrices of linear layers, each with the number of its matrices."""
+        with torch.device("meta"):
+            model = self.base_class(self.config)
+        linear = {
+            f"{name}.weight": 1
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+        }
+        fused = {name: n for name in parameters for pattern, n in self.fused.items() if fnmatchcase(name, pattern)}
+        return {name: count for name, count in (linear | fused).items() if name in parameters}
 
 
 TOKENS = {"input_ids": torch.arange(1, 13).view(2, 6)}
@@ -164,6 +179,7 @@ FAMILIES = {
         TOKENS,
         ATTENTION,
         neurons={"*.experts.*_proj": reference.FUSED_EXPERTS},
+        fused={"*.experts.gate_up_proj": 6, "*.experts.down_proj": 3},  # gate and up of each expert are stored apart
     ),
     "gpt-oss": Family(
         transformers.GptOssConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2),
@@ -171,6 +187,7 @@ FAMILIES = {
         TOKENS,
         ATTENTION,
         neurons={"*.experts.*_proj": reference.FUSED_EXPERTS_TRANSPOSED, "*.experts.*_bias": None},
+        fused={"*.experts.*_proj": 3},
     ),
 }
 

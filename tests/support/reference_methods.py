@@ -105,10 +105,74 @@ def pcb(flat: Flat, density: float, scale: float) -> Tensor:
     return scale * merged / weights.clamp(min=1e-12)
 
 
+Matrices = Mapping[str, int]
+"""The parameters that hold matrices of linear layers, each with the number of its matrices."""
+
+
+def flattened(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The singular vectors of a float64 matrix within its numerical rank, put together, and the singular values."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = s > 1e-3 * s[0]
+    return u[:, kept] @ vh[kept], s[kept]
+
+
+def decorrelated(tasks: list[Tensor], experts: int) -> Tensor:
+    """TSV-M of float64 matrices."""
+    most = max(1, min(tasks[0].shape) // experts)
+    triples = []
+    for task in tasks:
+        u, s, vh = torch.linalg.svd(task, full_matrices=False)
+        kept = (s > 1e-6 * s[0]) & (torch.arange(len(s)) < most)
+        triples.append((u[:, kept], s[kept], vh[kept]))
+    u, s, vh = (torch.cat(parts, dim) for parts, dim in zip(zip(*triples, strict=True), (1, 0, 0), strict=True))
+    return polar(u) @ torch.diag(s) @ polar(vh)
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows or columns."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = s > 1e-6 * s[0]
+    return u[:, kept] @ vh[kept]
+
+
+def by_matrix(flat: Flat, matrices: Matrices, others: Tensor, merge: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """The merged task vector whose matrices are `merge` of the tasks' and whose other entries are those of `others`."""
+    merged = others.clone()
+    start = 0
+    for name, theta in flat.base.items():
+        entries = slice(start, start + theta.numel())
+        start = entries.stop
+        if name in matrices and flat.task_vectors[:, entries].any():
+            tasks = flat.task_vectors[:, entries].double().view(-1, matrices[name], *_shape(theta, matrices[name]))
+            merged[entries] = torch.cat([merge(list(each)).flatten() for each in tasks.transpose(0, 1)])
+    return merged
+
+
+def _shape(theta: Tensor, count: int) -> tuple[int, int]:
+    return theta.numel() // count // theta.shape[-1], theta.shape[-1]
+
+
+def iso_c(flat: Flat, matrices: Matrices, scale: float) -> Tensor:
+    def merge(tasks: list[Tensor]) -> Tensor:
+        directions, values = flattened(torch.stack(tasks).sum(0))
+        return scale * values.mean() * directions
+
+    return by_matrix(flat, matrices, scale * average(flat), merge)
+
+
+def tsv(flat: Flat, matrices: Matrices, scale: float) -> Tensor:
+    def merge(tasks: list[Tensor]) -> Tensor:
+        return scale * decorrelated([task for task in tasks if task.any()], len(tasks))
+
+    return by_matrix(flat, matrices, scale * average(flat), merge)
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "average": average,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
     "dare_ties": dare_ties,
     "pcb": pcb,
+    "iso_c": iso_c,
+    "tsv": tsv,
 }
