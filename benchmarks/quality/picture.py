@@ -17,7 +17,7 @@ from common import save_png
 
 def draw(scores: Scores, path: Path) -> None:
     """Draw the accuracy of every method, default and tuned, and below it the loss by the number of merged experts."""
-    figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.5 * len(scores.kinds), 7.5), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(scores.kinds), squeeze=False)
     for kind, bars, lines in zip(scores.kinds, *axes, strict=True):
         _draw_methods(bars, scores, kind)

@@ -1,4 +1,4 @@
-"""Measures the accuracy of merged models: six text tasks, full fine-tunes and LoRA adapters, three training seeds.
+"""Measures the accuracy of merged models: six text tasks, four kinds of experts, three training seeds.
 
     pip install -e '.[demo]'
     python benchmarks/quality/run.py --cache quality        # resumes a run that was stopped
@@ -91,7 +91,7 @@ def collect_scores(bench: Bench) -> Scores:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="where archives, experts and scores are kept (15 GB)")
+    parser.add_argument("--cache", type=Path, required=True, help="where archives, experts and scores are kept (25 GB)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where figures, tables and picture are written")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
     names = [f"{kind}-{seed}" for seed, kind in all_families()]

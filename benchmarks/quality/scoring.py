@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from experts import BASE, BATCH_SIZE, Batch, sorted_batches, tokenize
+from experts import BASE, BATCH_SIZE, Batch, features, sorted_batches, tokenize
 from peft import PeftModel
 from safetensors.torch import load_file
 from tasks import Split, load_splits
@@ -42,9 +42,11 @@ class Scorer:
         folders: the folder of each task's expert.
         data: the folder of the archives with the texts.
         split: "validation" or "test".
+        kind: the kind of the experts, which decides what their classifiers read.
     """
 
-    def __init__(self, folders: Mapping[str, Path], data: Path, split: Split):
+    def __init__(self, folders: Mapping[str, Path], data: Path, split: Split, kind: str):
+        self.kind = kind
         tokenizer = AutoTokenizer.from_pretrained(BASE)
         self.experts = {task: load_expert(folder) for task, folder in folders.items()}
         self.batches: dict[str, list[Batch]] = {}
@@ -72,7 +74,7 @@ class Scorer:
         right = total = 0
         with torch.autocast("cpu", torch.bfloat16):
             for inputs, labels in self.batches[task]:
-                predicted = head(model.bert(**inputs).pooler_output).argmax(dim=-1)
+                predicted = head(features(model, inputs, self.kind)).argmax(dim=-1)
                 right += int((predicted == labels).sum())
                 total += len(labels)
         return right / total

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from figures import Scores
 from methods import METHODS, OURS
 
-TITLES = {"full": "Full fine-tunes", "lora": "LoRA adapters"}
+TITLES = {"full": "Full fine-tunes", "lora": "LoRA adapters", "far": "Far fine-tunes", "near": "Near fine-tunes"}
 REFERENCES = {"base": "base", "experts": "experts' own"}
 
 

@@ -44,7 +44,7 @@ def bench(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "BASE", base)
     for module in (bench, run, tasks):
         monkeypatch.setattr(module, "TASKS", ("names", "products"))
-    monkeypatch.setattr(experts, "RATES", {"full": 5e-3, "lora": 5e-3})
+    monkeypatch.setattr(experts, "RATES", {"full": 5e-3, "lora": 5e-3, "near": 5e-3})
     monkeypatch.setattr(experts, "EPOCHS", {"names": 25, "products": 25})
     for module in (experts, run):
         monkeypatch.setattr(module, "SEEDS", (0, 1))
@@ -179,7 +179,7 @@ def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_
     cache = tmp_path / "cache"
     list(bench.Bench(cache).train([(0, "full")]))
     folders = {task: expert_folder(cache, "full", 0, task) for task in ("names", "products")}
-    scorer = Scorer(folders, cache / "data", "test")
+    scorer = Scorer(folders, cache / "data", "test", "full")
     direction = merged_direction(list(folders.values()), METHODS["neuromerging"].default)
     scores = scorer.score(add(load_base(), direction, 1))
     merge(list(folders.values()), tmp_path / "merged", base_model=BASE)
@@ -187,6 +187,17 @@ def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_
         model = AutoMergedModel.from_pretrained(tmp_path / "merged", head=task, cache_dir=tmp_path / "heads").eval()
         right = [model(**inputs).logits.argmax(dim=-1) == labels for inputs, labels in scorer.batches[task]]
         assert scores[task] == pytest.approx(torch.cat(right).float().mean().item(), abs=0.05)
+
+
+def test_near_experts_keep_a_classifier_that_reads_embeddings(bench, tmp_path):
+    from experts import expert_folder
+    from scoring import Scorer
+
+    cache = tmp_path / "cache"
+    list(bench.Bench(cache).train([(0, "near")]))
+    folders = {task: expert_folder(cache, "near", 0, task) for task in ("names", "products")}
+    scores = Scorer(folders, cache / "data", "test", "near").score_experts()
+    assert min(scores.values()) >= 0.9
 
 
 def test_the_splits_share_no_text(bench, tmp_path):
