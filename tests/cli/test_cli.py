@@ -216,6 +216,7 @@ def test_importing_and_merging_change_no_global_setting(models, tmp_path):
 def test_the_public_names_are_there():
     names = {"AutoMergedModel", "MergeError", "MergePlan", "MergeReport", "NeuroMergingConfig"}
     names |= {"AverageConfig", "TaskArithmeticConfig", "TIESConfig", "DARETIESConfig", "PCBConfig"}
+    names |= {"IsoCConfig", "TSVConfig", "NeuroIsoConfig"}
     names |= {"merge", "merge_recipe", "plan_merge", "add_results", "NeuroMergeCallback"}
     names |= {"tune_lambdas", "Tuning", "TuningGrid", "compare_methods", "Comparison"}
     assert set(neuromerge_hf.__all__) == names
