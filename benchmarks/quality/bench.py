@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import mean
 
 from experts import expert_folder, train_expert
-from methods import METHODS, Setting, add, merged_direction
+from merging import add, merged_direction
+from methods import METHODS, Setting
 from safetensors.torch import load_file, save_file
-from scoring import Encoder, Scorer, load_base
+from scoring import Answers, Encoder, Scorer, load_base
 from tasks import TASKS, Split, load_splits
 
 BASE, EXPERTS = Setting("base", None, 0), Setting("experts", None, 1)
@@ -52,14 +53,18 @@ class Bench:
 
     def score(self, job: Job) -> dict[str, float]:
         """Return the accuracy by task. Measure it if its file is missing."""
+        return {task: right.count("1") / len(right) for task, right in self.answers(job).items()}
+
+    def answers(self, job: Job) -> Answers:
+        """Return which texts are told right, by task. Measure it if its file is missing."""
         file = job.file(self.folder)
         if not file.is_file():
-            scores = self._measure(job)
+            answers = self._measure(job)
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps({"job": asdict(job), "accuracy": scores}))
+            partial.write_text(json.dumps({"job": asdict(job), "right": answers}))
             partial.rename(file)
-        return json.loads(file.read_text())["accuracy"]
+        return json.loads(file.read_text())["right"]
 
     def average(self, job: Job) -> float:
         return mean(self.score(job).values())
@@ -69,7 +74,7 @@ class Bench:
         tried = METHODS[method].tried or (METHODS[method].default,)
         return max(tried, key=lambda setting: self.average(Job(kind, seed, size, setting, "validation")))
 
-    def _measure(self, job: Job) -> dict[str, float]:
+    def _measure(self, job: Job) -> Answers:
         scorer = self._scorer(job.kind, job.seed, job.split)
         tasks = TASKS[: job.size]
         if job.setting == EXPERTS:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from intervals import Difference
 from methods import Setting
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,10 +29,13 @@ class Scores:
     Attributes:
         by_task: the accuracies in %, by task.
         chosen: the setting of each method with the best accuracy on the validation texts.
+        differences: how much better NeuroIso's default is than another name's accuracy, by kind, number of tasks, and
+            name.
     """
 
     by_task: dict[Key, dict[str, float]] = field(default_factory=dict)
     chosen: dict[Key, Setting] = field(default_factory=dict)
+    differences: dict[tuple[str, int, str], Difference] = field(default_factory=dict)
 
     @property
     def kinds(self) -> list[Any]:
@@ -62,6 +66,10 @@ class Scores:
         """Write the figures to a compressed JSON file."""
         content = {
             "test accuracy in % by task": [_key_fields(key) | accuracies for key, accuracies in self.by_task.items()],
+            "differences in points": [
+                {"experts": kind, "tasks": size, "method": name, "difference": [round(value, 3) for value in found]}
+                for (kind, size, name), found in self.differences.items()
+            ],
             "chosen on validation": [_key_fields(key) | asdict(setting) for key, setting in self.chosen.items()],
         }
         write_compressed(path, content)
@@ -77,6 +85,8 @@ class Scores:
         for row in content["chosen on validation"]:
             key = _take_key(row)
             scores.chosen[key] = Setting(key[-1], **row)
+        for row in content["differences in points"]:
+            scores.differences[row["experts"], row["tasks"], row["method"]] = tuple(row["difference"])
         return scores
 
 

@@ -4,15 +4,9 @@ Every method computes ``base + scale * direction``. Only the direction depends o
 scales.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-
-from experts import BASE
-from safetensors.torch import load_file
-from scoring import Encoder, load_base
 
 from neuromerge_hf import (
     AverageConfig,
@@ -21,7 +15,6 @@ from neuromerge_hf import (
     PCBConfig,
     TaskArithmeticConfig,
     TIESConfig,
-    merge,
 )
 from neuromerge_hf.config import MergeConfig
 
@@ -104,19 +97,3 @@ METHODS = {
         (),
     ),
 }
-
-
-def merged_direction(folders: Sequence[Path], setting: Setting) -> Encoder:
-    """Return what a method adds to the base at scale 1, without the parameters that it leaves unchanged."""
-    config = METHODS[setting.method].config(setting.density or 1)
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary, "merged")
-        merge(list(folders), output, base_model=BASE, config=config, threads=1)
-        merged = load_file(output / "model.safetensors")
-    changes = {name: merged[name].float() - weight for name, weight in load_base().items()}
-    return {name: change for name, change in changes.items() if change.any()}
-
-
-def add(base: Encoder, direction: Encoder, scale: float) -> Encoder:
-    """Return the base plus `scale` times a direction. Parameters that the direction lacks are unchanged."""
-    return {name: weight + scale * direction[name] if name in direction else weight for name, weight in base.items()}

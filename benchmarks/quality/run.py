@@ -10,6 +10,7 @@ validation texts. The test texts are used for the final tables only.
 import argparse
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,9 @@ from bench import BASE, EXPERTS, Bench, Job
 from experts import KINDS, SEEDS
 from figures import FIGURES, RESULTS, VALIDATION, Scores, write_compressed
 from huggingface_hub.utils import disable_progress_bars
-from methods import METHODS, Setting
+from intervals import difference
+from methods import METHODS, OURS, Setting
+from scoring import Answers
 from summary import write_summary
 from tasks import TASKS
 from tqdm import tqdm
@@ -78,6 +81,7 @@ def write_validation(bench: Bench, path: Path) -> None:
 def collect_scores(bench: Bench) -> Scores:
     """Return the test accuracies of every family of experts, and measure missing ones."""
     found = Scores()
+    answers: dict[tuple[str, int, str], list[Answers]] = defaultdict(list)
     for kind, seed, size in product(KINDS, SEEDS, SIZES):
         settings = {"base": BASE, "experts": EXPERTS} | {name: method.default for name, method in METHODS.items()}
         for name in METHODS:
@@ -86,6 +90,13 @@ def collect_scores(bench: Bench) -> Scores:
         for name, setting in settings.items():
             accuracies = bench.score(Job(kind, seed, size, setting, "test"))
             found.by_task[kind, seed, size, name] = {task: 100 * value for task, value in accuracies.items()}
+            answers[kind, size, name].append(bench.answers(Job(kind, seed, size, setting, "test")))
+    for (kind, size, name), seeds in answers.items():
+        ours, other = (
+            {task: [each[task] for each in every] for task in TASKS[:size]}
+            for every in (answers[kind, size, OURS], seeds)
+        )
+        found.differences[kind, size, name] = difference(ours, other)
     return found
 
 

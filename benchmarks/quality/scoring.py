@@ -11,6 +11,9 @@ from tasks import Split, load_splits
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
+Answers = dict[str, str]
+"""For each task, a "1" for each text that was told right and a "0" for each other one, in the order of the batches."""
+
 Encoder = dict[str, Tensor]
 """The weights of an encoder, by their names in the base's checkpoint."""
 
@@ -54,27 +57,26 @@ class Scorer:
             examples = tokenize(tokenizer, getattr(load_splits(task, data), split))
             self.batches[task] = list(sorted_batches(tokenizer, examples, 2 * BATCH_SIZE))
 
-    def score(self, encoder: Encoder, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """Return the accuracy of an encoder by task."""
+    def score(self, encoder: Encoder, tasks: Sequence[str] | None = None) -> Answers:
+        """Return which texts an encoder tells right, by task."""
         model = next(iter(self.experts.values()))
         own = {name: weight.clone() for name, weight in encoder_of(model).items()}
         try:
             model.bert.load_state_dict(encoder, strict=False)
-            return {task: self._accuracy(model, task) for task in tasks or self.batches}
+            return {task: self._answers(model, task) for task in tasks or self.batches}
         finally:
             model.bert.load_state_dict(own, strict=False)
 
-    def score_experts(self, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """Return the accuracy of each expert on its own task."""
-        return {task: self._accuracy(self.experts[task], task) for task in tasks or self.experts}
+    def score_experts(self, tasks: Sequence[str] | None = None) -> Answers:
+        """Return which texts each expert tells right, on its own task."""
+        return {task: self._answers(self.experts[task], task) for task in tasks or self.experts}
 
     @torch.inference_mode()
-    def _accuracy(self, model: BertForSequenceClassification, task: str) -> float:
+    def _answers(self, model: BertForSequenceClassification, task: str) -> str:
         head = self.experts[task].classifier
-        right = total = 0
+        right = ""
         with torch.autocast("cpu", torch.bfloat16):
             for inputs, labels in self.batches[task]:
                 predicted = head(features(model, inputs, self.kind)).argmax(dim=-1)
-                right += int((predicted == labels).sum())
-                total += len(labels)
-        return right / total
+                right += "".join(str(int(hit)) for hit in predicted == labels)
+        return right

@@ -15,7 +15,7 @@ def tables(scores: Scores) -> str:
     sections = {
         f"Average test accuracy in %, {len(scores.tasks)} tasks, "
         f"mean ± standard deviation over {len(scores.seeds)} seeds.": _methods(scores),
-        "NeuroMerging minus the other, in points: mean of the seeds (each seed's).": _differences(scores),
+        f"{METHODS[OURS].title} at its default minus the other, in points, with 95% intervals.": _differences(scores),
         f"Average test accuracy in % of the first {_listed(scores.sizes)} tasks.": _sizes(scores),
         **{f"{TITLES[kind]}, task by task, mean over the seeds.": _tasks(scores, kind) for kind in scores.kinds},
         "What was chosen on the validation texts, for each seed: density / scale.": _chosen(scores),
@@ -36,29 +36,27 @@ def _methods(scores: Scores) -> Iterator[list[str]]:
 
 
 def _differences(scores: Scores) -> Iterator[list[str]]:
-    yield _header(scores)
-    for name, method in METHODS.items():
-        if name == OURS:
-            continue
-        cells = []
-        for kind in scores.kinds:
-            for suffix in ("", " tuned"):
-                pairs = zip(scores.averages(kind, OURS + suffix), scores.averages(kind, name + suffix), strict=True)
-                differences = [ours - other for ours, other in pairs]
-                each = ", ".join(f"{value:+.1f}" for value in differences)
-                cells.append(f"{mean(differences):+.1f} ({each})")
-        yield [method.title, *cells]
-
-
-def _sizes(scores: Scores) -> Iterator[list[str]]:
     columns = [(kind, size) for kind in scores.kinds for size in scores.sizes]
+    yield ["", *(f"{TITLES[kind]}, {size}" for kind, size in columns)]
+    for name, title in _titles().items():
+        if name not in (OURS, *REFERENCES):
+            found = [scores.differences[kind, size, name] for kind, size in columns]
+            yield [title, *(f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" for middle, low, high in found)]
+
+
+def _titles() -> dict[str, str]:
     titles = dict(REFERENCES)
     for name, method in METHODS.items():
         titles[name] = method.title
         if method.tried:
             titles[f"{name} tuned"] = f"{method.title}, tuned"
+    return titles
+
+
+def _sizes(scores: Scores) -> Iterator[list[str]]:
+    columns = [(kind, size) for kind in scores.kinds for size in scores.sizes]
     yield ["", *(f"{TITLES[kind]}, {size}" for kind, size in columns)]
-    for name, title in titles.items():
+    for name, title in _titles().items():
         yield [title, *(_spread(scores.averages(kind, name, size)) for kind, size in columns)]
 
 
