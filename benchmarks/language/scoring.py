@@ -45,7 +45,8 @@ class Scorer:
     def __init__(self, cache: Path, skills: Sequence[str], split: Split):
         tokenizer = load_tokenizer(cache)
         self._model = LlamaForCausalLM.from_pretrained(save_base(cache), dtype=torch.float32).eval()
-        self._base = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        self._parameters = dict(self._model.named_parameters())  # without the head, which is the embeddings
+        self._base = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._batches = {
             skill: list(
                 batches(
@@ -89,7 +90,9 @@ class Scorer:
                 loss[example] = losses[rows == row].mean().item()
         return Score(right, loss)
 
+    @torch.no_grad()
     def _load(self, state: Mapping[str, Tensor]) -> None:
-        known = {name: tensor for name, tensor in state.items() if name in self._base}
-        self._model.load_state_dict({**self._base, **known})
-        self._model.tie_weights()
+        if unknown := state.keys() - self._base.keys():
+            raise ValueError(f"The base has no parameters {', '.join(sorted(unknown))}.")
+        for name, parameter in self._parameters.items():
+            parameter.copy_(state.get(name, self._base[name]))
