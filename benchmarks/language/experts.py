@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from skills import Skill
 from transformers import LlamaForCausalLM, set_seed
 
-BATCH_SIZE = 12
+BATCH_SIZE = 8
 RANK = 8
 RATES = {"lora": 1e-3, "full": 5e-5}
-STEPS = {"dates": 120, "reviews": 200, "numbers": 160, "records": 70}
+STEPS = {"dates": 100, "reviews": 150, "numbers": 120, "records": 60}
 FAMILIES = (("lora", 0), ("full", 0), ("lora", 1))
 """The kinds and the seeds of the experts, in the order of the work."""
 
@@ -50,7 +50,7 @@ def train_expert(skill: Skill, kind: str, seed: int, cache: Path) -> Path:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
-    for _ in range(steps):
+    for _step in range(steps):
         batch = collate(order.sample(encoded, BATCH_SIZE), [], tokenizer.pad_token_id)
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets, _ = answer_logits(llama, batch)
