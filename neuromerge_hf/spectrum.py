@@ -21,6 +21,9 @@ NUMERICAL_RANK = 1e-3
 NEGLIGIBLE = 1e-6
 """Singular values up to this share of the largest one count as 0."""
 
+KRYLOV_BLOCK, KRYLOV_TOLERANCE = 8, 1e-6
+"""The number of vectors of a Krylov step, and the relative gain of a step after which no other one follows."""
+
 GRAM_ENTRIES = 1 << 20
 """How many numbers are converted to float64 at a time."""
 
@@ -90,6 +93,32 @@ def singular_triples(matrix: Tensor | Factors, most: int | None = None, cutoff: 
     count = _count(s, most, cutoff)
     s, v = s[:count], vectors[:, :count]
     return Triples(matrix.double() @ (v / s), s, v.T)
+
+
+def spectral_norm(matrix: Tensor | Factors) -> float:
+    """Return the largest singular value of a matrix, to about five digits.
+
+    Of a full matrix it is found in a Krylov space (block Lanczos), which takes a few products with narrow matrices.
+
+    Args:
+        matrix: (rows, columns) float32, or its factors.
+    """
+    if isinstance(matrix, Factors):
+        return singular_triples(matrix, most=1).s.sum().item()
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    columns = tall.shape[1]
+    vectors = torch.randn(columns, KRYLOV_BLOCK, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+    basis, images, found = vectors[:, :0], tall[:, :0], 0.0
+    while basis.shape[1] < columns:
+        vectors = vectors[:, : columns - basis.shape[1]]
+        for _ in range(2):  # once leaves rounding errors, which are all there is beyond the rank of the matrix
+            vectors, _ = torch.linalg.qr(vectors - basis @ (basis.T @ vectors))
+        basis, images = torch.cat([basis, vectors], 1), torch.cat([images, tall @ vectors], 1)
+        value = torch.linalg.eigvalsh(images.double().T @ images.double())[-1].clamp(min=0).sqrt().item()
+        if value - found <= KRYLOV_TOLERANCE * value:
+            return value
+        found, vectors = value, tall.T @ images[:, -KRYLOV_BLOCK:]
+    return found
 
 
 def flattened(matrix: Tensor | Factors, power: float = 0.0) -> tuple[Factors, Tensor]:

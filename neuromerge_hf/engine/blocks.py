@@ -49,6 +49,14 @@ def load_block(unit: Unit, block: Block, memory: Memory, device: torch.device) -
     return x
 
 
+def load_task_vector(unit: Unit, expert: int, block: Block, out: Tensor, memory: Memory) -> None:
+    """Load a block of one expert's task vector into `out`: (neurons, width) float32, with contiguous rows."""
+    vector = unit.task_vectors[expert]
+    assert vector, "only experts that change the unit have a task vector"
+    base = load_base(unit, block, memory, out.device)
+    vector.write(out, block, base, _raw_bytes(unit, block, memory))
+
+
 def _raw_bytes(unit: Unit, block: Block, memory: Memory) -> Tensor:
     # 8 bytes an entry: float64 is the widest dtype that a file may hold
     return memory.take("raw", len(block) * unit.layout.width * 8, torch.uint8, torch.device("cpu"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuromerge_hf.engine.blocks import load_base, load_block
+from neuromerge_hf.engine.blocks import load_base, load_block, load_task_vector
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.spectrum import Factors
@@ -54,10 +54,10 @@ class Matrix:
         if factors:
             yield from factors
             return
-        for task in range(len(self.unit.changing)):
+        for expert in self.unit.changing:
             whole = torch.empty(len(self.block), self.unit.layout.width, device=self.passes.device)
             for rows, part in self.parts(whole):
-                part.copy_(load_block(self.unit, rows, self.passes.memory, self.passes.device)[1 + task])
+                load_task_vector(self.unit, expert, rows, part, self.passes.memory)
             yield _finite(whole)
 
     def base(self, rows: Block) -> Tensor:

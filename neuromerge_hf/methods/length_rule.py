@@ -73,7 +73,7 @@ def find_lambda_by_length(passes: Passes, method: Method[Any]) -> float:
 
     experts = len(passes.work.expert_names)
     total, squares = InterferenceTotals(experts), torch.zeros(experts, dtype=torch.float64)
-    for unit, results in passes.run(start, passes.work.merged):
+    for unit, results in passes.run(start, [unit for unit in passes.work.merged if not unit.by_matrix]):
         for energy, sums in results:
             squares[unit.changing] += energy
             for found in sums:

@@ -1,17 +1,18 @@
 """NeuroIso: a method of this library. Linear layers are merged by their spectrum, everything else by NeuroMerging.
 
-The task vectors of a linear layer are added up, and the singular values of the sum are made equal within its numerical
-rank, as in Iso-C (Marczak et al., arXiv:2502.04959).
+The task vectors of a linear layer are added up, and all singular values of the sum are made equal within its numerical
+rank, as in Iso-C (Marczak et al., arXiv:2502.04959). They become a fixed share of an expert's largest singular value:
+that is about the strongest change of a direction which training has made, so it holds for adapters and full fine-tunes
+alike (benchmarks/quality, "NeuroIso").
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from neuromerge_hf.config import is_number
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.config import check_number
+from neuromerge_hf.engine.trimming import Trimming
 from neuromerge_hf.methods.neuromerging import NeuroMerging, NeuroMergingConfig
 from neuromerge_hf.options import option
 
@@ -29,12 +30,12 @@ class NeuroIsoConfig(NeuroMergingConfig):
         density: as in `NeuroMergingConfig`, for everything but linear layers.
         lambda_parallel: likewise.
         lambda_orthogonal: likewise.
-        scale: the weight of the merged change of linear layers, in mean singular values of their task vectors' sum.
-            "auto" keeps the length of the sum: the singular values become their root mean square.
+        scale: all singular values of a linear layer's merged change, as a share of the largest singular value of an
+            expert's change. It is the mean over the experts that change the layer.
         exclude: names of parameters to copy from the base, as shell patterns.
 
     Example:
-        >>> merge(["math", "code-lora"], "merged", base_model="base", config=NeuroIsoConfig()).method
+        >>> merge(["math", "code-lora"], "merged", base_model="base", config=NeuroIsoConfig(scale=0.3)).method
         'neuro_iso'
     """
 
@@ -43,34 +44,35 @@ class NeuroIsoConfig(NeuroMergingConfig):
     paper = "https://arxiv.org/abs/2502.04959"
     summary = """\
 NeuroIso adds up what the fine-tunes changed in each linear layer, and makes all singular values of the sum equal, as in
-Iso-C (Marczak et al., ICML 2025). Everything else is merged by NeuroMerging (Fang et al., EMNLP 2025)."""
+Iso-C (Marczak et al., ICML 2025), at a share of an expert's largest one. Everything else is merged by NeuroMerging
+(Fang et al., EMNLP 2025)."""
+    citation = None
     by_matrix = True
 
-    scale: float | Literal["auto"] = option("auto", "the weight of the change of linear layers: a number, auto (ours)")
+    scale: float = option(0.4, "the weight of the merged task vector")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale != "auto" and not is_number(self.scale):
-            raise MergeError(f'scale must be "auto" or a finite number, not {self.scale!r}.')
+        check_number("scale", self.scale)
+
+    def spectra(self, experts: int) -> int:
+        return 1 + experts // 8  # the largest singular value takes about an eighth of a spectrum's time
 
 
 class NeuroIso(NeuroMerging, config=NeuroIsoConfig):
-    """NeuroIso, fitted to what is not merged by matrices."""
+    """NeuroIso, with the thresholds of the experts and the lambdas for what is not merged by matrices."""
 
     config: NeuroIsoConfig
 
     @classmethod
     def fit(cls, config: NeuroMergingConfig, passes: Passes) -> NeuroMerging:
-        others = tuple(unit for unit in passes.work.units if not unit.by_matrix)
-        work = dataclasses.replace(passes.work, units=others)
-        return super().fit(config, dataclasses.replace(passes, work=work))
+        if any(not unit.by_matrix for unit in passes.work.merged):
+            return super().fit(config, passes)
+        return cls(config, [Trimming(0.0, 0.0, entries) for entries in passes.work.entries], by_length=1.0)
 
     def find_change(self, matrix: Matrix) -> Factors:
-        from neuromerge_hf.spectrum import flattened
+        from neuromerge_hf.spectrum import flattened, spectral_norm
 
-        directions, values = flattened(matrix.total())
-        if not len(values):
-            return directions.times(0.0)
-        if self.config.scale == "auto":
-            return directions.times(values.square().mean().sqrt().item())
-        return directions.times(self.config.scale * values.mean().item())
+        largest = [spectral_norm(task_vector) for task_vector in matrix.task_vectors()]
+        directions, _ = flattened(matrix.total())
+        return directions.times(self.config.scale * sum(largest) / len(largest))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference_methods
-from neuromerge_hf.spectrum import Factors, decorrelated, flattened, singular_triples
+from neuromerge_hf.spectrum import Factors, decorrelated, flattened, singular_triples, spectral_norm
 
 SHAPES = ((1, 1), (1, 7), (30, 30), (50, 20), (20, 50), (200, 64))
 modest = settings(deadline=None, max_examples=40, derandomize=True)
@@ -96,6 +96,23 @@ def test_no_change_stays_none(matrix: Tensor | Factors) -> None:
     assert not product(directions).any()
     assert not product(decorrelated([matrix, matrix], 2)).any()
     assert len(singular_triples(matrix).s) == 0
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (600, 400)])
+@pytest.mark.parametrize("smallest", [0.9, 1e-3])
+def test_the_spectral_norm_is_the_largest_singular_value(shape: tuple[int, int], smallest: float) -> None:
+    matrix = decaying(*shape, smallest=smallest, seed=3)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for each, tolerance in ((matrix, 1e-5), (noise, 1e-3)):  # noise has hardly a gap behind its largest value
+        want = torch.linalg.svdvals(each.double())[0].item()
+        assert spectral_norm(each) == pytest.approx(want, rel=tolerance)
+
+
+def test_the_spectral_norm_of_factors_is_that_of_their_product() -> None:
+    task = low_rank(60, 50, 5, seed=2)
+    for each in (task, product(task).float()):
+        assert spectral_norm(each) == pytest.approx(torch.linalg.matrix_norm(product(task), 2).item(), rel=1e-6)
+    assert spectral_norm(Factors(torch.zeros(4, 2), torch.ones(2, 3))) == spectral_norm(torch.zeros(4, 3)) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

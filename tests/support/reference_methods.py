@@ -167,6 +167,17 @@ def tsv(flat: Flat, matrices: Matrices, scale: float) -> Tensor:
     return by_matrix(flat, matrices, scale * average(flat), merge)
 
 
+def neuro_iso(flat: Flat, matrices: Matrices, others: State, scale: float) -> Tensor:
+    """`others` is the model that NeuroMerging gives."""
+
+    def merge(tasks: list[Tensor]) -> Tensor:
+        largest = [torch.linalg.svdvals(task)[0] for task in tasks if task.any()]
+        return scale * torch.stack(largest).mean() * flattened(torch.stack(tasks).sum(0))[0]
+
+    change = torch.cat([(others[name].double() - theta.double()).flatten() for name, theta in flat.base.items()])
+    return by_matrix(flat, matrices, change, merge)
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "average": average,
     "task_arithmetic": task_arithmetic,
@@ -175,4 +186,5 @@ METHODS: dict[str, Callable[..., Any]] = {
     "pcb": pcb,
     "iso_c": iso_c,
     "tsv": tsv,
+    "neuro_iso": neuro_iso,
 }
