@@ -55,8 +55,9 @@ class Scores:
         return max((list(accuracies) for accuracies in self.by_task.values()), key=len)
 
     def averages(self, kind: str, name: str, size: int | None = None) -> list[float]:
-        """Return the average over the first `size` tasks for each seed. The default is all tasks."""
-        return [mean(self.by_task[kind, seed, size or len(self.tasks), name].values()) for seed in self.seeds]
+        """Return the average over the first `size` tasks for each seed that has one. The default is all tasks."""
+        keys = [(kind, seed, size or len(self.tasks), name) for seed in self.seeds]
+        return [mean(self.by_task[key].values()) for key in keys if key in self.by_task]
 
     def _distinct(self, position: int) -> list[Any]:
         """Return the values at one position of the keys, in the order of the scores."""

@@ -11,10 +11,13 @@ from itertools import product
 from neuromerge_hf import (
     AverageConfig,
     DARETIESConfig,
+    IsoCConfig,
+    NeuroIsoConfig,
     NeuroMergingConfig,
     PCBConfig,
     TaskArithmeticConfig,
     TIESConfig,
+    TSVConfig,
 )
 from neuromerge_hf.config import MergeConfig
 
@@ -55,7 +58,7 @@ def _grid(method: str, densities: Sequence[float | None], scales: Sequence[float
     return tuple(Setting(method, density, scale) for density, scale in product(densities, scales))
 
 
-OURS = "neuromerging"
+OURS = "neuro_iso"
 METHODS = {
     "average": Method("average", lambda _: AverageConfig(), Setting("average", None, 1), ()),
     "task_arithmetic": Method(
@@ -95,5 +98,25 @@ METHODS = {
         lambda density: NeuroMergingConfig(density=density, lambda_orthogonal="length"),
         Setting("neuromerging_length", 1.0, 1),
         (),
+    ),
+    "iso_c": Method(
+        "Iso-C",
+        lambda _: IsoCConfig(),
+        Setting("iso_c", None, 1),
+        _grid("iso_c", [None], [0.7, 1, 1.4, 2, 2.8, 4]),
+    ),
+    "tsv": Method(
+        "TSV-M",
+        lambda _: TSVConfig(),
+        Setting("tsv", None, 1),
+        _grid("tsv", [None], [0.3, 0.5, 0.7, 1, 1.4, 2]),
+    ),
+    # Its scale was chosen on validation texts of encoders, and on validation prompts of a language model.
+    "neuro_iso": Method(
+        "NeuroIso",
+        lambda _: NeuroIsoConfig(),
+        Setting("neuro_iso", None, 1),
+        _grid("neuro_iso", [None], [0.5, 0.7, 0.85, 1, 1.25, 1.5]),
+        scale="share of the default scale",
     ),
 }

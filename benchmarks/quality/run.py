@@ -29,7 +29,10 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 SIZES = (2, 4, 6)
-STEPS = ("train", "validate", "test", "report")
+TUNED_SIZE = max(SIZES)
+"""The number of tasks for which methods are tuned. Tuning takes most of the time."""
+
+STEPS = ("train", "test", "validate", "tuned", "report")
 REFERENCES = (BASE, EXPERTS)
 DEFAULTS = tuple(method.default for method in METHODS.values())
 
@@ -45,26 +48,31 @@ def by_merge(setting: Setting) -> tuple[str, float, float]:
 
 
 def validation_jobs(families: Sequence[tuple[int, str]]) -> list[Job]:
-    """Return jobs for the references and all settings, for each number of tasks."""
+    """Return jobs for the references and all settings."""
     tried = {setting for method in METHODS.values() for setting in method.tried}
     settings = sorted({*REFERENCES, *DEFAULTS, *tried}, key=by_merge)
+    return [Job(kind, seed, TUNED_SIZE, setting, "validation") for seed, kind in families for setting in settings]
+
+
+def test_jobs(families: Sequence[tuple[int, str]]) -> list[Job]:
+    """Return jobs for the references and every method at its default, for each number of tasks."""
+    settings = sorted({*REFERENCES, *DEFAULTS}, key=by_merge)
     return [
-        Job(kind, seed, size, setting, "validation")
+        Job(kind, seed, size, setting, "test")
         for seed, kind in families
         for size in reversed(SIZES)
         for setting in settings
     ]
 
 
-def test_jobs(bench: Bench, families: Sequence[tuple[int, str]]) -> list[Job]:
-    """Return jobs for the references and every method, default and tuned, for each number of tasks."""
-    jobs = []
-    for seed, kind in families:
-        for size in reversed(SIZES):
-            tuned = [bench.best(kind, seed, size, method) for method in METHODS]
-            settings = sorted({*REFERENCES, *DEFAULTS, *tuned}, key=by_merge)
-            jobs += [Job(kind, seed, size, setting, "test") for setting in settings]
-    return jobs
+def tuned_jobs(bench: Bench, families: Sequence[tuple[int, str]]) -> list[Job]:
+    """Return jobs for every method with the setting that is best on the validation texts."""
+    return [
+        Job(kind, seed, TUNED_SIZE, bench.best(kind, seed, TUNED_SIZE, name), "test")
+        for seed, kind in families
+        for name, method in METHODS.items()
+        if method.tried
+    ]
 
 
 def write_validation(bench: Bench, path: Path) -> None:
@@ -84,9 +92,10 @@ def collect_scores(bench: Bench) -> Scores:
     answers: dict[tuple[str, int, str], list[Answers]] = defaultdict(list)
     for kind, seed, size in product(KINDS, SEEDS, SIZES):
         settings = {"base": BASE, "experts": EXPERTS} | {name: method.default for name, method in METHODS.items()}
-        for name in METHODS:
-            found.chosen[kind, seed, size, name] = bench.best(kind, seed, size, name)
-            settings[f"{name} tuned"] = found.chosen[kind, seed, size, name]
+        for name, method in METHODS.items():
+            if method.tried and size == TUNED_SIZE:
+                found.chosen[kind, seed, size, name] = bench.best(kind, seed, size, name)
+                settings[f"{name} tuned"] = found.chosen[kind, seed, size, name]
         for name, setting in settings.items():
             accuracies = bench.score(Job(kind, seed, size, setting, "test"))
             found.by_task[kind, seed, size, name] = {task: 100 * value for task, value in accuracies.items()}
@@ -121,12 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "train" in options.steps:
         for _ in tqdm(bench.train(families), "Training", total=len(families) * len(TASKS), unit="expert"):
             pass
+    if "test" in options.steps:
+        for job in tqdm(test_jobs(families), "Testing", unit="score"):
+            bench.score(job)
     if "validate" in options.steps:
         for job in tqdm(validation_jobs(families), "Validating", unit="score"):
             bench.score(job)
         write_validation(bench, options.results / VALIDATION)
-    if "test" in options.steps:
-        for job in tqdm(test_jobs(bench, families), "Testing", unit="score"):
+    if "tuned" in options.steps:
+        for job in tqdm(tuned_jobs(bench, families), "Testing tuned settings", unit="score"):
             bench.score(job)
     if "report" in options.steps:
         collect_scores(bench).save(options.results / FIGURES)

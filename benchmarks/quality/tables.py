@@ -40,8 +40,8 @@ def _differences(scores: Scores) -> Iterator[list[str]]:
     yield ["", *(f"{TITLES[kind]}, {size}" for kind, size in columns)]
     for name, title in _titles().items():
         if name not in (OURS, *REFERENCES):
-            found = [scores.differences[kind, size, name] for kind, size in columns]
-            yield [title, *(f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" for middle, low, high in found)]
+            found = [scores.differences.get((kind, size, name)) for kind, size in columns]
+            yield [title, *(f"{each[0]:+.1f} [{each[1]:+.1f}, {each[2]:+.1f}]" if each else "" for each in found)]
 
 
 def _titles() -> dict[str, str]:
@@ -57,7 +57,9 @@ def _sizes(scores: Scores) -> Iterator[list[str]]:
     columns = [(kind, size) for kind in scores.kinds for size in scores.sizes]
     yield ["", *(f"{TITLES[kind]}, {size}" for kind, size in columns)]
     for name, title in _titles().items():
-        yield [title, *(_spread(scores.averages(kind, name, size)) for kind, size in columns)]
+        found = [scores.averages(kind, name, size) for kind, size in columns]
+        if any(found):
+            yield [title, *map(_spread, found)]
 
 
 def _tasks(scores: Scores, kind: str) -> Iterator[list[str]]:
@@ -85,7 +87,7 @@ def _header(scores: Scores) -> list[str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.1f} ± {stdev(values):.1f}"
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if values else ""
 
 
 def _listed(numbers: Sequence[int]) -> str:
