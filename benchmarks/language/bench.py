@@ -38,6 +38,10 @@ class Job:
     setting: Setting
     split: Split
 
+    def file(self, folder: Path) -> Path:
+        """Return the file that keeps the score."""
+        return folder / "scores" / self.split / f"{self.kind}-{self.seed}-{self.size}-{self.setting}.json"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -67,8 +71,7 @@ class Bench:
 
     def score(self, job: Job) -> Result:
         """Return a score. Measure it if its file is missing."""
-        name = f"{job.kind}-{job.seed}-{job.size}-{job.setting}.json"
-        file = self.folder / "scores" / job.split / name
+        file = job.file(self.folder)
         if not file.is_file():
             result = self._measure(job)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +79,6 @@ class Bench:
             partial.write_text(json.dumps(asdict(result)))
             partial.rename(file)
         return Result(**json.loads(file.read_text()))
-
-    def best(self, kind: str, seed: int, size: int, method: str) -> Setting:
-        """Return the setting with the best validation score, or the default if the method is not tuned."""
-        tried = METHODS[method].tried or (METHODS[method].default,)
-        return max(tried, key=lambda setting: self.score(Job(kind, seed, size, setting, "validation")).average)
 
     def _measure(self, job: Job) -> Result:
         skills = list(SKILLS)[: job.size]
