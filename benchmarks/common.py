@@ -110,7 +110,16 @@ LOADING = [sys.executable, "-c", "from neuromerge_hf import merge"]
 def ours(name: str, models: Sequence[Path], base: Path, output: Path, density: float) -> Case:
     """Return a merge with neuromerge's command on the CPU, as a user runs it."""
     command = [str(Path(sys.executable).with_name("neuromerge")), "merge", *map(str, models), "--device", "cpu"]
-    command += ["--base-model", str(base), "--output", str(output), "--density", str(density)]
+    command += [
+        "--method",
+        "neuromerging",
+        "--base-model",
+        str(base),
+        "--output",
+        str(output),
+        "--density",
+        str(density),
+    ]
     return Case(
         name,
         command,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from neuromerge_hf.config import MergeConfig, config_class, default_config
+from neuromerge_hf.config import FIRST_METHOD, MergeConfig, config_class, default_config
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import check_names, option, pick
 from neuromerge_hf.version import __version__
@@ -59,7 +59,7 @@ class MergeSpec:
     config: MergeConfig = option(
         None,
         "the method and its hyper-parameters, such as `NeuroMergingConfig(density=0.2)`",
-        shown="NeuroMerging's defaults",
+        shown="NeuroIso's defaults",
         default_factory=default_config,
     )
     dtype: str = option("auto", "the dtype of the merged weights: float32, float16, bfloat16, or auto for the base's")
@@ -109,7 +109,7 @@ class MergeSpec:
         return cls(
             models=values["models"],
             base_model=values["base_model"],
-            config=config_class(values.get("method", default_config().method))(**values["config"]),
+            config=config_class(values.get("method", FIRST_METHOD))(**values["config"]),
             **{name: values[name] for name in cls._plain_names() if name in values},
         )
 

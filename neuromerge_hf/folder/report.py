@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuromerge_hf.config import DEFAULT_METHOD
+from neuromerge_hf.config import FIRST_METHOD
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.folder.parents import Parent
@@ -148,7 +148,7 @@ class MergeReport:
     tokenizer: str | None = None
     vocabulary: VocabularyReport | None = None
     diagnostics: Diagnostics | None = None
-    method: str = DEFAULT_METHOD
+    method: str = FIRST_METHOD
     settings: dict[str, Any] = field(default_factory=dict)
     tuned_on: str | None = None
     environment: dict[str, str] = field(default_factory=dict)

@@ -64,7 +64,7 @@ class NeuroMergingConfig(MergeConfig):
 NeuroMerging (Fang et al., EMNLP 2025) takes what each fine-tune changed in the base, its task vector, and keeps the
 largest entries of it. A neuron's change is then split into a part parallel to the neuron's old weights and a part
 orthogonal to them, and in each part a sign is elected where the fine-tunes disagree."""
-    citation = CITATION
+    citation: ClassVar[str | None] = CITATION
     own_rules: ClassVar[Mapping[str, str]] = {"lambda_orthogonal": "length"}
     by_neuron = True
     bytes_per_entry = 0

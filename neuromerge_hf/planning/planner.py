@@ -14,7 +14,7 @@ from neuromerge_hf.planning.costs import estimate
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
 from neuromerge_hf.planning.resolve import Resolved, ResolvedExpert, load_config, quantised_base_notes
-from neuromerge_hf.planning.units import make_units, resolve_dtype
+from neuromerge_hf.planning.units import for_method, make_units, resolve_dtype
 from neuromerge_hf.skeleton import Skeleton, model_class_of, skeleton_of
 from neuromerge_hf.sources.base import Base, open_base
 from neuromerge_hf.sources.expert import Expert
@@ -121,8 +121,9 @@ def with_config(plan: MergePlan, config: MergeConfig, tuned_on: str | None = Non
     """
     assert config.exclude == plan.config.exclude
     spec = dataclasses.replace(plan.spec, config=config, tuned_on=tuned_on)
-    costs = estimate(plan.units, plan.experts, config, plan.threads, plan.costs.bytes_to_download)
-    return dataclasses.replace(plan, spec=spec, costs=costs)
+    units = for_method(plan.units, config)
+    costs = estimate(units, plan.experts, config, plan.threads, plan.costs.bytes_to_download)
+    return dataclasses.replace(plan, spec=spec, units=units, costs=costs)
 
 
 def _load_expert_config(expert: ResolvedExpert, trust_remote_code: bool, problems: Problems) -> ResolvedExpert:

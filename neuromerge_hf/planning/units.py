@@ -1,7 +1,8 @@
 """The units of a merge: each stored tensor of the base is merged or copied."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -55,7 +56,6 @@ def make_units(
                 is_neuronal=merged and layout is not None,
                 task_vectors=tuple(vectors) if merged else (),
                 dtype=dtype if dtype and is_mergeable(tensor) else tensor.dtype,
-                by_matrix=merged and config.by_matrix and layout is not None and layout.matrix > 0,
             )
         )
     if problems:
@@ -65,7 +65,17 @@ def make_units(
             f"exclude={sorted(unused)} matches no parameter of {base.location}. "
             f"Its parameters have names such as {units[0].parameter}."
         )
-    return tuple(units)
+    return for_method(units, config)
+
+
+def for_method(units: Iterable[Unit], config: MergeConfig) -> tuple[Unit, ...]:
+    """Return the same units, with the matrices that the configuration's method merges whole."""
+    return tuple(
+        dataclasses.replace(
+            unit, by_matrix=config.by_matrix and bool(unit.task_vectors) and unit.is_neuronal and unit.layout.matrix > 0
+        )
+        for unit in units
+    )
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

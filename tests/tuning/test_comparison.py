@@ -54,7 +54,7 @@ def test_the_base_the_experts_and_each_method_are_evaluated(models: list[Path], 
     assert found.base.average == pytest.approx(output_score(load(base)), rel=1e-5)
     assert found.experts["math"].average == pytest.approx(output_score(load(math)), rel=1e-5)
     assert found.experts["code"].average == pytest.approx(output_score(load_adapted(base, code)), rel=1e-5)
-    for name in ("neuromerging", "pcb"):
+    for name in ("neuromerging", "pcb", "neuro_iso", "tsv"):
         merge([math, code], tmp_path / name, base_model=base, config=config_class(name)(), **CPU)
         assert found.methods[name].average == output_score(load(tmp_path / name))
 
