@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +72,19 @@ class Skeleton:
             if owner != name:
                 ties[name] = owner
         return ties
+
+    @cached_property
+    def pooling_layer(self) -> frozenset[str]:
+        """The parameters that a model of this class lacks if it was made with ``add_pooling_layer=False``.
+
+        This argument is not part of the configuration. The set is empty for a class that does not have it.
+        """
+        if "add_pooling_layer" not in inspect.signature(self.model_class).parameters:
+            return frozenset()
+        make: Any = self.model_class
+        with torch.device("meta"):
+            without = make(copy.deepcopy(self.model.config), add_pooling_layer=False)
+        return frozenset(self.shapes.keys() - without.state_dict().keys())
 
     @property
     def backbone_prefix(self) -> str | None:

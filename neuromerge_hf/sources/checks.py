@@ -49,10 +49,14 @@ def stored_form(tensors: Mapping[str, StoredTensor], refs: Mapping[str, Paramete
 
 
 def missing_parameter(skeleton: Skeleton, refs: Mapping[str, ParameterRef | None]) -> str | None:
-    """The first parameter of a model class that no tensor of a checkpoint holds; None if all are there."""
+    """The first parameter of a model class that no tensor of a checkpoint holds; None if all are there.
+
+    The pooling layer is not missing if all of it is: the model can have been made without one.
+    """
     stored = {parameter for ref in refs.values() if ref is not None for parameter in (ref.parameter, *ref.also)}
     parameters = (parameter for parameter, _ in skeleton.model.named_parameters())
-    return next((name for name in parameters if skeleton.ties.get(name, name) not in stored), None)
+    missing = [name for name in parameters if skeleton.ties.get(name, name) not in stored]
+    return missing[0] if missing and set(missing) != skeleton.pooling_layer else None
 
 
 def mismatch(name: str, base: StoredTensor, theirs: StoredTensor, skeleton: Skeleton, ref: ParameterRef) -> str:

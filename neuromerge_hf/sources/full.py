@@ -1,6 +1,8 @@
 """Experts that are full checkpoints."""
 
-from transformers import PretrainedConfig
+from collections.abc import Mapping
+
+from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.errors import MergeError, abridged
 from neuromerge_hf.skeleton import ParameterRef, Skeleton, model_class_of, skeleton_of
@@ -14,6 +16,7 @@ from neuromerge_hf.sources.untying import missing_copies, renamed, separable
 from neuromerge_hf.storage.files import CHECKPOINT_FILES
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor
+from neuromerge_hf.text import listed
 
 
 def check_architecture(
@@ -95,7 +98,10 @@ def open_full(
     tensors = location.open_weights(main)
     own_refs = skeleton.refs(tensors)
     tensors = without_tied_copies(tensors, own_refs)
-    check_complete(location, skeleton, tensors, own_refs, main)
+    try:
+        check_complete(location, skeleton, tensors, own_refs, main)
+    except MergeError as error:
+        raise MergeError(f"{error}{_unnamed_class_advice(config, model_class)}") from error
     for copy, original in missing_copies(tensors, base.skeleton, base.copies).items():
         tensors[copy], own_refs[copy] = renamed(tensors[original], copy), own_refs[original]
     tensors, base_refs, computed = to_base_form(tensors, base.skeleton.refs(tensors), base, main)
@@ -131,4 +137,36 @@ def open_full(
         Head(config, head) if head else None,
         ignored,
         computed,
+        _notes(location, skeleton, base, task_vectors),
     )
+
+
+def _unnamed_class_advice(config: PretrainedConfig, assumed: type[PreTrainedModel]) -> str:
+    """The end of an error message for a checkpoint whose configuration names no class that transformers knows."""
+    named = next(iter(config.architectures or ()), None)
+    if named == assumed.__name__:
+        return ""
+    names = f"names {named}, which transformers does not know" if named else "names no class"
+    return (
+        f' Its config.json {names} ("architectures"), so it was taken for a {assumed.__name__}. If it was trained as a '
+        "class that lacks this parameter, name that class there."
+    )
+
+
+def _notes(
+    location: Location, skeleton: Skeleton, base: Base, task_vectors: Mapping[ParameterRef, TaskVector]
+) -> list[str]:
+    """A note that names the base's parameters which an expert's model lacks; an empty list if it lacks none."""
+    refs = {name: ref for name in base.tensors if (ref := base.refs[name]) and is_mergeable(base.tensors[name])}
+    own = skeleton.refs(refs)
+    lacked = [
+        ref.parameter
+        for name, ref in sorted(refs.items())
+        if ref not in task_vectors and ((known := own[name]) is None or known.parameter in skeleton.pooling_layer)
+    ]
+    if not lacked:
+        return []
+    return [
+        f"{location.public_name}, a {skeleton.model_class.__name__}, was trained without {listed(lacked)}: it does not "
+        "change what the base has there."
+    ]
