@@ -6,6 +6,7 @@ from typing import Any
 from neuromerge_hf.folder.results import BASE, MERGED, Result
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.markdown import code, escaped, table
+from neuromerge_hf.options import options_of
 from neuromerge_hf.spec import MergeSpec
 
 SHOWN = 8
@@ -40,6 +41,7 @@ def settings(card: MergeCard) -> str:
     default = MergeSpec(models=spec.models, config=type(spec.config)())
     names = ("dtype", "tokenizer", "chat_template", "merge_heads")
     values = {**spec.config.to_dict(), **{name: getattr(spec, name) for name in names}}
+    unset = {each.name: each.shown for each in options_of(type(spec.config)) if each.shown}
     defaults = {**default.config.to_dict(), **{name: getattr(default, name) for name in names}}
     rows = []
     for name, value in values.items():
@@ -48,7 +50,8 @@ def settings(card: MergeCard) -> str:
         used = f", which gave {given:.4g}" if is_rule else ""
         if value == card.method.own_rules.get(name, ...):
             used = f" (a rule of neuromerge_hf, not the paper's){used}"
-        rows.append([code(name), f"{_setting(value)}{used}", "default" if value == defaults[name] else "chosen"])
+        shown = unset.get(name, "none") if value is None else _setting(value)
+        rows.append([code(name), f"{shown}{used}", "default" if value == defaults[name] else "chosen"])
     return table(["hyper-parameter", "value", ""], rows)
 
 

@@ -1,9 +1,8 @@
 """The base class of the methods' configurations, and the table of the methods."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, ClassVar, TypeGuard
 
@@ -98,11 +97,22 @@ class MergeConfig:
         """How many spectra a matrix needs that so many experts change, if the configuration has `by_matrix`."""
         return 1
 
+    def expert_weights(self, experts: int) -> tuple[float, ...]:
+        """Return the weight of each expert in a mean that is not the method's own: of heads, and of new tokens' rows.
+
+        Args:
+            experts: the number of experts. Planning calls this, so a method that needs a certain number can refuse it.
+
+        Raises:
+            MergeError: if the configuration does not fit this number.
+        """
+        return (1.0,) * experts
+
     def to_dict(self) -> dict[str, Any]:
         """Return the values as plain Python objects, for YAML or JSON."""
-        values = dataclasses.asdict(self)
-        del values["exclude"]
-        return {**values, "exclude": list(self.exclude)}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        exclude = values.pop("exclude")
+        return {**values, "exclude": exclude}
 
 
 def config_class(method: object) -> type[MergeConfig]:
@@ -142,6 +152,18 @@ def check_number(name: str, value: object) -> None:
     """Raise a `MergeError` unless `value`, of the hyper-parameter `name`, is a finite number."""
     if not is_number(value):
         raise MergeError(f"{name} must be a finite number, not {value!r}.")
+
+
+def check_weights(name: str, weights: object) -> tuple[float, ...]:
+    """Return the weights of a mean as a tuple.
+
+    Raises:
+        MergeError: unless they are finite numbers above 0.
+    """
+    values = tuple(weights) if isinstance(weights, list | tuple) else ()
+    if not values or not all(is_number(value) and value > 0 for value in values):
+        raise MergeError(f"{name} must be numbers above 0, such as (1, 2, 3), not {weights!r}.")
+    return values
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
+from neuromerge_hf.config import is_number
 from neuromerge_hf.options import options_of
 from neuromerge_hf.spec import MergeSpec, Runtime
 
@@ -22,6 +23,9 @@ def merge_command(spec: MergeSpec, runtime: Runtime, target: Path) -> str:
             if value != option.default and option.name not in ("config", *SECRET):
                 settings[option.name] = value
     for name, value in settings.items():
-        for each in value if isinstance(value, list | tuple) else [value]:
+        values = value if isinstance(value, list | tuple) else [value]
+        if value and all(map(is_number, values)):  # the weights of a mean are one option, and patterns are several
+            values = [",".join(map(str, values))]
+        for each in values:
             words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
     return shlex.join(words)

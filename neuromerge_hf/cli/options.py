@@ -102,8 +102,8 @@ def _parser(type: Any) -> dict[str, Any]:
 
 
 def _kind(type: Any) -> Any:
-    """The type of an option on the command line: a list of strings for a tuple, a string for several types."""
+    """The type of an option on the command line: a list of strings for a tuple, else a string unless it is plain."""
     if get_origin(type) is tuple:
         return list[str]
     kinds = [each for each in get_args(type) if each is not None.__class__]
-    return (kinds[0] if len(kinds) == 1 else str) if kinds else type
+    return (kinds[0] if len(kinds) == 1 and get_origin(kinds[0]) is None else str) if kinds else type

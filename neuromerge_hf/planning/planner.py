@@ -57,6 +57,7 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
     watch_inputs(*resolved.locations)
     dtype = problems.attempt(partial(resolve_dtype, spec.dtype))
     problems.attempt(partial(Method.of, spec.config))
+    problems.attempt(partial(spec.config.expert_weights, len(spec.models)))
     if target:
         problems.attempt(partial(check_inputs_stay, target, resolved.locations))
     experts = [_load_expert_config(expert, trust_remote_code, problems) for expert in resolved.experts]
@@ -96,10 +97,11 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
     assert units is not None
 
     head = None
+    weights = spec.config.expert_weights(len(opened))
     if alignment:
-        base, opened = align(base, opened, alignment)
+        base, opened = align(base, opened, alignment, weights)
     if spec.merge_heads:
-        opened, head = merge_heads(opened)
+        opened, head = merge_heads(opened, weights)
     if alignment or head:
         units = make_units(base, opened, spec.config, dtype) + (head.units(dtype) if head else ())
     if not any(unit.task_vectors for unit in units):
@@ -111,15 +113,20 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
     return MergePlan(spec, base, tuple(opened), units, choice, costs, head, tuple(downloaded), threads)
 
 
+def can_share_plan(one: MergeConfig, other: MergeConfig, experts: int) -> bool:
+    """Return whether the plan of a merge is the same with two configurations."""
+    return one.exclude == other.exclude and one.expert_weights(experts) == other.expert_weights(experts)
+
+
 def with_config(plan: MergePlan, config: MergeConfig, tuned_on: str | None = None) -> MergePlan:
     """Return the plan with another configuration.
 
     Args:
         plan: the plan to change.
-        config: the new configuration. Its `exclude` must be the same.
+        config: the new configuration. Its `exclude` and its `expert_weights` must be the same.
         tuned_on: the data on which the hyper-parameters were chosen.
     """
-    assert config.exclude == plan.config.exclude
+    assert can_share_plan(config, plan.config, len(plan.experts))
     spec = dataclasses.replace(plan.spec, config=config, tuned_on=tuned_on)
     units = for_method(plan.units, config)
     costs = estimate(units, plan.experts, config, plan.threads, plan.costs.bytes_to_download)

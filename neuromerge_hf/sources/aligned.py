@@ -22,11 +22,13 @@ class AlignedVector:
             because the base can have a token in another row than the expert.
         layout: the layout of the expert's own tensor; one row if the parameter is 1-D.
         rows: (rows,) int64, the expert's row for each row of the other vocabulary, or -1.
+        weight: the weight of the expert in the mean that replaces a row which the base lacks.
     """
 
     vector: TaskVector
     layout: Layout
     rows: Tensor
+    weight: float = 1.0
 
     @property
     def file(self) -> str:
@@ -118,11 +120,11 @@ class AlignedTensor:
             out[here[0] - start : here[1] - start] = new[here[0] - skipped : here[1] - skipped]
 
     def _mean(self, start: int, stop: int, width: int) -> Tensor:
-        total, count = torch.zeros(stop - start, width), torch.zeros(stop - start, 1)
+        total, shares = torch.zeros(stop - start, width), torch.zeros(stop - start, 1)
         for expert in self.experts:
-            total += expert.weights(start, stop)
-            count += (expert.rows[start:stop] >= 0).unsqueeze(1)
-        return total / count.clamp(min=1)
+            total.add_(expert.weights(start, stop), alpha=expert.weight)
+            shares.add_((expert.rows[start:stop] >= 0).unsqueeze(1).float(), alpha=expert.weight)
+        return total / shares.where(shares > 0, 1.0)
 
 
 def runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:

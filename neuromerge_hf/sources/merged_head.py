@@ -21,10 +21,11 @@ from neuromerge_hf.storage.tensors import StoredTensor
 
 @dataclass(frozen=True)
 class MeanTensor:
-    """The mean of tensors of one shape, in the dtype that their dtypes promote to."""
+    """The weighted mean of tensors of one shape, in the dtype that their dtypes promote to."""
 
     name: str
     tensors: tuple[StoredTensor, ...]
+    weights: tuple[float, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,7 +49,7 @@ class MeanTensor:
             MergeError: if a weight is NaN or infinite.
         """
         total = torch.zeros(stop - start, dtype=torch.float64)
-        for tensor in self.tensors:
+        for tensor, weight in zip(self.tensors, self.weights, strict=True):
             own = torch.empty(stop - start, dtype=tensor.dtype)
             tensor.read(start, stop, own)
             if not own.isfinite().all():
@@ -56,8 +57,8 @@ class MeanTensor:
                     f"{tensor.name} holds a NaN or an infinity ({tensor.path}). A damaged model cannot be merged: "
                     "train or download it again, or leave it out."
                 )
-            total += own
-        out.copy_(total / len(self.tensors))
+            total.add_(own, alpha=weight)
+        out.copy_(total / sum(self.weights))
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,12 @@ class MergedHead:
         )
 
 
-def merge_heads(experts: Sequence[Expert]) -> tuple[list[Expert], MergedHead | None]:
+def merge_heads(experts: Sequence[Expert], weights: Sequence[float]) -> tuple[list[Expert], MergedHead | None]:
     """Merge the experts' heads by their mean.
+
+    Args:
+        experts: the experts, with or without heads.
+        weights: the weight of each expert's head in the mean.
 
     Returns:
         The experts without their heads, and the merged head; None if no expert has a head.
@@ -92,6 +97,7 @@ def merge_heads(experts: Sequence[Expert]) -> tuple[list[Expert], MergedHead | N
         MergeError: if the heads differ in class, shapes or labels, or are not floating-point.
     """
     owners = [(expert, expert.head) for expert in experts if expert.head]
+    shares = tuple(weight for expert, weight in zip(experts, weights, strict=True) if expert.head)
     if not owners:
         return list(experts), None
     (first, head), *others = owners
@@ -106,7 +112,9 @@ def merge_heads(experts: Sequence[Expert]) -> tuple[list[Expert], MergedHead | N
         )
     if problems:
         raise MergeError([f"The heads cannot be merged: {problem} Leave merge_heads out." for problem in problems])
-    tensors = {name: MeanTensor(name, tuple(theirs.tensors[name] for _, theirs in owners)) for name in head.tensors}
+    tensors = {
+        name: MeanTensor(name, tuple(theirs.tensors[name] for _, theirs in owners), shares) for name in head.tensors
+    }
     labels = {"id2label": head.config.id2label, "label2id": head.config.label2id}
     return [dataclasses.replace(expert, head=None) for expert in experts], MergedHead(architectures[0], tensors, labels)
 

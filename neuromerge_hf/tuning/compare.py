@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from neuromerge_hf.loading.heads import load_with_head
 from neuromerge_hf.methods.task_arithmetic import TaskArithmeticConfig
 from neuromerge_hf.options import with_options
 from neuromerge_hf.planning.plan import MergePlan
-from neuromerge_hf.planning.planner import plan_with_weights, with_config
+from neuromerge_hf.planning.planner import can_share_plan, plan_with_weights, with_config
 from neuromerge_hf.planning.preflight import check_settings
 from neuromerge_hf.planning.resolve import ResolvedExpert, resolve
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
@@ -83,9 +84,13 @@ def compare_methods(
         except OSError as error:
             raise MergeError(f"The folder {target} cannot be made: {error.strerror}. Choose another one.") from error
     configs = {label_of(config): config for config in methods or [config() for config in config_classes()]}
-    spec, runtime, others = split_options(models, {**options, "config": TaskArithmeticConfig(scale=0.0)})
+    unmerged = TaskArithmeticConfig(scale=0.0)
+    spec, runtime, others = split_options(models, {**options, "config": unmerged})
     others |= {"trust_remote_code": True} if runtime.trust_remote_code else {}
-    resolved = resolve(spec, runtime.token, check_settings(spec, runtime))
+    problems = check_settings(spec, runtime)
+    for config in configs.values():
+        problems.attempt(partial(config.expert_weights, len(spec.models)))
+    resolved = resolve(spec, runtime.token, problems)
     progress = tqdm(total=1 + len(spec.models) + len(configs), desc="Comparing", name="neuromerge_hf.comparison")
 
     with tempfile.TemporaryDirectory(prefix="neuromerge-", dir=work_dir) as folder, progress:
@@ -114,12 +119,16 @@ def compare_methods(
             chosen = dataclasses.replace(resolved, experts=tuple(experts))
             return plan_with_weights(dataclasses.replace(spec, config=config), runtime, chosen, Path(folder, "merged"))
 
-        full_plan = planned(TaskArithmeticConfig(scale=0.0))
+        full_plan = planned(unmerged)
         base = evaluated(full_plan)
         alone = TaskArithmeticConfig(scale=1.0)
         experts = {expert.name: evaluated(planned(alone, [expert])) for expert in resolved.experts}
         merges = {
-            label: evaluated(with_config(full_plan, config) if not config.exclude else planned(config))
+            label: evaluated(
+                with_config(full_plan, config)
+                if can_share_plan(config, unmerged, len(spec.models))
+                else planned(config)
+            )
             for label, config in configs.items()
         }
     for name, scores in {**experts, **merges}.items():

@@ -91,11 +91,19 @@ class AlignedRows:
     experts: tuple[AlignedVector, ...] = ()
 
 
-def align(base: Base, experts: Sequence[Expert], alignment: Alignment) -> tuple[Base, list[Expert]]:
+def align(
+    base: Base, experts: Sequence[Expert], alignment: Alignment, weights: Sequence[float]
+) -> tuple[Base, list[Expert]]:
     """Bring the rows of all vocabulary parameters of the base and the experts into the order of the target.
 
     A row that the base lacks becomes the mean over the experts that have it. An expert has a task vector only in the
     rows of tokens that both it and the base have.
+
+    Args:
+        base: the base.
+        experts: the experts.
+        alignment: the vocabularies of all models and of the target.
+        weights: the weight of each expert in the mean.
 
     Raises:
         MergeError: if an expert's embeddings cannot be read in another order, or no model has a row for a token.
@@ -120,13 +128,14 @@ def align(base: Base, experts: Sequence[Expert], alignment: Alignment) -> tuple[
                     problems.append(_not_stored(expert, ref, token))
                 if vector is None:  # its new tokens use the base's padding, which it leaves unchanged
                     vector = Difference(base.tensors[name], layout)
-                    given.append(AlignedVector(vector, layout, rows.where(new & (rows < alignment.base.rows), -1)))
+                    own = rows.where(new & (rows < alignment.base.rows), -1)
+                    given.append(AlignedVector(vector, layout, own, weights[number]))
                     continue
             if vector is None:
                 continue
             if not torch.equal(rows, numbers) or not torch.equal(base_rows, numbers):
                 vectors[number][ref] = AlignedVector(vector, layout, rows.where(base_rows >= 0, -1))
-                given.append(AlignedVector(vector, layout, rows.where(base_rows < 0, -1)))
+                given.append(AlignedVector(vector, layout, rows.where(base_rows < 0, -1), weights[number]))
         lacking = base_rows < 0
         for source in given:
             lacking &= source.rows < 0

@@ -1,5 +1,6 @@
 """The methods that NeuroMerging is compared with: against their definitions written out directly, on whole models."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ CPU = {"device": "cpu", "threads": 1}
 
 CONFIGURATIONS = {
     "average": AverageConfig(),
+    "average 1 2 5": AverageConfig(weights=(1, 2, 5)),
     "task arithmetic": TaskArithmeticConfig(),
     "task arithmetic 0.7": TaskArithmeticConfig(scale=0.7),
     "ties": TIESConfig(),
@@ -318,6 +320,7 @@ def test_the_plan_counts_the_passes(config: MergeConfig, passes: int, models: li
     ("options", "config"),
     [
         ("--method average", AverageConfig()),
+        ("--method average --weights 0.2,0.3,0.5", AverageConfig(weights=(0.2, 0.3, 0.5))),
         ("--method task_arithmetic --scale 0.3", TaskArithmeticConfig(scale=0.3)),
         ("--method ties --density 0.5 --scale 0.9", TIESConfig(density=0.5, scale=0.9)),
         ("--method dare_ties --drop-rate 0.5 --seed 7", DARETIESConfig(drop_rate=0.5, seed=7)),
@@ -370,8 +373,11 @@ def test_options_of_other_methods_are_refused(options: str, message: str, models
         (IsoCConfig, "scale", float("inf")),
         (TSVConfig, "scale", "auto"),
         (AverageConfig, "exclude", "lm_head"),
+        (AverageConfig, "weights", (1, 0)),
+        (AverageConfig, "weights", ()),
+        (AverageConfig, "weights", 0.5),
     ],
 )
 def test_a_setting_out_of_range_is_refused(method: type[MergeConfig], setting: str, value: object) -> None:
-    with pytest.raises(MergeError, match=rf"^{setting} must be .*not {value!r}"):
+    with pytest.raises(MergeError, match=rf"^{setting} must be .*not {re.escape(repr(value))}"):
         method(**{setting: value})

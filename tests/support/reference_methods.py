@@ -45,8 +45,9 @@ class Flat:
         }
 
 
-def average(flat: Flat) -> Tensor:
-    return flat.task_vectors.double().mean(0)
+def average(flat: Flat, weights: list[float] | None = None) -> Tensor:
+    shares = torch.tensor(weights or [1.0] * len(flat.task_vectors), dtype=torch.float64)
+    return shares / shares.sum() @ flat.task_vectors.double()
 
 
 def task_arithmetic(flat: Flat, scale: float) -> Tensor:
