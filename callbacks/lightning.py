@@ -46,7 +46,8 @@ class NeuroMergeCallback(MergingCallback, Callback):
         """Check the arguments.
 
         Args:
-            models: the other experts, as in `neuromerge_hf.merge`. The list may be empty with `checkpoints`.
+            models: the other experts, as in `neuromerge_hf.merge`. It may be empty with `checkpoints` or
+                `average_checkpoints`.
             attribute: the path of the model in the LightningModule ("model", "net.encoder"), if it has several models.
             best_weights: merge the best weights of the `ModelCheckpoint`, not the last ones.
             base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.

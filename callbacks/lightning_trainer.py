@@ -44,6 +44,8 @@ class LightningTraining:
         self.metric = monitored.monitor if monitored else "val_loss"
         self.greater_is_better = monitored is not None and monitored.mode == "max"
         self.saves = self.keeps_checkpoints = bool(trainer.checkpoint_callbacks)
+        numbers = [callback.save_top_k for callback in trainer.checkpoint_callbacks]
+        self.kept = None if -1 in numbers else sum(numbers)
 
     def save(self) -> Path:
         """Save the model and return its folder. Every process must call this."""

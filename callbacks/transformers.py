@@ -29,7 +29,8 @@ class NeuroMergeCallback(MergingCallback, TrainerCallback):
         """Check the arguments.
 
         Args:
-            models: the other experts, as in `neuromerge_hf.merge`. The list may be empty with `checkpoints`.
+            models: the other experts, as in `neuromerge_hf.merge`. It may be empty with `checkpoints` or
+                `average_checkpoints`.
             trainer: the Trainer that the callback is added to. Without this argument, the callback looks for it in the
                 call stack, because events do not name their trainer.
             base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.

@@ -46,6 +46,8 @@ class TrainerTraining:
         self.saves_itself = "FULL" in str(fsdp.state_dict_type) if fsdp else self.model is trainer.model
         self.saves = trainer.args.save_strategy != SaveStrategy.NO
         self.keeps_checkpoints = self.saves and self.saves_itself
+        limit = trainer.args.save_total_limit
+        self.kept = limit if limit and limit > 0 else None
         self.evaluates = trainer.eval_dataset is not None
         metric = trainer.args.metric_for_best_model
         self.metric = f"eval_{(metric or 'loss').removeprefix('eval_')}"

@@ -42,7 +42,8 @@ class MergingCallback:
         """Check the arguments.
 
         Args:
-            models: the other experts, as in `neuromerge_hf.merge`. The list may be empty with `checkpoints`.
+            models: the other experts, as in `neuromerge_hf.merge`. It may be empty with `checkpoints` or
+                `average_checkpoints`.
             base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.
                 transformers notes no revision: pass ``id@revision`` if it was loaded at one.
             **options: the fields of `CallbackSettings`, `MergeSpec` and `Runtime`.

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -11,8 +11,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from neuromerge_hf.api import merge_spec, plan_spec
+from neuromerge_hf.callbacks.common.average import (
+    AVERAGED,
+    average_alone,
+    average_as_expert,
+    check_averages_alone,
+    length_of,
+)
+from neuromerge_hf.callbacks.common.checks import check_training, why_not_evaluated
 from neuromerge_hf.callbacks.common.command import merge_command
-from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_process
+from neuromerge_hf.callbacks.common.processes import on_first_process
 from neuromerge_hf.callbacks.common.publish import check_access, publish
 from neuromerge_hf.callbacks.common.settings import CallbackSettings, When
 from neuromerge_hf.callbacks.common.trained_model import (
@@ -21,13 +29,15 @@ from neuromerge_hf.callbacks.common.trained_model import (
     expert_folder,
     find_base,
     save_outline,
+    save_task_config,
 )
 from neuromerge_hf.callbacks.common.training import TRAINED, Training
 from neuromerge_hf.callbacks.common.tune import check_metric, check_tunable, tune
-from neuromerge_hf.callbacks.common.weights import merged_weights, network_of, preserved_random_state
+from neuromerge_hf.callbacks.common.weights import merged_weights, preserved_random_state
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import RECIPE_NAME
+from neuromerge_hf.methods.average import AverageConfig
 from neuromerge_hf.spec import MergeSpec, Runtime
 
 logger = logging.getLogger(__name__)
@@ -55,12 +65,25 @@ class MergeRun:
     failures: list[MergeError] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_tunable(self.spec.config, self.settings.tune)
-        if not self.spec.models and self.settings.checkpoints is None:
+        check_tunable(AverageConfig() if self._averages_alone else self.spec.config, self.settings.tune)
+        if self._averages_alone:
+            check_averages_alone(self.spec)
+        elif not self.spec.models and self.settings.checkpoints is None:
             raise MergeError(
                 "There is nothing to merge the trained model with. Name other experts of its base, or pass "
-                'checkpoints="all" to merge it with the checkpoints of its own training.'
+                'checkpoints="all" to merge it with the checkpoints of its own training, or average_checkpoints=3 to '
+                "average it with the last two."
             )
+        if self.settings.checkpoints is not None and getattr(self.spec.config, "weights", None):
+            raise MergeError(
+                "The weights of an average need a fixed number of experts, which checkpoints= does not give. Average "
+                "the checkpoints with average_checkpoints=(...), their weights, instead."
+            )
+
+    @property
+    def _averages_alone(self) -> bool:
+        """Whether the result is the average of this training's models, without other experts."""
+        return self.settings.window is not None and not self.spec.models
 
     @property
     def when(self) -> When:
@@ -75,18 +98,11 @@ class MergeRun:
         """
         self.failures.clear()
         self.base = find_base(training.model, self.spec.base_model, training.folder)
-        if self.settings.checkpoints and not training.keeps_checkpoints:
-            raise MergeError("This training saves no checkpoints that can be merged. Let it, or leave checkpoints out.")
-        if self.when == "save" and not training.saves:
-            raise MergeError('This training saves no checkpoints to be merged. Let it, or merge when="epoch".')
-        saved = (training.folder / TRAINED).resolve()
+        check_training(training, self.settings)
+        saved = [(training.folder / name).resolve() for name in (TRAINED, AVERAGED)]
         for model in (self.base, *self.spec.models):
-            if Path(model).expanduser().resolve().is_relative_to(saved):
+            if any(Path(model).expanduser().resolve().is_relative_to(folder) for folder in saved):
                 raise MergeError(f"{model} would be overwritten: this training saves its model there. Move it away.")
-        if self.settings.tune and (reason := _why_not_tuned(training)):
-            raise MergeError(f"The lambdas cannot be tuned. {reason}")
-        if self.settings.evaluate and (reason := _why_not_evaluated(training)):
-            logger.warning("The merged model will not be evaluated. %s Pass evaluate=False if you know.", reason)
         self.base = on_first_process(partial(self._plan, training))
         if self.settings.tune:
             with preserved_random_state():
@@ -109,7 +125,11 @@ class MergeRun:
             if not experts:
                 return self.base
             try:
-                plan = plan_spec(self._spec(experts), target, self._runtime(target))
+                if self.settings.window and len(experts) > len(self.spec.models):
+                    averaged = target if self._averages_alone else training.folder / AVERAGED
+                    plan = plan_spec(self._average([Path(experts[0])]), averaged, self._runtime(averaged))
+                if not self._averages_alone:
+                    plan = plan_spec(self._spec(experts), target, self._runtime(target))
                 if not training.sharded:
                     check_related(training.model, plan)
             except MergeError as error:
@@ -139,42 +159,86 @@ class MergeRun:
         Raises:
             MergeError: if one of these steps fails. The message says where the models are and how to resume.
         """
-        expert = expert_folder(training.model, trained)
+        saved = expert_folder(training.model, trained)
         target = self._target(training)
         with preserved_random_state():
-            on_first_process(partial(self._merge, expert, training, target))
-            metrics = self._evaluate(training, expert.name, target)
+            expert = on_first_process(partial(self._merge, saved, training, target))
+            metrics = self._evaluate(training, expert, target)
             repo_id = self._repo_id(training) if self.settings.push_to_hub else None
             on_first_process(partial(publish, target, metrics, repo_id, self._push_options(training)))
 
-    def _merge(self, expert: Path, training: Training, target: Path) -> None:
-        experts = [*map(str, [expert, *self._checkpoints(training)]), *self.spec.models]
-        spec, runtime = self._spec(experts), self._runtime(target)
-        command = merge_command(spec, runtime, target)
-        with _errors_explained(f"The trained model is saved in {expert}, but it could not be merged", command):
-            if len(experts) == 1:
-                raise MergeError("There is no other expert, and no checkpoint but the trained model itself.")
-            if self.settings.tune:
-                tune(training, spec, runtime, target, self.settings.tune)
-            else:
-                merge_spec(spec, target, runtime)
+    def _merge(self, trained: Path, training: Training, target: Path) -> Path:
+        """Merge, and return the folder of the expert that this training gives: the trained model, or the average."""
+        checkpoints = self._checkpoints(training)
+        if not checkpoints and not self.spec.models:
+            raise MergeError(
+                f"The trained model is saved in {trained}, but it could not be merged: there is no other expert, and "
+                "no checkpoint but the trained model itself."
+            )
+        if self.settings.window is None:
+            self._merge_experts([trained, *checkpoints], trained, training, target)
+            return trained
+        models = [*checkpoints, trained]
+        if len(models) < length_of(self.settings.window):
+            logger.warning("%d models are averaged: the training saved no more checkpoints.", len(models))
+        for model in models:
+            save_task_config(training.model, model)
+        averaged = target if self._averages_alone else training.folder / AVERAGED
+        self._carry_out(self._average(models), averaged, trained)
+        if self._averages_alone:
+            return trained
+        self._merge_experts([averaged], trained, training, target)
+        return averaged
 
-    def _evaluate(self, training: Training, expert: str, target: Path) -> dict[str, dict[str, float]]:
-        """The metrics of the merged and of the trained model, by the model's name; empty if not evaluated."""
-        if not self.settings.evaluate or _why_not_evaluated(training):
+    def _merge_experts(self, own: Sequence[Path], trained: Path, training: Training, target: Path) -> None:
+        """Merge the experts that this training gives with the others."""
+        spec = self._spec([*map(str, own), *self.spec.models])
+        if self.settings.tune:
+            with self._explained(spec, target, trained):
+                tune(training, spec, self._runtime(target), target, self.settings.tune)
+        else:
+            self._carry_out(spec, target, trained)
+
+    def _carry_out(self, spec: MergeSpec, target: Path, trained: Path) -> None:
+        with self._explained(spec, target, trained):
+            merge_spec(spec, target, self._runtime(target))
+
+    def _explained(self, spec: MergeSpec, target: Path, trained: Path) -> AbstractContextManager[None]:
+        command = merge_command(spec, self._runtime(target), target)
+        return _errors_explained(f"The trained model is saved in {trained}, but it could not be merged", command)
+
+    def _evaluate(self, training: Training, expert: Path, target: Path) -> dict[str, dict[str, float]]:
+        """The metrics of the merged model and of this training's expert, by name; empty if not evaluated."""
+        if not self.settings.evaluate or why_not_evaluated(training):
             return {}
         with _errors_explained(f"The merged model is saved in {target}, but it could not be evaluated"):
-            trained = training.evaluate_trained()
-            if not trained:
+            own = training.evaluate_trained()
+            if not own:
                 return {}
-            with merged_weights(training.model, target, expert):
-                merged = training.evaluate()
-            training.log({f"merged_{name}": value for name, value in merged.items()})
-        return {"merged": merged, expert: trained}
+            if expert == training.folder / AVERAGED:
+                own = self._measured(training, expert, AVERAGED, AVERAGED)
+            merged = self._measured(training, target, "merged", expert.name)
+        return {"merged": merged, expert.name: own}
+
+    def _measured(self, training: Training, folder: Path, name: str, expert: str) -> dict[str, float]:
+        """Evaluate the merge in a folder, with the expert's head if it has one, and log the metrics under `name`."""
+        with merged_weights(training.model, folder, expert):
+            metrics = training.evaluate()
+        training.log({f"{name}_{metric}": value for metric, value in metrics.items()})
+        return metrics
 
     def _checkpoints(self, training: Training) -> list[Path]:
-        count = None if self.settings.checkpoints == "all" else self.settings.checkpoints or 0
+        """The folders of the checkpoints that are merged or averaged with the trained model, oldest first."""
+        if self.settings.window is not None:
+            count: int | None = length_of(self.settings.window) - 1
+        else:
+            count = None if self.settings.checkpoints == "all" else self.settings.checkpoints or 0
         return list(islice(training.checkpoints(), count))[::-1]
+
+    def _average(self, models: Sequence[Path]) -> MergeSpec:
+        assert self.settings.window is not None
+        average = average_alone if self._averages_alone else average_as_expert
+        return average(replace(self.spec, base_model=self.base), models, self.settings.window)
 
     def _spec(self, experts: Sequence[str]) -> MergeSpec:
         return replace(self.spec, models=tuple(experts), base_model=self.base)
@@ -194,22 +258,6 @@ class MergeRun:
     def _push_options(self, training: Training) -> dict[str, Any]:
         given = {"token": self.runtime.token} if self.runtime.token is not None else {}
         return {**training.push_options, **given}
-
-
-def _why_not_evaluated(training: Training) -> str | None:
-    if training.sharded:
-        return "The merged weights would have to replace those of the model in training, which are sharded."
-    if getattr(network_of(training.model), "hf_quantizer", None):
-        return "The merged weights would have to replace those of the model in training, which are quantised."
-    return training.not_evaluated
-
-
-def _why_not_tuned(training: Training) -> str | None:
-    if is_distributed():
-        return "Several processes train the model, and candidates are evaluated by one."
-    if not training.evaluates:
-        return "There is nothing to evaluate a candidate on."
-    return _why_not_evaluated(training)
 
 
 def _is_merge(target: Path) -> bool:

@@ -1,9 +1,11 @@
 """The settings of a callback in any framework."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from neuromerge_hf.callbacks.common.average import Window, check_window
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import option
 from neuromerge_hf.spec import OPTION_NAMES, MergeOptions
@@ -44,6 +46,13 @@ class CallbackSettings:
     checkpoints: Literal["all"] | int | None = option(
         None, 'also merge checkpoints of the training itself: "all", or the number of the last ones'
     )
+    average_checkpoints: int | Sequence[float] | None = option(
+        None,
+        "merge the average of the last models of this training instead of the trained model: how many (the trained "
+        "model and the checkpoints before it), or their weights, oldest first. The average is saved in "
+        "``<args.output_dir>/averaged``, as a full model in float32, and evaluated (``averaged_eval_*``). Without "
+        "other experts it is itself the result, in `output_dir`",
+    )
     tune: bool | TuningGrid = option(
         False,
         "tune the lambdas by a metric of the merged model on the trainer's `eval_dataset`: "
@@ -60,6 +69,19 @@ class CallbackSettings:
         is_count = isinstance(self.checkpoints, int) and not isinstance(self.checkpoints, bool) and self.checkpoints > 0
         if self.checkpoints not in (None, "all") and not is_count:
             raise MergeError(f'checkpoints must be "all" or how many of the last ones, not {self.checkpoints!r}.')
+        if self.average_checkpoints is not None:
+            object.__setattr__(self, "average_checkpoints", check_window(self.average_checkpoints))
+            if self.checkpoints is not None:
+                raise MergeError(
+                    "checkpoints= makes the checkpoints of the training experts of their own, and average_checkpoints= "
+                    "averages them into one expert. Choose one of the two."
+                )
+
+    @property
+    def window(self) -> Window | None:
+        """The last models that are averaged; None if the trained model is merged as it is."""
+        window: Any = self.average_checkpoints
+        return window
 
 
 class CallbackOptions(MergeOptions, total=False):
@@ -71,6 +93,7 @@ class CallbackOptions(MergeOptions, total=False):
     push_to_hub: bool
     hub_model_id: str | None
     checkpoints: Literal["all"] | int | None
+    average_checkpoints: int | Sequence[float] | None
     tune: bool | TuningGrid
 
 

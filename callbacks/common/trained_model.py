@@ -17,7 +17,7 @@ from neuromerge_hf.spec import ModelId
 from neuromerge_hf.storage.files import ADAPTER_FILES, CHECKPOINT_FILES
 from neuromerge_hf.storage.formats import make_header
 
-SAVED_BY_RUN = re.compile(r"checkpoint-\d+|trained")
+SAVED_BY_RUN = re.compile(r"checkpoint-\d+|trained|averaged")
 """The names of the folders in which training saves models."""
 
 COMPARED_ENTRIES = 1 << 20

@@ -31,6 +31,8 @@ class Training(Protocol):
     """Whether training saves checkpoints."""
     keeps_checkpoints: bool
     """Whether training saves checkpoints that can be merged."""
+    kept: int | None
+    """How many checkpoints training keeps at most; None if it keeps all."""
     evaluates: bool
     """Whether there are data to evaluate a model on."""
     metric: str
