@@ -37,7 +37,7 @@ class DARETIESConfig(MergeConfig):
         drop_rate: the probability that an entry of a task vector is dropped, 0 <= drop_rate < 1. The other entries are
             divided by 1 - drop_rate. The default is from an example of the authors; the paper advises no value.
         density: the fraction of each task vector's entries that TIES keeps after dropping, as in the authors' code. 1
-            trims nothing; other tools call this DARE-TIES.
+            trims nothing: ``drop_rate=1 - d, density=1`` is what PEFT calls "dare_ties" with the density d.
         scale: the weight of the merged task vector.
         seed: the seed of the random numbers. They also depend on the expert, the parameter and the position.
         exclude: names of parameters to copy from the base, as shell patterns.
