@@ -20,10 +20,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from neuromerge_hf import AutoMergedModel, MergeReport, NeuroMergingConfig, add_results, merge
+from neuromerge_hf import AutoMergedModel, MergeReport, NeuroIsoConfig, NeuroMergingConfig, add_results, merge
 
 FOLDER = Path(__file__).resolve().parent
 BASE = CACHE / "all-MiniLM-L6-v2"
+CONFIGS = {"neuro_iso": NeuroIsoConfig(), "neuromerging": NeuroMergingConfig()}
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         "--experts", type=Path, default=FOLDER / "experts", help="a folder that holds the experts' folders"
     )
     parser.add_argument("--output", type=Path, default=FOLDER.parent / "merged")
-    parser.add_argument("--density", type=float, default=NeuroMergingConfig.density)
+    parser.add_argument("--method", choices=CONFIGS, default="neuro_iso", help="the method (%(default)s)")
     parser.add_argument("--limit", type=int, default=TEST_LIMIT, help="test texts of each task (%(default)s)")
     parser.add_argument("--results", type=Path, help="a JSON file to write the measurements to")
     arguments = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
     experts = sorted(path for path in arguments.experts.iterdir() if path.is_dir())
     tasks = [load_task(path.name, CACHE) for path in experts]
 
-    report = merge_experts(experts, arguments.output, NeuroMergingConfig(density=arguments.density))
+    report = merge_experts(experts, arguments.output, CONFIGS[arguments.method])
     print(report)
 
     print(f"\nAccuracy in % on {arguments.limit} held-out texts of each task, always with the expert's own head:\n")

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeGuard
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import option
 
-DEFAULT_METHOD = "neuro_iso"
-"""The method of a merge that names none: the best on the tasks of benchmarks/quality and benchmarks/language."""
+DEFAULT_METHOD = "neuromerging"
+"""The method of a merge that names none."""
 
 FIRST_METHOD = "neuromerging"
 """The method of recipes and reports that name none, because they were written when it was the only one."""

@@ -1,6 +1,7 @@
 """Draws results/quality.png."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,13 +29,15 @@ def draw(scores: Scores, path: Path) -> None:
 def _draw_methods(axes: Axes, scores: Scores, kind: str) -> None:
     names = list(METHODS)
     for shift, suffix, label in ((-0.2, "", "default"), (0.2, " tuned", "tuned on validation")):
-        shown = [i for i, name in enumerate(names) if not suffix or METHODS[name].tried]
+        shown = [i for i, name in enumerate(names) if scores.averages(kind, name + suffix)]
+        if not shown:
+            continue
         averages = [scores.averages(kind, names[i] + suffix) for i in shown]
         axes.bar(
             [i + shift for i in shown],
             [mean(values) for values in averages],
             width=0.4,
-            yerr=[stdev(values) for values in averages],
+            yerr=[_spread(values) for values in averages],
             label=label,
         )
     base, experts = mean(scores.averages(kind, "base")), mean(scores.averages(kind, "experts"))
@@ -56,7 +59,7 @@ def _draw_sizes(axes: Axes, scores: Scores, kind: str) -> None:
         axes.errorbar(
             scores.sizes,
             [mean(values) for values in lost],
-            yerr=[stdev(values) for values in lost],
+            yerr=[_spread(values) for values in lost],
             label=method.title,
             capsize=2,
             linewidth=3 if name == OURS else 1.2,
@@ -65,3 +68,7 @@ def _draw_sizes(axes: Axes, scores: Scores, kind: str) -> None:
     axes.set_xlabel("merged experts, each method at its default")
     axes.set_ylabel("points below the experts' own")
     axes.legend(fontsize=8)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0

@@ -87,19 +87,21 @@ def write_validation(bench: Bench, path: Path) -> None:
 
 
 def collect_scores(bench: Bench) -> Scores:
-    """Return the test accuracies of every family of experts, and measure missing ones."""
+    """Return the test accuracies that have been measured."""
     found = Scores()
     answers: dict[tuple[str, int, str], list[Answers]] = defaultdict(list)
     for kind, seed, size in product(KINDS, SEEDS, SIZES):
         settings = {"base": BASE, "experts": EXPERTS} | {name: method.default for name, method in METHODS.items()}
         for name, method in METHODS.items():
-            if method.tried and size == TUNED_SIZE:
+            tried = (Job(kind, seed, size, setting, "validation") for setting in method.tried)
+            if method.tried and all(job.file(bench.folder).is_file() for job in tried):
                 found.chosen[kind, seed, size, name] = bench.best(kind, seed, size, name)
                 settings[f"{name} tuned"] = found.chosen[kind, seed, size, name]
         for name, setting in settings.items():
-            accuracies = bench.score(Job(kind, seed, size, setting, "test"))
-            found.by_task[kind, seed, size, name] = {task: 100 * value for task, value in accuracies.items()}
-            answers[kind, size, name].append(bench.answers(Job(kind, seed, size, setting, "test")))
+            job = Job(kind, seed, size, setting, "test")
+            if job.file(bench.folder).is_file():
+                found.by_task[kind, seed, size, name] = {task: 100 * value for task, value in bench.score(job).items()}
+                answers[kind, size, name].append(bench.answers(job))
     for (kind, size, name), seeds in answers.items():
         ours, other = (
             {task: [each[task] for each in every] for task in TASKS[:size]}

@@ -41,6 +41,8 @@ def _differences(scores: Scores) -> Iterator[list[str]]:
     for name, title in _titles().items():
         if name not in (OURS, *REFERENCES):
             found = [scores.differences.get((kind, size, name)) for kind, size in columns]
+            if not any(found):
+                continue
             yield [title, *(f"{each[0]:+.1f} [{each[1]:+.1f}, {each[2]:+.1f}]" if each else "" for each in found)]
 
 
@@ -68,17 +70,19 @@ def _tasks(scores: Scores, kind: str) -> Iterator[list[str]]:
         names += [name, f"{name} tuned"] if method.tried else [name]
     yield ["", *scores.tasks]
     for name in names:
-        rows = [scores.by_task[kind, seed, len(scores.tasks), name] for seed in scores.seeds]
-        yield [name.replace("_", " "), *(f"{mean(row[task] for row in rows):.1f}" for task in scores.tasks)]
+        keys = [(kind, seed, len(scores.tasks), name) for seed in scores.seeds]
+        rows = [scores.by_task[key] for key in keys if key in scores.by_task]
+        if rows:
+            yield [name.replace("_", " "), *(f"{mean(row[task] for row in rows):.1f}" for task in scores.tasks)]
 
 
 def _chosen(scores: Scores) -> Iterator[list[str]]:
     columns = [(kind, seed) for kind in scores.kinds for seed in scores.seeds]
     yield ["", *(f"{TITLES[kind]}, seed {seed}" for kind, seed in columns)]
     for name, method in METHODS.items():
-        if method.tried:
-            settings = [scores.chosen[kind, seed, len(scores.tasks), name] for kind, seed in columns]
-            cells = [f"{setting.density or '-'} / {setting.scale:g}" for setting in settings]
+        settings = [scores.chosen.get((kind, seed, len(scores.tasks), name)) for kind, seed in columns]
+        if any(settings):
+            cells = [f"{each.density or '-'} / {each.scale:g}" if each else "" for each in settings]
             yield [f"{method.title} ({method.scale})", *cells]
 
 
@@ -87,7 +91,8 @@ def _header(scores: Scores) -> list[str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if values else ""
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}" if values else ""
 
 
 def _listed(numbers: Sequence[int]) -> str:
