@@ -53,6 +53,7 @@ def bench(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "SEEDS", (0, 1))
         monkeypatch.setattr(module, "KINDS", ("lora",))
     monkeypatch.setattr(run, "SIZES", (2,))
+    monkeypatch.setattr(run, "TUNED_SIZE", 2)
     for name in set(methods.METHODS) - {"average", "neuromerging"}:
         monkeypatch.delitem(methods.METHODS, name)
     ours = dataclasses.replace(methods.METHODS["neuromerging"], tried=methods.METHODS["neuromerging"].tried[:2])
@@ -142,7 +143,7 @@ def test_the_benchmark_runs_and_makes_nothing_twice(bench, tmp_path):
     assert found.keys() == {
         ("lora", seed, 2, method)
         for seed in (0, 1)
-        for method in ("base", "experts", "average", "average tuned", "neuromerging", "neuromerging tuned")
+        for method in ("base", "experts", "average", "neuromerging", "neuromerging tuned")
     }
 
 
@@ -178,7 +179,8 @@ def imported(script: Path) -> set[str]:
 
 def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_path):
     from experts import BASE, expert_folder
-    from methods import METHODS, add, merged_direction
+    from merging import add, merged_direction
+    from methods import METHODS
     from scoring import Scorer, load_base
 
     cache = tmp_path / "cache"
@@ -202,7 +204,7 @@ def test_near_experts_keep_a_classifier_that_reads_embeddings(bench, tmp_path):
     list(bench.Bench(cache).train([(0, "near")]))
     folders = {task: expert_folder(cache, "near", 0, task) for task in ("names", "products")}
     scores = Scorer(folders, cache / "data", "test", "near").score_experts()
-    assert min(scores.values()) >= 0.9
+    assert min(right.count("1") / len(right) for right in scores.values()) >= 0.9
 
 
 def test_the_splits_share_no_text(bench, tmp_path):
