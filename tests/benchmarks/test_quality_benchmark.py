@@ -193,7 +193,8 @@ def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_
     for task in folders:
         model = AutoMergedModel.from_pretrained(tmp_path / "merged", head=task, cache_dir=tmp_path / "heads").eval()
         right = [model(**inputs).logits.argmax(dim=-1) == labels for inputs, labels in scorer.batches[task]]
-        assert scores[task] == pytest.approx(torch.cat(right).float().mean().item(), abs=0.05)
+        share = scores[task].count("1") / len(scores[task])
+        assert share == pytest.approx(torch.cat(right).float().mean().item(), abs=0.05)
 
 
 def test_near_experts_keep_a_classifier_that_reads_embeddings(bench, tmp_path):
