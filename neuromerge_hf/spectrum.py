@@ -121,7 +121,7 @@ def spectral_norm(matrix: Tensor | Factors) -> float:
     return found
 
 
-def flattened(matrix: Tensor | Factors, power: float = 0.0) -> tuple[Factors, Tensor]:
+def flattened(matrix: Tensor | Factors) -> tuple[Factors, Tensor]:
     """Flatten the spectrum of a matrix ``U S V^T`` within its numerical rank r (Iso, section 4.1).
 
     The published method flattens all singular values, also those of directions in which no task changes anything. In
@@ -129,22 +129,21 @@ def flattened(matrix: Tensor | Factors, power: float = 0.0) -> tuple[Factors, Te
 
     Args:
         matrix: (rows, columns) float32, or its factors.
-        power: the power to which the singular values are raised. 0 makes them all equal, 1 leaves them as they are.
 
     Returns:
-        ``U_r S_r^power V_r^T`` in factors, and the r singular values of the matrix: (r,) float64.
+        ``U_r V_r^T`` in factors, and the r singular values of the matrix: (r,) float64.
     """
     if isinstance(matrix, Factors):
         triples = singular_triples(matrix, cutoff=NUMERICAL_RANK)
-        return Factors((triples.u * triples.s**power).float(), triples.vh.float()), triples.s
+        return Factors(triples.u.float(), triples.vh.float()), triples.s
     if matrix.shape[0] < matrix.shape[1]:
-        transposed, values = flattened(matrix.T, power)
+        transposed, values = flattened(matrix.T)
         return Factors(transposed.right.T, transposed.left.T), values
     values, vectors = _gram_eigenvectors(matrix)
     s = values.clamp(min=0).sqrt()
     count = _count(s, None, NUMERICAL_RANK)
     s, v = s[:count], vectors[:, :count]
-    return Factors(matrix, ((v * s ** (power - 1)) @ v.T).float()), s
+    return Factors(matrix, ((v / s) @ v.T).float()), s
 
 
 def decorrelated(tasks: Iterable[Tensor | Factors], experts: int) -> Factors:

@@ -10,7 +10,6 @@ from neuromerge_hf.callbacks.common.settings import (
     CallbackOptions,
     CallbackSettings,
 )
-from neuromerge_hf.methods.neuromerging import NeuroMergingConfig
 from neuromerge_hf.options import check_names, pick, with_options
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
 
@@ -53,7 +52,5 @@ class MergingCallback:
                 and at its end if the merge fails, with the trained model's folder and the command to try again.
         """
         check_names(type(self).__name__, options, CALLBACK_NAMES)
-        if options.get("tune") and not options.get("config"):
-            options["config"] = NeuroMergingConfig()  # whose lambdas are tuned
         spec = pick(MergeSpec, options, models=models)
         self._run = MergeRun(spec, pick(Runtime, options), pick(CallbackSettings, options))

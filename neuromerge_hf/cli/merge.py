@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from neuromerge_hf.folder.report import MergeReport
 
 
-TUNED_METHOD = "neuromerging"
-"""The method whose lambdas --tune chooses."""
-
-
 @takes_options(methods=True)
 def merge_command(
     context: typer.Context,
@@ -41,9 +37,6 @@ def merge_command(
         if is_recipe(context, models):
             report = merge_recipe(models[0], output, **runtime_options(context))
         elif tune:
-            source = context.get_parameter_source("method")
-            if source and source.name == "DEFAULT":
-                context.params["method"] = TUNED_METHOD
             report = _tuned(models, output, tune, tune_density, merge_options(context))
         else:
             report = merge(models, output, **merge_options(context))

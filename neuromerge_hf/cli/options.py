@@ -65,8 +65,7 @@ def _combined(by_method: Mapping[str, Option]) -> Option:
     others = [f"of {method}, {default}" for method, default in named if default != usual]
     shown = None if first.default == () else "; ".join([usual, *others])
     methods = "" if len(by_method) == len(config_classes()) else f"{', '.join(by_method)}: "
-    widest = max((option.type for option in by_method.values()), key=lambda type: len(get_args(type)))
-    return Option(first.name, widest, None, f"{methods}{first.help}", shown, first.command_line)
+    return Option(first.name, first.type, None, f"{methods}{first.help}", shown, first.command_line)
 
 
 def _parameter(option: Option) -> inspect.Parameter:

@@ -216,7 +216,7 @@ class MergeReport:
 
     @property
     def _hyper_parameters(self) -> str:
-        if self.sigma is None:
+        if self.sigma is None or self.method != FIRST_METHOD:
             settings = {name: value for name, value in self.settings.items() if name != "exclude" and value is not None}
             values = [
                 f", {n} {value:g}" if isinstance(value, float) else f", {n} {value}" for n, value in settings.items()

@@ -56,7 +56,7 @@ Iso-C (Marczak et al., ICML 2025), at a share of an expert's largest one. Everyt
         check_number("scale", self.scale)
 
     def spectra(self, experts: int) -> int:
-        return 1 + experts // 8  # the largest singular value takes about an eighth of a spectrum's time
+        return 1 + experts // 8  # the largest singular values take little time beside a spectrum
 
 
 class NeuroIso(NeuroMerging, config=NeuroIsoConfig):

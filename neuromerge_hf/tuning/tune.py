@@ -119,7 +119,7 @@ def tune_lambdas(
         15
     """
     started = time.perf_counter()
-    spec, runtime, others = split_options(models, {**options, "config": options.get("config") or NeuroMergingConfig()})
+    spec, runtime, others = split_options(models, options)
     if type(spec.config) is not NeuroMergingConfig:
         raise MergeError(f"Lambdas are NeuroMerging's: config must be a NeuroMergingConfig, not {spec.config!r}.")
     for density in densities or ():

@@ -7,6 +7,7 @@ import pytest
 from neuromerge_hf import (
     AutoMergedModel,
     MergeError,
+    NeuroIsoConfig,
     NeuroMergeCallback,
     TIESConfig,
     TuningGrid,
@@ -102,8 +103,9 @@ def test_the_lambdas_are_tuned_by_the_evaluation_of_the_training(models, tmp_pat
 
 def test_tuning_that_cannot_be_is_refused_before_training(models, tmp_path):
     base, other = models
-    with pytest.raises(MergeError, match="TIESConfig has not"):
-        NeuroMergeCallback([other], config=TIESConfig(), tune=True)
+    for config in (TIESConfig(), NeuroIsoConfig()):
+        with pytest.raises(MergeError, match=f"{type(config).__name__} has not"):
+            NeuroMergeCallback([other], config=config, tune=True)
     trainer = make_trainer(classifier(base), tmp_path, NeuroMergeCallback([other], tune=True))
     trainer.eval_dataset = None
     with pytest.raises(MergeError, match="nothing to evaluate"):

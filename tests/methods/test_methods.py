@@ -304,6 +304,9 @@ def test_the_report_says_which_method_and_its_settings(models: list[Path], tmp_p
     assert (report.density, report.sigma, report.lambda_parallel, report.lambda_orthogonal) == (0.2, None, None, None)
     assert "method ties, density 0.2, scale 0.7" in str(report)
     assert "sigma" not in str(report)
+    report = merge(experts, tmp_path / "iso", base_model=base, config=NeuroIsoConfig(scale=0.3), **CPU)
+    assert "method neuro_iso, density 0.2, " in str(report)
+    assert ", scale 0.3" in str(report)
     report = merge(experts, tmp_path / "neuro", base_model=base, **CPU)
     assert report.method == "neuromerging"
     assert report.settings["lambda_orthogonal"] == report.lambda_orthogonal

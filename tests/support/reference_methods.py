@@ -110,11 +110,11 @@ Matrices = Mapping[str, int]
 """The parameters that hold matrices of linear layers, each with the number of its matrices."""
 
 
-def flattened(matrix: Tensor, power: float = 0.0) -> tuple[Tensor, Tensor]:
-    """A float64 matrix with powers of its singular values, within its numerical rank, and the singular values."""
+def flattened(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The singular vectors of a float64 matrix within its numerical rank, put together, and the singular values."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     kept = s > 1e-3 * s[0]
-    return u[:, kept] * s[kept] ** power @ vh[kept], s[kept]
+    return u[:, kept] @ vh[kept], s[kept]
 
 
 def decorrelated(tasks: list[Tensor], experts: int) -> Tensor:
