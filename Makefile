@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint families card constraints clean
+SECONDS ?= 600
+SEED ?= 0
+
+.PHONY: demo test lint fuzz families card constraints clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -19,6 +22,10 @@ lint: $(VENV)/.test
 	rm -rf build/typed && mkdir -p build/typed/neuromerge_hf
 	ln -s $(addprefix $(CURDIR)/,$(wildcard neuromerge_hf/*) callbacks model_cards) build/typed/neuromerge_hf
 	$(BIN)/mypy build/typed/neuromerge_hf tests/support tests/typing tests/conftest.py tests/*/conftest.py
+
+# Tries mutated and hostile inputs, kills and full disks, for SECONDS in all, from the case SEED on.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) --seed $(SEED)
 
 # Writes docs/families.md.
 families: $(VENV)/.test
