@@ -25,7 +25,7 @@ lint: $(VENV)/.test
 
 # Tries mutated and hostile inputs, kills and full disks, for SECONDS in all, from the case SEED on.
 fuzz: $(VENV)/.test
-	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 # Writes docs/families.md.
 families: $(VENV)/.test

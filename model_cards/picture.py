@@ -98,13 +98,15 @@ def _draw_norms(axes: "Axes", diagnostics: Diagnostics) -> None:
     longest = max(norms) or 1.0
     axes.barh(range(len(norms)), norms, height=0.6, color="#777777")
     for t, expert in enumerate(diagnostics.experts):
-        axes.text(norms[t] + 0.03 * longest, t, f"{norms[t]:.2%}, {expert.norm_kept:.0%} kept", va="center", fontsize=8)
+        kept = f", {expert.norm_kept:.0%} kept" if diagnostics.elected else ""
+        axes.text(norms[t] + 0.03 * longest, t, f"{norms[t]:.2%}{kept}", va="center", fontsize=8)
     axes.set_xlim(0, 2.0 * longest)
     axes.set_ylim(len(norms) - 0.5, -0.5)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
-    axes.set_title("Norm relative to the base's,\nL1 norm kept by trimming", fontsize=9, loc="left", pad=5)
+    trimmed = ",\nL1 norm kept by trimming" if diagnostics.elected else ""
+    axes.set_title(f"Norm relative to the base's{trimmed}", fontsize=9, loc="left", pad=5)
 
 
 def _draw_energy(axes: "Axes", layers: Sequence[LayerDiagnostics], positions: Sequence[float], unit: float) -> None:
@@ -126,6 +128,8 @@ def _draw_conflicts(axes: "Axes", layers: Sequence[LayerDiagnostics], positions:
             label = {"conflicting": f"{part}, signs conflict", "outvoted": f"{part}, outvoted"}[measure]
             for number, section in enumerate(_sections(layers)):
                 values = [getattr(layers[i], f"{measure}_{part}") for i in section]
+                if measure == "outvoted" and all(value is None for value in values):
+                    continue
                 axes.plot(
                     [positions[i] for i in section],
                     [float("nan") if value is None else 100 * value for value in values],

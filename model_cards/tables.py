@@ -106,24 +106,22 @@ def _names(names: list[str]) -> str:
 
 
 def changes(card: MergeCard) -> str:
-    """Each expert's task vector: its norm, and the shares that trimming kept, are parallel, and were outvoted."""
+    """Each expert's task vector: its norm, its parallel share and, of an election, what was trimmed and outvoted."""
     found = card.report.diagnostics
     assert found is not None, "the template asks only where there are some"
-    rows = [
-        [
-            code(expert.name),
-            f"{expert.norm:.4g}",
-            _share(expert.relative_norm, 2),
-            _share(expert.entries_kept),
-            _share(expert.norm_kept),
-            f"{1 - expert.norm_kept:.3f}",
-            _share(expert.parallel, 2),
-            _share(expert.outvoted_orthogonal),
-        ]
-        for expert in found.experts
-    ]
-    header = ["expert", "norm", "of the base's", "entries kept", "L1 norm kept", "sigma", "parallel", "outvoted"]
-    return table(header, rows)
+    columns = {
+        "expert": [code(expert.name) for expert in found.experts],
+        "norm": [f"{expert.norm:.4g}" for expert in found.experts],
+        "of the base's": [_share(expert.relative_norm, 2) for expert in found.experts],
+    }
+    if found.elected:
+        columns["entries kept"] = [_share(expert.entries_kept) for expert in found.experts]
+        columns["L1 norm kept"] = [_share(expert.norm_kept) for expert in found.experts]
+        columns["sigma"] = [f"{1 - expert.norm_kept:.3f}" for expert in found.experts]
+    columns["parallel"] = [_share(expert.parallel, 2) for expert in found.experts]
+    if found.elected:
+        columns["outvoted"] = [_share(expert.outvoted_orthogonal) for expert in found.experts]
+    return table(list(columns), zip(*columns.values(), strict=True))
 
 
 def cosines(card: MergeCard) -> str:

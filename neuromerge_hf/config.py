@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeGuard
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import option
 
-DEFAULT_METHOD = "neuromerging"
+DEFAULT_METHOD = "neuro_iso"
 """The method of a merge that names none."""
 
 FIRST_METHOD = "neuromerging"
@@ -49,9 +49,9 @@ class MergeConfig:
         citation: the paper's BibTeX entry; None if the card is to name the paper alone.
         own_rules: names of hyper-parameters, each with a value that is a rule of this library and not of the paper.
         by_neuron: whether weights are merged neuron by neuron. `Method.merge_block` then records the statistics of
-            each block, and report and card show them unless the configuration has `by_matrix` as well.
+            each block, which report and card show.
         by_matrix: whether matrices of linear layers are merged whole. `Method.find_change` then merges them, and
-            `Method.merge_block` everything else.
+            `Method.merge_block` everything else. Report and card show statistics of the untrimmed task vectors.
         bytes_per_entry: an estimate of the memory that `Method.merge_block` needs for each entry of a block, besides
             its input and its result, in bytes.
         exclude: names of parameters to copy from the base, as shell patterns (``*``, ``?``, ``[...]``).

@@ -236,6 +236,26 @@ def neuron_change(x: Tensor, lambda_parallel: float, lambda_orthogonal: float) -
     return torch.bmm(election.coefficients.to(x.dtype).unsqueeze(1), x).squeeze(1)[:, :n]
 
 
+def low_rank_gram(base: Tensor, left: Tensor, right: Tensor, overlap: Tensor) -> Tensor:
+    """Return what `gram_matrix` does, for task vectors in factors; see `merge_low_rank`.
+
+    The products with ``w_0`` are those of float32, so the orthogonal part of a change that is almost parallel to
+    ``w_0`` is inaccurate.
+    """
+    neurons, tasks, rank = left.shape
+    exact = left.double()
+    gram = base.new_empty(neurons, 1 + tasks, 1 + tasks, dtype=torch.float64)
+    gram[:, 0, 0] = (base * base).sum(1)
+    gram[:, 0, 1:] = ((base @ right.view(tasks * rank, -1).T).view(left.shape) * exact).sum(2)
+    gram[:, 1:, 0] = gram[:, 0, 1:]
+    for task in range(tasks):
+        products = exact[:, task] @ overlap[task].view(rank, tasks * rank)
+        gram[:, 1 + task, 1:] = (products.view(left.shape) * exact).sum(2)
+    if not gram.isfinite().all():
+        raise FloatingPointError("a weight is NaN or infinite")
+    return gram
+
+
 def merge_low_rank(
     base: Tensor,
     left: Tensor,
@@ -267,17 +287,7 @@ def merge_low_rank(
     """
     neurons, tasks, rank = left.shape
     rows = right.view(tasks * rank, -1)
-    exact = left.double()
-    gram = base.new_empty(neurons, 1 + tasks, 1 + tasks, dtype=torch.float64)
-    gram[:, 0, 0] = (base * base).sum(1)
-    gram[:, 0, 1:] = ((base @ rows.T).view(left.shape) * exact).sum(2)
-    gram[:, 1:, 0] = gram[:, 0, 1:]
-    for task in range(tasks):
-        products = exact[:, task] @ overlap[task].view(rank, tasks * rank)
-        gram[:, 1 + task, 1:] = (products.view(left.shape) * exact).sum(2)
-    if not gram.isfinite().all():
-        raise FloatingPointError("a weight is NaN or infinite")
-
+    gram = low_rank_gram(base, left, right, overlap)
     # The float32 products with w_0 are too inaccurate for a small orthogonal part: merge such neurons explicitly.
     energy = gram.diagonal(dim1=1, dim2=2)[:, 1:]
     parallel = (decompose(gram)[1].diagonal(dim1=1, dim2=2) < CANCELLATION * energy).any(1)

@@ -59,7 +59,7 @@ class MergeSpec:
     config: MergeConfig = option(
         None,
         "the method and its hyper-parameters, such as `NeuroMergingConfig(density=0.2)`",
-        shown="NeuroMerging's defaults",
+        shown="NeuroIso's defaults",
         default_factory=default_config,
     )
     dtype: str = option("auto", "the dtype of the merged weights: float32, float16, bfloat16, or auto for the base's")

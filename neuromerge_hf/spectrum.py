@@ -9,7 +9,7 @@ as fast as a float32 SVD, and accurate for singular values down to 1e-6 of the l
 The functions are pure, run on any device and need torch alone. Inputs and results are float32.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,29 +121,33 @@ def spectral_norm(matrix: Tensor | Factors) -> float:
     return found
 
 
-def flattened(matrix: Tensor | Factors) -> tuple[Factors, Tensor]:
-    """Flatten the spectrum of a matrix ``U S V^T`` within its numerical rank r (Iso, section 4.1).
+def with_spectrum(matrix: Tensor | Factors, rule: Callable[[Tensor], Tensor]) -> Factors:
+    """Replace the singular values of a matrix ``U S V^T`` within its numerical rank r, and drop the others.
 
-    The published method flattens all singular values, also those of directions in which no task changes anything. In
-    a sum of LoRA adapters these directions are arbitrary.
+    Iso (section 4.1) gives all of them their mean, also those of directions in which no task changes anything. In a
+    sum of LoRA adapters these directions are arbitrary.
 
     Args:
         matrix: (rows, columns) float32, or its factors.
+        rule: returns the new singular values for the r old ones, the largest first; both (r,) float64. It is not
+            called if r is 0.
 
     Returns:
-        ``U_r V_r^T`` in factors, and the r singular values of the matrix: (r,) float64.
+        ``U_r rule(S_r) V_r^T``, in factors.
     """
     if isinstance(matrix, Factors):
         triples = singular_triples(matrix, cutoff=NUMERICAL_RANK)
-        return Factors(triples.u.float(), triples.vh.float()), triples.s
+        scaled = triples.u * rule(triples.s) if len(triples.s) else triples.u
+        return Factors(scaled.float(), triples.vh.float())
     if matrix.shape[0] < matrix.shape[1]:
-        transposed, values = flattened(matrix.T)
-        return Factors(transposed.right.T, transposed.left.T), values
+        transposed = with_spectrum(matrix.T, rule)
+        return Factors(transposed.right.T, transposed.left.T)
     values, vectors = _gram_eigenvectors(matrix)
     s = values.clamp(min=0).sqrt()
     count = _count(s, None, NUMERICAL_RANK)
     s, v = s[:count], vectors[:, :count]
-    return Factors(matrix, ((v / s) @ v.T).float()), s
+    weights = v * (rule(s) / s) if count else v
+    return Factors(matrix, (weights @ v.T).float())
 
 
 def decorrelated(tasks: Iterable[Tensor | Factors], experts: int) -> Factors:

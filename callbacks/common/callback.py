@@ -10,6 +10,7 @@ from neuromerge_hf.callbacks.common.settings import (
     CallbackOptions,
     CallbackSettings,
 )
+from neuromerge_hf.methods.neuromerging import NeuroMergingConfig
 from neuromerge_hf.options import check_names, pick, with_options
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
 
@@ -52,5 +53,7 @@ class MergingCallback:
                 and at its end if the merge fails, with the trained model's folder and the command to try again.
         """
         check_names(type(self).__name__, options, CALLBACK_NAMES)
-        spec = pick(MergeSpec, options, models=models)
-        self._run = MergeRun(spec, pick(Runtime, options), pick(CallbackSettings, options))
+        settings = pick(CallbackSettings, options)
+        if settings.tune and options.get("config") is None:
+            options["config"] = NeuroMergingConfig()  # the method that has lambdas
+        self._run = MergeRun(pick(MergeSpec, options, models=models), pick(Runtime, options), settings)

@@ -91,6 +91,7 @@ def _write_weights(
             merge_weights(passes, method, writer, collector.add)
         finally:
             writer.close()
-    by_neuron = plan.config.by_neuron and not plan.config.by_matrix
-    diagnostics = collector.diagnostics(method.trimmings) if by_neuron else None
+    config = plan.config
+    trimmings = None if config.by_matrix else method.trimmings
+    diagnostics = collector.diagnostics(trimmings) if config.by_neuron or config.by_matrix else None
     return method, diagnostics, writer.hashes

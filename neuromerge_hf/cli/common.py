@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from neuromerge_hf.cli.options import method_options
-from neuromerge_hf.config import config_class
+from neuromerge_hf.config import DEFAULT_METHOD, config_class
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.spec import OPTION_NAMES, RUNTIME_NAMES
 
@@ -59,7 +59,7 @@ def runtime_options(context: typer.Context) -> dict[str, Any]:
 
 def _method_config(options: Mapping[str, Any]) -> "MergeConfig":
     """The configuration of the chosen method, made from the options that were given."""
-    method = options["method"]
+    method = options["method"] or ("neuromerging" if options.get("tune") else DEFAULT_METHOD)
     config = config_class(method)
     given = {name: options[name] for name in method_options() if options[name] is not None}
     unknown = given.keys() - {field.name for field in dataclasses.fields(config)}

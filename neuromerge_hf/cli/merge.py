@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuromerge_hf.cli.common import errors_on_stderr, is_recipe, merge_options, runtime_options
-from neuromerge_hf.cli.options import DEFAULT_METHOD, Method, Models, takes_options
+from neuromerge_hf.cli.options import Method, Models, takes_options
 from neuromerge_hf.errors import MergeError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def merge_command(
     context: typer.Context,
     models: Models,
     output: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     tune: Annotated[
         str | None,
         typer.Option(help="module:function that scores a model: tune the lambdas with it.", show_default=False),

@@ -20,11 +20,17 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-Method = Annotated[str, typer.Option(help=f"The method: {', '.join(each.method for each in config_classes())}.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help=f"The method: {', '.join(each.method for each in config_classes())}.",
+        show_default=f"{DEFAULT_METHOD}; with --tune, neuromerging",
+    ),
+]
 
 Token = Annotated[str | None, typer.Option(help="The token for private and gated models.", envvar="HF_TOKEN")]
 
-__all__ = ["DEFAULT_METHOD", "Method", "Models", "Token", "method_options", "takes_options"]
+__all__ = ["Method", "Models", "Token", "method_options", "takes_options"]
 
 
 def takes_options(*, without: Collection[str] = (), methods: bool = False) -> Callable[[Command], Command]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from neuromerge_hf.cli.common import errors_on_stderr, is_recipe, merge_options, runtime_options
-from neuromerge_hf.cli.options import DEFAULT_METHOD, Method, Models, takes_options
+from neuromerge_hf.cli.options import Method, Models, takes_options
 
 
 @takes_options(methods=True)
@@ -16,7 +16,7 @@ def plan_command(
     output: Annotated[
         Path | None, typer.Option(help="The directory that the merge will write. It is checked as well.")
     ] = None,
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     **options: Any,
 ) -> None:
     """Show what a merge will do and need, or everything that is wrong with it, without downloading the weights."""

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.blocks import load_base, load_block, load_task_vector
+from neuromerge_hf.engine.low_rank import StackedFactors
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
+from neuromerge_hf.kernel import gram_matrix, low_rank_gram
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.spectrum import Factors
 from neuromerge_hf.storage.layout import Block
@@ -21,11 +23,13 @@ class Matrix:
         unit: the opened unit that the matrix belongs to.
         block: the neurons of the unit that make up the matrix.
         passes: how the inputs are read.
+        factors: the factors of the unit's task vectors; None unless all of them have factors.
     """
 
     unit: Unit
     block: Block
     passes: Passes
+    factors: StackedFactors | None
 
     def total(self) -> Tensor | Factors:
         """Return the sum of the task vectors: (rows, columns) float32, or in factors if all of them are.
@@ -33,9 +37,8 @@ class Matrix:
         Raises:
             FloatingPointError: if an input holds a NaN or an infinity.
         """
-        factors = self._factors()
-        if factors:
-            return Factors.stacked(factors)
+        if self.factors:
+            return Factors(self.factors.rows(self.unit, self.block).flatten(1), self.factors.right.flatten(0, 1))
         total = torch.empty(len(self.block), self.unit.layout.width, device=self.passes.device)
         for rows, part in self.parts(total):
             x = load_block(self.unit, rows, self.passes.memory, self.passes.device)
@@ -50,9 +53,10 @@ class Matrix:
         Raises:
             FloatingPointError: if an input holds a NaN or an infinity.
         """
-        factors = self._factors()
-        if factors:
-            yield from factors
+        if self.factors:
+            left = self.factors.rows(self.unit, self.block)
+            for task in range(left.shape[1]):
+                yield Factors(left[:, task], self.factors.right[task])
             return
         for expert in self.unit.changing:
             whole = torch.empty(len(self.block), self.unit.layout.width, device=self.passes.device)
@@ -60,21 +64,28 @@ class Matrix:
                 load_task_vector(self.unit, expert, rows, part, self.passes.memory)
             yield _finite(whole)
 
-    def base(self, rows: Block) -> Tensor:
-        """Return some rows of the base: (rows, columns) float32, valid until the next call on this thread."""
-        return load_base(self.unit, rows, self.passes.memory, self.passes.device)
+    def neurons(self, rows: Block) -> tuple[Tensor, Tensor]:
+        """Return some rows of the base, and the inner products of each neuron's old weights and task vectors.
+
+        Returns:
+            (rows, columns) float32, valid until the next call on this thread, and (rows, 1 + T, 1 + T) float64.
+        """
+        memory, device = self.passes.memory, self.passes.device
+        if self.factors:
+            base, left = load_base(self.unit, rows, memory, device), self.factors.rows(self.unit, rows)
+            return base, low_rank_gram(base, left, self.factors.right, self.factors.overlap)
+        x = load_block(self.unit, rows, memory, device)
+        return x[0], gram_matrix(x.transpose(0, 1))
+
+    def products(self) -> Tensor:
+        """Return the inner products of the task vectors: (T, T) float64."""
+        grams = (self.neurons(rows)[1] for rows, _ in self.parts(torch.empty(len(self.block), 0)))
+        return torch.stack([gram[:, 1:, 1:].sum(0) for gram in grams]).sum(0)
 
     def parts(self, whole: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Divide a tensor with the matrix' rows: yield blocks of a fixed size, each with its rows of the tensor."""
         for rows in self.block.split(max(1, BLOCK_ENTRIES // self.unit.layout.width)):
             yield rows, whole[rows.start - self.block.start : rows.stop - self.block.start]
-
-    def _factors(self) -> list[Factors]:
-        found = [vector.low_rank() for vector in self.unit.task_vectors if vector]
-        first = self.block.batch * self.unit.layout.neurons + self.block.start
-        rows, device = slice(first, first + len(self.block)), self.passes.device
-        factors = [Factors(each.left[rows].to(device), each.right.to(device)) for each in found if each]
-        return factors if len(factors) == len(found) else []
 
 
 def _finite(matrix: Tensor) -> Tensor:

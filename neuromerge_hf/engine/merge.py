@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.blocks import load_base, load_block
+from neuromerge_hf.engine.low_rank import find_factors
 from neuromerge_hf.engine.matrices import Matrix
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
-from neuromerge_hf.engine.statistics import BlockStatistics
+from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons, sum_untrimmed
 from neuromerge_hf.engine.writer import CheckpointWriter
+from neuromerge_hf.kernel import hold_election
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
@@ -25,7 +27,10 @@ class UnitMerger:
     """
 
     def __init__(self, passes: Passes, method: Method[Any], unit: Unit):
-        self.factors = None if unit.by_matrix else method.find_factors(unit, passes.device)
+        untrimmed = [0.0] * len(unit.task_vectors)
+        self.factors = (
+            find_factors(unit, untrimmed, passes.device) if unit.by_matrix else method.find_factors(unit, passes.device)
+        )
         self._passes = passes
         self._method = method
         self._unit = unit
@@ -48,7 +53,8 @@ class UnitMerger:
 
         Args:
             block: a block of `blocks`.
-            record: called with the statistics of the block; see `Method.merge_block`.
+            record: called with statistics of the block: those of `Method.merge_block`, or of the untrimmed task
+                vectors if the method merges matrices.
             observe: called with the base and the untrimmed task vectors, (1 + T, neurons, width), if they are formed.
 
         Returns:
@@ -62,19 +68,27 @@ class UnitMerger:
         if not unit.task_vectors:
             return read_rows(unit.tensor, unit.layout, block)
         if unit.by_matrix:
-            return self._merge_matrix(Matrix(unit, block, self._passes))
+            return self._merge_matrix(Matrix(unit, block, self._passes, self.factors), record)
         if self.factors:
             base = load_base(unit, block, memory, device)
             return self._method.merge_factors(base, self.factors.rows(unit, block), self.factors, record)
         x = load_block(unit, block, memory, device)
         observe(x)
-        return self._method.merge_block(x, unit, block, record)
+        if not self._method.config.by_matrix:
+            return self._method.merge_block(x, unit, block, record)
+        base, sums = x[0].clone(), sum_untrimmed(x, unit)
+        merged = self._method.merge_block(x, unit, block, lambda _: None)
+        record(sums.with_change(merged - base))
+        return merged
 
-    def _merge_matrix(self, matrix: Matrix) -> Tensor:
+    def _merge_matrix(self, matrix: Matrix, record: Callable[[BlockStatistics], object]) -> Tensor:
         change = self._method.find_change(matrix)
         merged = torch.empty(len(matrix.block), matrix.unit.layout.width, device=self._passes.device)
         for (rows, part), (_, left) in zip(matrix.parts(merged), matrix.parts(change.left), strict=True):
-            part.copy_(self._method.add_rows(matrix.base(rows), left @ change.right))
+            base, gram = matrix.neurons(rows)
+            added = left @ change.right
+            record(sum_neurons(hold_election(gram, 0.0, 0.0)).with_change(added))
+            part.copy_(self._method.add_rows(base, added))
         return merged
 
 

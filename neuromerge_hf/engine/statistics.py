@@ -8,14 +8,14 @@ vectors are orthogonal, so all T experts can have equal signs in at most one of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.trimming import Trimming
 from neuromerge_hf.folder.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics
-from neuromerge_hf.kernel import Election
+from neuromerge_hf.kernel import Election, gram_matrix, hold_election
 from neuromerge_hf.skeleton.layers import find_layers
 from neuromerge_hf.sources.unit import Unit, Work
 
@@ -42,6 +42,10 @@ class BlockStatistics:
     shared: Tensor
     conflicting: Tensor
     merged: Tensor
+
+    def with_change(self, change: Tensor) -> "BlockStatistics":
+        """Return the same sums with `merged` for a merged task vector, (neurons, width) float32."""
+        return replace(self, merged=change.double().square().sum().cpu())
 
 
 def sum_neurons(election: Election) -> BlockStatistics:
@@ -84,6 +88,13 @@ def sum_entries(x: Tensor, merged: Tensor) -> BlockStatistics:
     change = merged.double() - exact[0]
     parts, part = torch.zeros(2, len(x) - 1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     return BlockStatistics((exact @ exact.T).cpu(), parts, parts, part, part, (change @ change).cpu())
+
+
+def sum_untrimmed(x: Tensor, unit: Unit) -> BlockStatistics:
+    """Return the sums over a block of untrimmed task vectors, (1 + T, neurons, width) float32, without a merge."""
+    if unit.is_neuronal:
+        return sum_neurons(hold_election(gram_matrix(x.transpose(0, 1)), 0.0, 0.0))
+    return sum_entries(x[:, 0], x[0, 0])
 
 
 NEGLIGIBLE = 1e-12
@@ -150,37 +161,39 @@ class StatisticsCollector:
         """Add the sums of a block of a unit."""
         self._totals[self._layers[unit.parameter]].add(sums, unit.changing, unit.layout.width)
 
-    def diagnostics(self, trimmings: Sequence[Trimming]) -> Diagnostics:
+    def diagnostics(self, trimmings: Sequence[Trimming] | None) -> Diagnostics:
         """Return the diagnostics of the merge. Call this once all blocks are added.
 
         Args:
-            trimmings: how each expert's task vector was trimmed.
+            trimmings: how each expert's task vector was trimmed; None if the sums are those of untrimmed task vectors,
+                and nothing was elected.
         """
         model = InterferenceTotals(len(self._experts))
         for totals in self._totals.values():
             model += totals
+        elects = trimmings is not None
         return Diagnostics(
-            experts=[self._expert(t, model, trimming) for t, trimming in enumerate(trimmings)],
+            experts=[self._expert(t, model, trimmings and trimmings[t]) for t in range(len(self._experts))],
             cosines=_cosines(model),
-            layers=[_layer(name, totals) for name, totals in self._totals.items() if totals.energy.any()],
-            model=_layer("model", model),
+            layers=[_layer(name, totals, elects) for name, totals in self._totals.items() if totals.energy.any()],
+            model=_layer("model", model, elects),
             merged_norm=_rounded(model.merged.sqrt()),
         )
 
-    def _expert(self, t: int, model: InterferenceTotals, trimming: Trimming) -> ExpertDiagnostics:
+    def _expert(self, t: int, model: InterferenceTotals, trimming: Trimming | None) -> ExpertDiagnostics:
         norm2 = model.products[t, t]
         return ExpertDiagnostics(
             name=self._experts[t],
             norm=_rounded(norm2.sqrt()),
             relative_norm=_rounded((norm2 / model.base[t]).sqrt()) if model.base[t] > 0 else None,
-            entries_kept=round(1 - trimming.trimmed / trimming.entries, 6) if trimming.entries else 1.0,
-            norm_kept=round(1 - trimming.sigma, 6),
+            entries_kept=round(1 - trimming.trimmed / trimming.entries, 6) if trimming and trimming.entries else 1.0,
+            norm_kept=round(1 - trimming.sigma, 6) if trimming else 1.0,
             parallel=_shares(model.energy[:, t], model.energy[:, t].sum())[0],
-            **_named("outvoted", _shares(model.outvoted[:, t], model.energy[:, t])),
+            **_named("outvoted", _shares(model.outvoted[:, t], model.energy[:, t]), trimming is not None),
         )
 
 
-def _layer(name: str, totals: InterferenceTotals) -> LayerDiagnostics:
+def _layer(name: str, totals: InterferenceTotals, elects: bool) -> LayerDiagnostics:
     energy = totals.energy.sum(1)
     base = totals.base.sum()
     return LayerDiagnostics(
@@ -189,7 +202,7 @@ def _layer(name: str, totals: InterferenceTotals) -> LayerDiagnostics:
         parallel=_shares(energy, energy.sum())[0],
         parallel_by_chance=round((totals.chance / energy.sum()).item(), 6) if energy.any() else None,
         **_named("conflicting", _shares(totals.conflicting, totals.shared)),
-        **_named("outvoted", _shares(totals.outvoted.sum(1), energy)),
+        **_named("outvoted", _shares(totals.outvoted.sum(1), energy), elects),
     )
 
 
@@ -206,8 +219,9 @@ def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:
     return [None if share != share else round(share, 6) for share in shares]
 
 
-def _named(kind: str, shares: list[float | None]) -> dict[str, float | None]:
-    return {f"{kind}_parallel": shares[0], f"{kind}_orthogonal": shares[1]}
+def _named(kind: str, shares: list[float | None], known: bool = True) -> dict[str, float | None]:
+    parallel, orthogonal = shares if known else (None, None)
+    return {f"{kind}_parallel": parallel, f"{kind}_orthogonal": orthogonal}
 
 
 def _rounded(value: Tensor) -> float:

@@ -17,8 +17,8 @@ class ExpertDiagnostics:
         norm_kept: the share of the L1 norm that trimming kept: 1 - sigma_t.
         parallel: the share of the neurons' energy (squared L2 norm) that is parallel to the base's neurons; the rest is
             orthogonal.
-        outvoted_parallel: the share of the parallel energy that lacks the elected sign.
-        outvoted_orthogonal: the share of the orthogonal energy that lacks the elected sign.
+        outvoted_parallel: the share of the parallel energy that lacks the elected sign; None without an election.
+        outvoted_orthogonal: likewise, of the orthogonal energy.
     """
 
     name: str
@@ -44,8 +44,8 @@ class LayerDiagnostics:
         conflicting_parallel: the share of the parallel energy where the experts' signs differ, among the neurons where
             several experts have parallel energy.
         conflicting_orthogonal: the same share of the orthogonal energy, among the singular directions.
-        outvoted_parallel: the share of the parallel energy that lacks the elected sign.
-        outvoted_orthogonal: the share of the orthogonal energy that lacks the elected sign.
+        outvoted_parallel: the share of the parallel energy that lacks the elected sign; None without an election.
+        outvoted_orthogonal: likewise, of the orthogonal energy.
     """
 
     name: str
@@ -78,6 +78,12 @@ class Diagnostics:
     merged_norm: float
 
     @property
+    def elected(self) -> bool:
+        """Whether the statistics are those of elections between trimmed task vectors."""
+        parts = (self.model.outvoted_parallel, self.model.outvoted_orthogonal)
+        return any(part is not None for part in parts)
+
+    @property
     def merged_relative_norm(self) -> float | None:
         """The norm of the merged task vector divided by the mean norm of the experts; None if that is 0."""
         mean = sum(expert.norm for expert in self.experts) / len(self.experts)
@@ -103,12 +109,14 @@ class Diagnostics:
                 f"; {self.model.parallel:.1%} of the energy is parallel to the base's neurons (by chance it would be "
             )
             first += f"{self.model.parallel_by_chance:.1%}), the rest orthogonal"
-        conflicting, outvoted = self.model.conflicting_orthogonal, self.model.outvoted_orthogonal
         second = f"the merged change is {self.merged_relative_norm:.2f} times as long as the experts' are on average"
-        if conflicting is not None and outvoted is not None:
+        conflicting, outvoted = self.model.conflicting_orthogonal, self.model.outvoted_orthogonal
+        if outvoted is not None:
+            second = f"the election leaves out {outvoted:.0%} of the orthogonal energy, and {second}"
+        if conflicting is not None:
             second = (
                 f"of the orthogonal energy that experts share, {conflicting:.0%} lies in directions where their signs "
-                f"conflict; the election leaves out {outvoted:.0%} of the orthogonal energy, and {second}"
+                f"conflict; {second}"
             )
         return f"{first}. {second[0].upper()}{second[1:]}."
 

@@ -56,10 +56,9 @@ class IsoC(Method[IsoCConfig], config=IsoCConfig):
     """Iso-C of the experts."""
 
     def find_change(self, matrix: Matrix) -> Factors:
-        from neuromerge_hf.spectrum import flattened
+        from neuromerge_hf.spectrum import with_spectrum
 
-        directions, values = flattened(matrix.total())
-        return directions.times(self.config.scale * values.mean().item() if len(values) else 0.0)
+        return with_spectrum(matrix.total(), lambda s: (self.config.scale * s.mean()).expand(len(s)))
 
     def merge_block(self, x: Tensor, unit: Unit, block: Block, record: Recorder) -> Tensor:
         return add_change(x[0], average(x[1:], len(unit.task_vectors)).mul_(self.config.scale))

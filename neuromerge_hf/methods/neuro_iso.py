@@ -1,9 +1,15 @@
 """NeuroIso: a method of this library. Linear layers are merged by their spectrum, everything else by NeuroMerging.
 
-The task vectors of a linear layer are added up, and all singular values of the sum are made equal within its numerical
-rank, as in Iso-C (Marczak et al., arXiv:2502.04959). They become a fixed share of an expert's largest singular value:
-that is about the strongest change of a direction which training has made, so it holds for adapters and full fine-tunes
-alike (benchmarks/quality, "NeuroIso").
+The task vectors of a linear layer are added up: ``U S V^T``. Iso-C (Marczak et al., arXiv:2502.04959) makes all
+singular values of the sum equal, so that no task's strong directions hide another's. That is right for many tasks, and
+too much for two. The new singular values lie between these ends, by a rule for adapters and full fine-tunes alike:
+
+    a * scale^(1 - p) * (s / s_1)^p,    p = 2^(1 - T)
+
+``a`` is the mean over the experts of the largest singular value of their task vector, ``s_1`` the largest one of the
+sum, and ``T`` the effective number of experts: ``(tr G)^2 / tr G^2`` of the Gram matrix G of their task vectors. It is
+the number of experts if their task vectors are orthogonal and have one length, and 1 if they are equal: then the merged
+change is theirs. With more experts, all singular values soon become ``a * scale`` (benchmarks/quality, "NeuroIso").
 """
 
 from __future__ import annotations
@@ -13,10 +19,13 @@ from typing import TYPE_CHECKING
 
 from neuromerge_hf.config import check_number
 from neuromerge_hf.engine.trimming import Trimming
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.methods.neuromerging import NeuroMerging, NeuroMergingConfig
 from neuromerge_hf.options import option
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from neuromerge_hf.engine.matrices import Matrix
     from neuromerge_hf.engine.passes import Passes
     from neuromerge_hf.spectrum import Factors
@@ -30,8 +39,8 @@ class NeuroIsoConfig(NeuroMergingConfig):
         density: as in `NeuroMergingConfig`, for everything but linear layers.
         lambda_parallel: likewise.
         lambda_orthogonal: likewise.
-        scale: all singular values of a linear layer's merged change, as a share of the largest singular value of an
-            expert's change. It is the mean over the experts that change the layer.
+        scale: what the singular values of a linear layer's merged change become with many experts, as a share of the
+            largest singular value of an expert's change, on average over the experts that change the layer.
         exclude: names of parameters to copy from the base, as shell patterns.
 
     Example:
@@ -43,17 +52,19 @@ class NeuroIsoConfig(NeuroMergingConfig):
     title = "NeuroIso"
     paper = "https://arxiv.org/abs/2502.04959"
     summary = """\
-NeuroIso adds up what the fine-tunes changed in each linear layer, and makes all singular values of the sum equal, as in
-Iso-C (Marczak et al., ICML 2025), at a share of an expert's largest one. Everything else is merged by NeuroMerging
-(Fang et al., EMNLP 2025)."""
+NeuroIso adds up what the fine-tunes changed in each linear layer, and makes the singular values of the sum more equal
+the more fine-tunes there are, which takes up Iso-C (Marczak et al., ICML 2025). Everything else is merged by
+NeuroMerging (Fang et al., EMNLP 2025)."""
     citation = None
     by_matrix = True
 
-    scale: float = option(0.4, "the weight of the merged task vector")
+    scale: float = option(0.45, "the weight of the merged task vector")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("scale", self.scale)
+        if self.scale <= 0:
+            raise MergeError(f"scale must be above 0, not {self.scale!r}: it is a share of a singular value.")
 
     def spectra(self, experts: int) -> int:
         return 1 + experts // 8  # the largest singular values take little time beside a spectrum
@@ -71,8 +82,19 @@ class NeuroIso(NeuroMerging, config=NeuroIsoConfig):
         return cls(config, [Trimming(0.0, 0.0, entries) for entries in passes.work.entries], by_length=1.0)
 
     def find_change(self, matrix: Matrix) -> Factors:
-        from neuromerge_hf.spectrum import flattened, spectral_norm
+        from neuromerge_hf.spectrum import spectral_norm, with_spectrum
 
         largest = [spectral_norm(task_vector) for task_vector in matrix.task_vectors()]
-        directions, _ = flattened(matrix.total())
-        return directions.times(self.config.scale * sum(largest) / len(largest))
+        strength, power = sum(largest) / len(largest), 2.0 ** (1 - effective_number(matrix.products()))
+        return with_spectrum(
+            matrix.total(), lambda s: strength * self.config.scale ** (1 - power) * (s / s[0]) ** power
+        )
+
+
+def effective_number(products: Tensor) -> float:
+    """Return how many of T task vectors count, from their inner products, (T, T) float64: 1 if they are equal.
+
+    It is T if they are orthogonal and have one length.
+    """
+    total = products.trace().square().item()
+    return total / products.square().sum().item() if total > 0 else 1.0

@@ -66,11 +66,12 @@ class Tuning:
     evaluating: float
 
 
-@with_options(MergeSpec, Runtime, takes_others=True)
+@with_options(MergeSpec, Runtime, without=("config",), takes_others=True)
 def tune_lambdas(
     models: Sequence[ModelId],
     evaluate: Evaluate,
     *,
+    config: NeuroMergingConfig | None = None,
     grid: TuningGrid | None = None,
     densities: Sequence[float] | None = None,
     metric: str | None = None,
@@ -92,6 +93,8 @@ def tune_lambdas(
             scores by task, or a dictionary of lists of scores by example. Or a dictionary of such functions by expert
             name, each of which gets the merged model with that expert's own head. They must not change the weights.
             Use validation data: a score that was tuned on says little about new data.
+        config: the hyper-parameters that are not tuned. Other methods than NeuroMerging have no lambdas. Default:
+            NeuroMerging's defaults.
         grid: the lambdas to try.
         densities: the densities to try; by default only that of `config`. Each costs about as much as a merge.
         metric: the task whose score counts; by default the mean over all tasks.
@@ -119,7 +122,9 @@ def tune_lambdas(
         15
     """
     started = time.perf_counter()
-    spec, runtime, others = split_options(models, options)
+    spec, runtime, others = split_options(
+        models, {**options, "config": NeuroMergingConfig() if config is None else config}
+    )
     if type(spec.config) is not NeuroMergingConfig:
         raise MergeError(f"Lambdas are NeuroMerging's: config must be a NeuroMergingConfig, not {spec.config!r}.")
     for density in densities or ():

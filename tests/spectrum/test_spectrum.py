@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference_methods
-from neuromerge_hf.spectrum import Factors, decorrelated, flattened, singular_triples, spectral_norm
+from neuromerge_hf.spectrum import Factors, decorrelated, singular_triples, spectral_norm, with_spectrum
 
 SHAPES = ((1, 1), (1, 7), (30, 30), (50, 20), (20, 50), (200, 64))
 modest = settings(deadline=None, max_examples=40, derandomize=True)
@@ -32,6 +32,13 @@ def product(factors: Factors) -> Tensor:
     return factors.left.double() @ factors.right.double()
 
 
+def flattened(matrix: Tensor | Factors) -> tuple[Factors, Tensor]:
+    """The matrix with ones for its singular values, and these values."""
+    found = [torch.zeros(0, dtype=torch.float64)]
+    directions = with_spectrum(matrix, lambda s: found.append(s) or torch.ones_like(s))  # type: ignore[func-returns-value]
+    return directions, found[-1]
+
+
 def error(got: Factors, want: Tensor) -> float:
     return ((product(got) - want).norm() / want.norm()).item()
 
@@ -44,6 +51,14 @@ def test_singular_values_above_a_thousandth_of_the_largest_become_one(shape: tup
     directions, found = flattened(matrix)
     assert error(directions, want) < 1e-4
     torch.testing.assert_close(found, values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rule_sees_the_singular_values_and_replaces_them(shape: tuple[int, int]) -> None:
+    matrix = decaying(*shape, smallest=1e-2)
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    assert error(with_spectrum(matrix, lambda s: 3 * s.sqrt()), u @ torch.diag(3 * s.sqrt()) @ vh) < 1e-4
+    assert error(with_spectrum(matrix, lambda s: s), matrix.double()) < 1e-5
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4))

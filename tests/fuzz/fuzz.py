@@ -1,7 +1,7 @@
 """Runs the campaigns against faults and hostile input, each for a given time.
 
     make fuzz SECONDS=600 SEED=0
-    .venv/bin/python tests/fuzz/run.py headers --seed 1234 --cases 1     # repeats one case
+    .venv/bin/python tests/fuzz/fuzz.py headers --seed 1234 --cases 1     # repeats one case
 
 It prints a table of how the cases ended, and the seed of each that shows a defect.
 """
