@@ -26,11 +26,16 @@ STEPS = ("train", "test", "report")
 NAMES = {"base": BASE, "experts": EXPERTS, **{name: method.default for name, method in METHODS.items()}}
 
 
-def test_jobs() -> dict[tuple[str, int, str], Job]:
-    """Return a job for the references and every method at its default, by kind, seed and name."""
+SIZES = (2, len(SKILLS))
+"""The numbers of skills that are merged: always the first ones."""
+
+
+def test_jobs() -> dict[tuple[str, int, int, str], Job]:
+    """Return a job for the references and every method at its default, by kind, seed, number of skills and name."""
     return {
-        (kind, seed, name): Job(kind, seed, len(SKILLS), setting, "test")
+        (kind, seed, size, name): Job(kind, seed, size, setting, "test")
         for kind, seed in FAMILIES
+        for size in SIZES
         for name, setting in NAMES.items()
     }
 

@@ -15,8 +15,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))
 from intervals import difference
 from methods import OURS
 
-Scores = dict[tuple[str, int, str], Result]
-"""Results by the kind of the experts, the seed, and the name: "base", "experts", or a method at its default."""
+Scores = dict[tuple[str, int, int, str], Result]
+"""Results by the kind of the experts, the seed, the number of skills, and the name.
+
+It is "base", "experts", or a method at its default.
+"""
 
 TITLES = {"base": "base", "experts": "experts' own"} | {name: method.title for name, method in METHODS.items()}
 KINDS = {"lora": "LoRA adapters", "full": "full fine-tunes"}
@@ -26,21 +29,25 @@ def write_report(scores: Scores, folder: Path) -> None:
     """Write the tables and the compressed figures, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     content = [
-        {"experts": kind, "seed": seed, "name": name} | asdict(result) for (kind, seed, name), result in scores.items()
+        {"experts": kind, "seed": seed, "skills": size, "name": name} | asdict(result)
+        for (kind, seed, size, name), result in scores.items()
     ]
     (folder / "language.json.gz").write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
-    text = "\n".join("\n".join(_table(scores, kind)) for kind in KINDS if any(key[0] == kind for key in scores))
+    groups = sorted({(kind, size) for kind, _, size, _ in scores}, key=lambda group: (-group[1], group[0] != "lora"))
+    text = "\n".join("\n".join(_table(scores, *group)) for group in groups)
     (folder / "tables.md").write_text(text)
     print(text)
 
 
-def _table(scores: Scores, kind: str) -> Iterator[str]:
-    seeds = sorted({seed for each, seed, _ in scores if each == kind})
-    found = {name: [scores[kind, seed, name] for seed in seeds if (kind, seed, name) in scores] for name in TITLES}
+def _table(scores: Scores, kind: str, size: int) -> Iterator[str]:
+    measured = {(seed, name): result for (k, seed, s, name), result in scores.items() if (k, s) == (kind, size)}
+    seeds = sorted({seed for seed, _ in measured})
+    found = {name: [measured[seed, name] for seed in seeds if (seed, name) in measured] for name in TITLES}
     complete = {name: results for name, results in found.items() if len(results) == len(seeds)}
     skills = list(next(iter(complete.values()))[0].right)
     header = ["", *skills, "average", f"{TITLES[OURS]} minus it [95 %]", "loss", "perplexity of tales"]
-    yield f"{KINDS[kind].capitalize()}, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}: exact answers, %.\n"
+    title = f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}"
+    yield f"{title}, {size} skills, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}: exact answers, %.\n"
     yield f"| {' | '.join(header)} |"
     yield f"|---{'|---:' * (len(header) - 1)}|"
     for name, results in complete.items():
