@@ -33,7 +33,7 @@ def main() -> None:
         "--experts", type=Path, default=FOLDER / "experts", help="a folder that holds the experts' folders"
     )
     parser.add_argument("--output", type=Path, default=FOLDER.parent / "merged")
-    parser.add_argument("--method", choices=CONFIGS, default="neuromerging", help="the method (%(default)s)")
+    parser.add_argument("--method", choices=CONFIGS, default="neuro_iso", help="the method (%(default)s)")
     parser.add_argument("--limit", type=int, default=TEST_LIMIT, help="test texts of each task (%(default)s)")
     parser.add_argument("--results", type=Path, help="a JSON file to write the measurements to")
     arguments = parser.parse_args()

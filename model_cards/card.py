@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +130,10 @@ class MergeCard:
     def citations(self) -> list[str]:
         """The parents' BibTeX entries without duplicates and without the method's own, which the template has."""
         entries = dict.fromkeys(entry for parent in self.report.parents for entry in parent.citations)
-        return [entry for entry in entries if self.method.paper not in entry]
+        own = _keys(self.method.citation or "")
+        return [
+            entry for entry in entries if self.method.paper not in entry and not (_keys(entry) and _keys(entry) <= own)
+        ]
 
     # ------------------------------------------------------------------------------------------------- rendering
 
@@ -171,3 +175,8 @@ def _has_chat(folder: Path) -> bool:
         return True
     settings = folder / "tokenizer_config.json"
     return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _keys(entries: str) -> set[str]:
+    """The keys of BibTeX entries."""
+    return set(re.findall(r"@\w+\{([^,\s]+),", entries))

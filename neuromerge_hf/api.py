@@ -67,9 +67,9 @@ def merge_recipe(
 
     Example:
         >>> merge(["math"], "first", base_model="base").method
-        'neuromerging'
+        'neuro_iso'
         >>> merge_recipe("first/recipe.yaml", "again").method
-        'neuromerging'
+        'neuro_iso'
     """
     check_names("merge_recipe", options, RUNTIME_NAMES)
     recipe = load_recipe(Path(path))

@@ -57,9 +57,16 @@ def runtime_options(context: typer.Context) -> dict[str, Any]:
     return {name: value for name, value in context.params.items() if name in RUNTIME_NAMES}
 
 
+def _method_of(options: Mapping[str, Any]) -> str:
+    """The method if none is named: NeuroMerging if one of its hyper-parameters is given, or to be tuned."""
+    names = {field.name for field in dataclasses.fields(config_class("neuromerging"))} - {"exclude"}
+    is_ours = options.get("tune") or any(options[name] is not None for name in names)
+    return "neuromerging" if is_ours else DEFAULT_METHOD
+
+
 def _method_config(options: Mapping[str, Any]) -> "MergeConfig":
     """The configuration of the chosen method, made from the options that were given."""
-    method = options["method"] or ("neuromerging" if options.get("tune") else DEFAULT_METHOD)
+    method = options["method"] or _method_of(options)
     config = config_class(method)
     given = {name: options[name] for name in method_options() if options[name] is not None}
     unknown = given.keys() - {field.name for field in dataclasses.fields(config)}

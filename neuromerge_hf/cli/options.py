@@ -24,7 +24,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         help=f"The method: {', '.join(each.method for each in config_classes())}.",
-        show_default=f"{DEFAULT_METHOD}; with --tune, neuromerging",
+        show_default=f"{DEFAULT_METHOD}; with --tune or hyper-parameters of neuromerging, that",
     ),
 ]
 

@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from neuromerge_hf.storage.layout import Block
 
 
+CITATION = """\
+@inproceedings{marczak2025notaskleftbehind,
+  title = {No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces},
+  author = {Daniel Marczak and Simone Magistri and Sebastian Cygert and Bart{\\l}omiej Twardowski and
+    Andrew D. Bagdanov and Joost van de Weijer},
+  booktitle = {International Conference on Machine Learning},
+  year = {2025},
+  url = {https://arxiv.org/abs/2502.04959}
+}"""
+
+
 @dataclass(frozen=True)
 class IsoCConfig(MergeConfig):
     """The hyper-parameters of Iso-C (Marczak et al., arXiv:2502.04959).
@@ -43,6 +54,7 @@ class IsoCConfig(MergeConfig):
     summary = """\
 Iso-C (Marczak et al., ICML 2025) adds up what the fine-tunes changed in each linear layer, and makes all singular
 values of the sum equal, so that no direction outweighs the others."""
+    citation = CITATION
     by_matrix = True
 
     scale: float = option(1.0, "the weight of the merged task vector")

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from neuromerge_hf.config import check_number
 from neuromerge_hf.engine.trimming import Trimming
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.methods.neuromerging import NeuroMerging, NeuroMergingConfig
+from neuromerge_hf.methods.iso_c import CITATION as ISO_CITATION
+from neuromerge_hf.methods.neuromerging import CITATION, NeuroMerging, NeuroMergingConfig
 from neuromerge_hf.options import option
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class NeuroIsoConfig(NeuroMergingConfig):
 NeuroIso adds up what the fine-tunes changed in each linear layer, and makes the singular values of the sum more equal
 the more fine-tunes there are, which takes up Iso-C (Marczak et al., ICML 2025). Everything else is merged by
 NeuroMerging (Fang et al., EMNLP 2025)."""
-    citation = None
+    citation = f"{CITATION}\n{ISO_CITATION}"
     by_matrix = True
 
     scale: float = option(0.45, "the weight of the merged task vector")

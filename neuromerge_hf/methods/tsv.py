@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from neuromerge_hf.storage.layout import Block
 
 
+CITATION = """\
+@inproceedings{gargiulo2025task,
+  title = {Task Singular Vectors: Reducing Task Interference in Model Merging},
+  author = {Antonio Andrea Gargiulo and Donato Crisostomi and Maria Sofia Bucarelli and Simone Scardapane and
+    Fabrizio Silvestri and Emanuele Rodol{\\`a}},
+  booktitle = {Conference on Computer Vision and Pattern Recognition},
+  year = {2025},
+  url = {https://arxiv.org/abs/2412.00081}
+}"""
+
+
 @dataclass(frozen=True)
 class TSVConfig(MergeConfig):
     """The hyper-parameters of TSV-M (Gargiulo et al., arXiv:2412.00081).
@@ -44,6 +55,7 @@ class TSVConfig(MergeConfig):
 TSV-M (Gargiulo et al., CVPR 2025) takes what each fine-tune changed in each linear layer, and keeps the largest
 singular triples of it. The singular vectors of all fine-tunes are made orthogonal to each other, and the triples added
 up."""
+    citation = CITATION
     by_matrix = True
 
     scale: float = option(1.0, "the weight of the merged task vector")

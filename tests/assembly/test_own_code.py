@@ -16,6 +16,7 @@ from neuromerge_hf import (
     AutoMergedModel,
     MergeError,
     NeuroMergeCallback,
+    NeuroMergingConfig,
     TuningGrid,
     compare_methods,
     merge,
@@ -112,7 +113,7 @@ def models(tmp_path_factory):
 def merged(models, tmp_path_factory):
     base, *experts = models
     folder = tmp_path_factory.mktemp("merges") / "merged"
-    merge(experts, folder, base_model=base, **TRUSTED)
+    merge(experts, folder, base_model=base, config=NeuroMergingConfig(), **TRUSTED)
     return folder
 
 
@@ -153,7 +154,8 @@ def test_the_quick_start_runs_as_it_is_pasted(merged, monkeypatch):
 
 def test_the_merged_object_is_of_the_own_class(models, merged, tmp_path):
     base, *experts = models
-    model = AutoMergedModel.from_pretrained(experts, base_model=base, cache_dir=tmp_path / "cache", **TRUSTED)
+    options = {"base_model": base, "config": NeuroMergingConfig(), **TRUSTED}
+    model = AutoMergedModel.from_pretrained(experts, cache_dir=tmp_path / "cache", **options)
     assert type(model).__name__ == "TongueForSequenceClassification"
     assert torch.equal(logits(model), logits(load(merged)))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -240,7 +242,7 @@ def test_methods_are_compared_and_lambdas_tuned(models, merged):
 
 def test_the_command_line_merges_what_it_is_told_to_trust(models, merged, tmp_path):
     base, *experts = map(str, models)
-    arguments = ["merge", *experts, "--base-model", base, "--output", str(tmp_path / "merged")]
+    arguments = ["merge", *experts, "--base-model", base, "--output", str(tmp_path / "merged"), "--density", "0.2"]
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 1
     assert "--trust-remote-code" in refused.output

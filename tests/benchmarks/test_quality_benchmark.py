@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from neuromerge_hf import AutoMergedModel, merge
+from neuromerge_hf import AutoMergedModel, NeuroMergingConfig, merge
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "quality"
 WORDS = ("good", "bad", "fine", "poor", "old", "new", "red", "big")
@@ -189,7 +189,7 @@ def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_
     scorer = Scorer(folders, cache / "data", "test", "full")
     direction = merged_direction(list(folders.values()), METHODS["neuromerging"].default)
     scores = scorer.score(add(load_base(), direction, 1))
-    merge(list(folders.values()), tmp_path / "merged", base_model=BASE)
+    merge(list(folders.values()), tmp_path / "merged", base_model=BASE, config=NeuroMergingConfig())
     for task in folders:
         model = AutoMergedModel.from_pretrained(tmp_path / "merged", head=task, cache_dir=tmp_path / "heads").eval()
         right = [model(**inputs).logits.argmax(dim=-1) == labels for inputs, labels in scorer.batches[task]]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 import neuromerge_hf
 import processes
 from commands import run
-from neuromerge_hf import NeuroMergingConfig, merge
+from neuromerge_hf import NeuroIsoConfig, NeuroMergingConfig, merge
 from process_work import import_and_merge
 from tiny_models import contents, save_llamas
 
@@ -89,8 +89,11 @@ def test_a_size_may_be_a_number_of_bytes_and_a_device_an_index(models, tmp_path)
 def test_the_defaults_are_those_of_the_config(models, tmp_path):
     run("merge", models / "code", "--output", tmp_path / "merged")
     recipe = yaml.safe_load((tmp_path / "merged" / "recipe.yaml").read_text())
-    assert recipe["config"] == NeuroMergingConfig().to_dict()
+    assert (recipe["method"], recipe["config"]) == ("neuro_iso", NeuroIsoConfig().to_dict())
     assert (recipe["dtype"], recipe["max_shard_size"]) == ("auto", "5GB")
+    run("merge", models / "code", "--lambda-parallel", "0.3", "--output", tmp_path / "named")
+    recipe = yaml.safe_load((tmp_path / "named" / "recipe.yaml").read_text())
+    assert (recipe["method"], recipe["config"]) == ("neuromerging", NeuroMergingConfig(lambda_parallel=0.3).to_dict())
 
 
 def test_a_recipe_makes_the_model_again(models, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from neuromerge_hf import MergeError, NeuroMergingConfig, merge, merge_recipe
+from neuromerge_hf import MergeError, NeuroIsoConfig, NeuroMergingConfig, merge, merge_recipe
 from neuromerge_hf.folder.inputs import InputHasher
 from neuromerge_hf.folder.recipe import published_recipe
 from neuromerge_hf.folder.report import load_report
@@ -87,7 +87,7 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
     apart = {"models", "base_model", "config", "tuned_on"}
     settings = ["method", "config", *(each.name for each in fields(MergeSpec) if each.name not in apart)]
     assert list(content) == ["base_model", "models", *settings, "versions"]
-    assert (content["method"], content["config"]) == ("neuromerging", NeuroMergingConfig().to_dict())
+    assert (content["method"], content["config"]) == ("neuro_iso", NeuroIsoConfig().to_dict())
     defaults = {each.name: each.default for each in fields(MergeSpec)}
     assert {name: content[name] for name in settings[2:]} == {
         **{name: defaults[name] for name in settings[2:]},

@@ -10,7 +10,7 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertForSequenceClassification
 
-from neuromerge_hf import AutoMergedModel, MergeError, NeuroMergingConfig, merge
+from neuromerge_hf import AutoMergedModel, MergeError, NeuroIsoConfig, NeuroMergingConfig, merge
 from tiny_models import (
     contents,
     load,
@@ -160,7 +160,7 @@ def test_the_second_call_finds_the_merge(llamas, tmp_path):
     first = AutoMergedModel.from_pretrained(experts, base_model=base, cache_dir=tmp_path)
     made = merges(tmp_path)
     assert len(made) == 1
-    for arguments in ({"base_model": base}, {"base_model": str(base), "config": NeuroMergingConfig()}, {}):
+    for arguments in ({"base_model": base}, {"base_model": str(base), "config": NeuroIsoConfig()}, {}):
         again = AutoMergedModel.from_pretrained(experts, cache_dir=tmp_path, dtype="float32", **arguments)
         assert torch.equal(logits(first), logits(again))
     assert merges(tmp_path) == made

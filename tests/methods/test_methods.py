@@ -169,6 +169,17 @@ def test_one_expert_alone_is_given_back(config: MergeConfig, models: list[Path],
         torch.testing.assert_close(weights(tmp_path / "merged")[name], expert, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("number", [1, 3], ids=["full", "lora"])
+def test_equal_experts_are_given_back_by_neuro_iso(count: int, number: int, models: list[Path], tmp_path: Path) -> None:
+    config = NeuroIsoConfig(density=1, lambda_parallel=1, lambda_orthogonal=1)
+    merge([models[number]] * count, tmp_path / "merged", base_model=models[0], config=config, **CPU)
+    merge([models[number]], tmp_path / "expert", base_model=models[0], config=TaskArithmeticConfig(scale=1), **CPU)
+    got, want, base = (weights(folder) for folder in (tmp_path / "merged", tmp_path / "expert", models[0]))
+    for name, tensor in want.items():
+        assert (got[name] - tensor).norm() <= 1e-3 * (tensor - base[name]).norm() + 1e-6 * tensor.norm(), name
+
+
 @pytest.mark.parametrize("config", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 def test_experts_that_change_nothing_leave_the_base_bit_for_bit(
     config: MergeConfig, models: list[Path], tmp_path: Path
@@ -307,7 +318,7 @@ def test_the_report_says_which_method_and_its_settings(models: list[Path], tmp_p
     report = merge(experts, tmp_path / "iso", base_model=base, config=NeuroIsoConfig(scale=0.3), **CPU)
     assert "method neuro_iso, density 0.2, " in str(report)
     assert ", scale 0.3" in str(report)
-    report = merge(experts, tmp_path / "neuro", base_model=base, **CPU)
+    report = merge(experts, tmp_path / "neuro", base_model=base, config=NeuroMergingConfig(), **CPU)
     assert report.method == "neuromerging"
     assert report.settings["lambda_orthogonal"] == report.lambda_orthogonal
 
@@ -349,7 +360,7 @@ def test_the_command_line_chooses_the_method(options: str, config: MergeConfig, 
         ("--method slerp", "method must be one of neuromerging, average, task_arithmetic, ties, dare_ties, pcb"),
         ("--method average --density 0.5", "--method average has no --density"),
         ("--method ties --lambda-orthogonal 2", "--method ties has no --lambda-orthogonal"),
-        ("--scale 2 --seed 1", "--method neuromerging has no --scale, --seed"),
+        ("--scale 2 --seed 1", "--method neuro_iso has no --seed"),
         ("--method dare_ties --drop-rate 1", "drop_rate must be a number with 0 <= drop_rate < 1"),
         ("--method pcb --density 0", "density must be a number with 0 < density <= 1"),
     ],

@@ -40,7 +40,8 @@ def test_every_hyper_parameter_is_marked_default_or_chosen(models, tmp_path):
 def test_the_fate_of_every_parameter_adds_up_to_the_model(finished):
     table = table_under(card_of(finished)[1], "What became of the parameters")
     counts = {row[0]: row[2:4] for row in table}
-    assert counts["weights with neurons"] == ["16", "11,568"]
+    assert counts["weights of linear layers"] == ["13", "9,792"]
+    assert counts["other weights with neurons"] == ["3", "1,776"]
     assert counts["vectors (biases, norms) and scalars"] == ["23", "600"]
     assert table[-1] == ["heads that the base lacks", "kept apart, in `heads/`", "2", "", "those of `math`"]
 
@@ -56,7 +57,7 @@ def test_metadata_has_what_the_parents_agree_on_and_all_that_they_name(finished)
     assert metadata == {
         "library_name": "transformers",
         "pipeline_tag": "feature-extraction",
-        "tags": ["merge", "neuromerging"],
+        "tags": ["merge", "neuro_iso"],
         "license": "apache-2.0",
         "language": ["en", "pt"],
         "datasets": ["org/sums", "org/words"],

@@ -12,14 +12,14 @@ from neuromerge_hf.model_cards import write_card
 def test_text_around_the_card_and_added_metadata_survive(merged):
     path = merged / "README.md"
     metadata, body = card_of(merged)
-    metadata |= {"tags": ["merge", "neuromerging", "mine"], "thumbnail": "x.png", "license": "mit"}
+    metadata |= {"tags": ["merge", "neuro_iso", "mine"], "thumbnail": "x.png", "license": "mit"}
     metadata["model-index"] = [{"name": "old", "results": []}]
     path.write_text(f"---\n{yaml.safe_dump(metadata)}---\nMy **own** words.\n{body}\nAnd more of them.\n")
     with_results = write_card(merged).read_text()
     new, text = card_of(merged)
     assert text.startswith("My **own** words.\n<!-- neuromerge")
     assert text.endswith("And more of them.\n")
-    assert new["tags"] == ["merge", "neuromerging", "mine"]
+    assert new["tags"] == ["merge", "neuro_iso", "mine"]
     assert new["thumbnail"] == "x.png"
     assert new["license"] == "apache-2.0", "the card knows that itself"
     assert "model-index" not in new
@@ -44,7 +44,7 @@ def test_a_card_that_is_all_hand_written_is_kept_below(merged):
 def test_damaged_metadata_of_an_earlier_card_is_replaced(merged):
     write_card(merged, previous="---\n[1, 2\n---\nwords\n")
     metadata, body = card_of(merged)
-    assert metadata["tags"] == ["merge", "neuromerging"]
+    assert metadata["tags"] == ["merge", "neuro_iso"]
     assert body.endswith("words\n")
 
 

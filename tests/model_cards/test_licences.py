@@ -133,6 +133,7 @@ def test_citations_of_the_parents_are_carried_over_once(tmp_path, models):
     assert blocks[1] == f"{entry}\n"
 
 
-def test_a_merge_of_a_merge_cites_the_method_once(models, finished, tmp_path):
+def test_a_merge_of_a_merge_cites_each_paper_once(models, finished, tmp_path):
     merge([models / "code"], tmp_path / "merged", base_model=finished)
-    assert len(code_blocks(card_of(tmp_path / "merged")[1], "bibtex")) == 1
+    cited = "".join(code_blocks(card_of(tmp_path / "merged")[1], "bibtex"))
+    assert [cited.count(key) for key in ("{fang2025neuromerging,", "{marczak2025notaskleftbehind,")] == [1, 1]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from families import CPU, GIVES_BACK, Relatives, assert_merged_as_reference, assert_same_bits, load_cleanly, state
 from merged_models import read_tensors
-from neuromerge_hf import merge
+from neuromerge_hf import NeuroMergingConfig, merge
 from tiny_models import contents, load_adapted
 
 
@@ -112,9 +112,10 @@ def test_bfloat16_models_are_merged_in_float32_and_rounded_once(name: str, relat
         to_bfloat16(folder, tmp_path / folder.name)
     stored = Relatives(name, tmp_path)
     experts = [stored.full(0), stored.adapter(1), stored.full(2)]
-    merge(experts, tmp_path / "auto", base_model=stored.base, **CPU)
-    merge(experts, tmp_path / "half", base_model=stored.base, dtype="float16", **CPU)
-    report = merge(experts, tmp_path / "exact", base_model=stored.base, dtype=torch.float32, **CPU)
+    options = {"base_model": stored.base, "config": NeuroMergingConfig(), **CPU}
+    merge(experts, tmp_path / "auto", **options)
+    merge(experts, tmp_path / "half", dtype="float16", **options)
+    report = merge(experts, tmp_path / "exact", dtype=torch.float32, **options)
     exact = read_tensors(tmp_path / "exact")
     for folder, dtype in (("auto", torch.bfloat16), ("half", torch.float16), ("exact", torch.float32)):
         assert transformers.AutoConfig.from_pretrained(tmp_path / folder).dtype == dtype

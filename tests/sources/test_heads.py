@@ -92,9 +92,10 @@ def test_backbones_merge_into_a_base_with_a_head(relatives_of, tmp_path: Path) -
     missing = model.bert.load_state_dict(relatives.base_state(), strict=False)
     assert missing.unexpected_keys == ["pooler.dense.weight", "pooler.dense.bias"]
     model.save_pretrained(tmp_path / "base")
-    merge([relatives.full(0), relatives.full(1)], tmp_path / "merged", base_model=tmp_path / "base", **CPU)
+    experts, base = [relatives.full(0), relatives.full(1)], tmp_path / "base"
+    merge(experts, tmp_path / "merged", base_model=base, config=NeuroMergingConfig(), **CPU)
     config = NeuroMergingConfig(exclude=("pooler.*",))
-    merge([relatives.full(0), relatives.full(1)], tmp_path / "want", base_model=relatives.base, config=config, **CPU)
+    merge(experts, tmp_path / "want", base_model=relatives.base, config=config, **CPU)
     merged = state(load_cleanly(transformers.BertForMaskedLM, tmp_path / "merged"))
     want = relatives.base_state(tmp_path / "want")
     for key, tensor in merged.items():

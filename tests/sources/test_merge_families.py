@@ -82,7 +82,8 @@ MIXED, ALL_FULL, ALL_LORA = ("full", "lora", "full"), ("full",) * 3, ("lora",) *
 def test_experts_are_merged_as_the_reference_does(name: str, kinds, relatives_of, tmp_path: Path) -> None:
     relatives = relatives_of(name)
     experts = [relatives.expert(kind, number) for number, kind in enumerate(kinds)]
-    report = merge(experts, tmp_path / "merged", base_model=relatives.base, **CPU)
+    config = NeuroMergingConfig()
+    report = merge(experts, tmp_path / "merged", base_model=relatives.base, config=config, **CPU)
     base = relatives.base_state()
     assert_merged_as_reference(
         state(relatives.load_cleanly(tmp_path / "merged")),

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import CPU, GIVES_BACK, assert_same_bits, load, state
-from neuromerge_hf import MergeError, merge, plan_merge
+from neuromerge_hf import MergeError, NeuroMergingConfig, merge, plan_merge
 from stored_forms import CASES, Tensors, as_in_memory
 
 
@@ -59,7 +59,7 @@ def test_the_way_in_which_weights_are_stored_changes_nothing(case: str, relative
         (other, usual, other),
     ):
         merged = tmp_path / f"merged-{len(states)}"
-        merge([expert[1], peer[2]], merged, base_model=base[0], **CPU)
+        merge([expert[1], peer[2]], merged, base_model=base[0], config=NeuroMergingConfig(), **CPU)
         states.append(state(relatives.load_cleanly(merged)))
         assert stored_names(merged) == stored_names(base[0]) - ({"lm_head.weight"} if "tied" in case else set())
     for key, want in states[0].items():

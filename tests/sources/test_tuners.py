@@ -84,7 +84,8 @@ def test_fused_experts_are_merged_as_the_reference_does(name: str, bases: dict[s
     relatives = Relatives("mixtral", tmp_path)
     adapter = save_tuned(relatives.base, tmp_path / "adapter", config_of("LORA", LORA[name]))
     experts = [adapter, relatives.full(1)]
-    report = merge(experts, tmp_path / "merged", base_model=relatives.base, **CPU)
+    config = NeuroMergingConfig()
+    report = merge(experts, tmp_path / "merged", base_model=relatives.base, config=config, **CPU)
     theta = relatives.base_state()
     states = [changed_state(relatives.base, expert) for expert in experts]
     neurons = relatives.family.neurons_of(theta)

@@ -60,7 +60,8 @@ def test_rows_are_merged_by_the_text_of_their_tokens(models_of, tmp_path, family
     models = models_of(family)
     experts = [models / "chat", models / "tools", models / "shuffled"]
     merged, base = tmp_path / "merged", models / "base"
-    report = merge(experts, merged, base_model=base, tokenizer=tokenizer, **CPU)
+    config = NeuroMergingConfig()
+    report = merge(experts, merged, base_model=base, config=config, tokenizer=tokenizer, **CPU)
     assert_merged_by_text(merged, base, experts, report)
     if tokenizer != "union":
         chosen = models / tokenizer
