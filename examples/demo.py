@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 from data import CACHE, load_task
@@ -71,7 +70,7 @@ def main() -> None:
     print(f"It was evaluated in {time.perf_counter() - started:.0f} s and lies in {arguments.output}.")
     print(f"Its model card is {arguments.output / 'README.md'}.")
     if arguments.results:
-        arguments.results.write_text(json.dumps([asdict(result) for result in report.results], indent=2) + "\n")
+        arguments.results.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def merge_experts(experts: list[Path], output: Path, config: NeuroMergingConfig) -> MergeReport:

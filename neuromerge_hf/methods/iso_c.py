@@ -2,7 +2,7 @@
 ICML 2025, arXiv:2502.04959): for each linear layer, the sum of the task vectors with a flat spectrum.
 
 All other parameters get the mean of the task vectors, as in the authors' code. The spectrum is flattened within the
-numerical rank of the sum only; see `spectrum.flattened`.
+numerical rank of the sum only; see `spectrum.with_spectrum`.
 """
 
 from __future__ import annotations

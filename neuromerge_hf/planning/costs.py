@@ -50,7 +50,7 @@ def estimate(
     units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfig, threads: int, bytes_to_download: int
 ) -> Costs:
     """Estimate the costs of merging units with the method of `config` on a number of threads."""
-    passes = config.passes
+    passes = _passes(units, config)
     written = sum(unit.nbytes for unit in units) + sum(_head_bytes(experts))
     temporary = sum(expert.computed.nbytes for expert in experts if expert.computed)
     return Costs(
@@ -61,6 +61,12 @@ def estimate(
         memory=_memory(units, experts, config, threads),
         seconds=_seconds(units, passes, threads) + _spectra_seconds(units, config, threads),
     )
+
+
+def _passes(units: Sequence[Unit], config: MergeConfig) -> int:
+    """How many passes read the task vectors. Where all are merged as whole matrices, there is nothing to trim."""
+    only_matrices = all(unit.by_matrix for unit in units if unit.task_vectors)
+    return 1 if config.by_matrix and only_matrices else config.passes
 
 
 def _memory(units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfig, threads: int) -> int:
@@ -74,7 +80,7 @@ def _memory(units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfi
     that PEFT needs to compute an adapter's weights is not counted.
     """
     thresholds = 0
-    if config.finds_thresholds:
+    if config.finds_thresholds and _passes(units, config) > 1:
         thresholds = len(experts) * (8 * BINS + 4 * SAMPLE_ENTRIES) + 8 * SAMPLE_ENTRIES
     blocks = threads * (max(map(_block_memory, units)) + BLOCK_ENTRIES * config.bytes_per_entry)
     blocks += threads * max((_matrix_memory(unit, config) for unit in units if unit.by_matrix), default=0)

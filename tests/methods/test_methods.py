@@ -330,6 +330,17 @@ def test_the_plan_counts_the_passes(config: MergeConfig, passes: int, models: li
     assert plan.bytes_read == passes * sum(unit.bytes_read for unit in plan.units)
 
 
+def test_neuro_iso_of_adapters_alone_reads_the_inputs_once(relatives_of, tmp_path: Path) -> None:
+    relatives = relatives_of("llama")
+    experts = [relatives.adapter(0), relatives.adapter(1)]
+    plan = plan_merge(experts, base_model=relatives.base, config=NeuroIsoConfig())
+    read: list[int] = []
+    merged_weights(plan, tmp_path / "merged", advance=read.append)
+    assert sum(read) == plan.bytes_read == sum(unit.bytes_read for unit in plan.units)
+    mixed = plan_merge([relatives.full(0), *experts], base_model=relatives.base, config=NeuroIsoConfig())
+    assert mixed.bytes_read > sum(unit.bytes_read for unit in mixed.units)
+
+
 @pytest.mark.parametrize(
     ("options", "config"),
     [

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from neuromerge_hf import NeuroMergingConfig
+from neuromerge_hf import NeuroIsoConfig
 from neuromerge_hf.api import add_results
 from neuromerge_hf.folder.results import load_results
 from neuromerge_hf.model_cards.picture import NAME
@@ -25,7 +25,7 @@ def make(folder: Path) -> Path:
     merge_experts = importlib.import_module("demo").merge_experts
 
     experts = sorted(path for path in (ROOT / "examples" / "experts").iterdir() if path.is_dir())
-    report = merge_experts(experts, folder / "merged", NeuroMergingConfig())
+    report = merge_experts(experts, folder / "merged", NeuroIsoConfig())
     add_results(report.output_dir, load_results(ROOT / "examples" / "results.json"))
     return folder / "merged"
 
