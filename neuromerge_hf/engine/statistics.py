@@ -173,7 +173,7 @@ class StatisticsCollector:
             model += totals
         elects = trimmings is not None
         return Diagnostics(
-            experts=[self._expert(t, model, trimmings and trimmings[t]) for t in range(len(self._experts))],
+            experts=[self._expert(t, model, trimmings[t] if trimmings else None) for t in range(len(self._experts))],
             cosines=_cosines(model),
             layers=[_layer(name, totals, elects) for name, totals in self._totals.items() if totals.energy.any()],
             model=_layer("model", model, elects),
