@@ -78,7 +78,7 @@ def make_report(
         settings=settings,
         tuned_on=plan.spec.tuned_on,
         environment=_environment(device, plan.threads),
-        notes=[note for expert in plan.experts for note in expert.notes],
+        notes=plan.notes,
         weights=weights,
         parents=[Parent.of(location) for location in plan.locations],
     )

@@ -84,6 +84,12 @@ class MergePlan:
         return [self.base.location, *(expert.location for expert in self.experts)]
 
     @property
+    def notes(self) -> list[str]:
+        """Remarks on the base and the experts."""
+        of_experts = [note for expert in self.experts for note in (*expert.location.notes, *expert.notes)]
+        return [*self.base.location.notes, *of_experts]
+
+    @property
     def model_names(self) -> list[str]:
         """Distinct names of the base and the experts, in this order."""
         return different_names(self.base.location.name, [expert.name for expert in self.experts])
@@ -173,7 +179,7 @@ class MergePlan:
             f"  memory needed: about {readable_size(costs.memory)}",
             f"  time, after the download: very roughly {costs.seconds:.0f} s with threads={self.threads}",
         ]
-        lines += [f"  Note: {note}" for expert in self.experts for note in expert.notes]
+        lines += [f"  Note: {note}" for note in self.notes]
         if self.downloaded:
             lines.append(
                 f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"

@@ -86,29 +86,31 @@ def weight_files(main: Path, is_file: Callable[[Path], bool] = Path.is_file) -> 
     """
     if not main.name.endswith(".index.json"):
         return [main]
-    files = _indexed_files(main)
+    files = [main.parent / name for name in sorted(set(weight_map(main).values()))]
     for file in files:
         if not is_file(file):
             raise MergeError(f"{file} is missing, but {main.name} lists it. Download the model again.")
     return files
 
 
-def _indexed_files(main: Path) -> list[Path]:
-    """The files that an index lists, whether they exist or not.
+def weight_map(main: Path) -> dict[str, str]:
+    """The name of the file that holds each tensor of a sharded checkpoint, from its index; empty for a single file.
 
     Raises:
         MergeError: if the index is damaged, or names a file outside its folder.
     """
+    if not main.name.endswith(".index.json"):
+        return {}
     try:
-        names = sorted({os.fspath(name) for name in json.loads(main.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = {name: os.fspath(file) for name, file in json.loads(main.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise MergeError(
             f"{main} is not a valid index of a sharded checkpoint ({error!r}). Download it again."
         ) from error
-    for name in names:
+    for name in sorted(set(names.values())):
         if Path(name).name != name or name in ("", ".", ".."):
             raise MergeError(
                 f"{main} names the file {name!r}, which is outside its folder. "
                 "Such an index could read any file of this machine; do not use this checkpoint."
             )
-    return [main.parent / name for name in names]
+    return names

@@ -3,20 +3,19 @@
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.files import weight_files
+from neuromerge_hf.storage.files import weight_files, weight_map
+from neuromerge_hf.storage.pickles import open_pickle
 from neuromerge_hf.storage.tensors import (
     DTYPES,
     FORMAT_NAMES,
-    PickledTensor,
     SafetensorsFile,
     SafetensorsTensor,
     StoredTensor,
@@ -39,28 +38,45 @@ def open_weights(
     main: Path,
     is_file: Callable[[Path], bool] = Path.is_file,
     open_file: Callable[[Path], Mapping[str, StoredTensor]] = open_file,
+    notes: list[str] | None = None,
 ) -> dict[str, StoredTensor]:
     """Open the tensors of a checkpoint or adapter by name, in the order of the files, from their headers alone.
+
+    Of a tensor that several shards hold, the one in the shard that the index names is opened. As in transformers,
+    shards that the index does not list are not opened, but all tensors of the others are.
 
     Args:
         main: a weight file or an index, see `find_weights`.
         is_file: tells whether a file exists, on this machine or on the Hub.
         open_file: opens one file. It is called on several threads.
+        notes: to which a remark is added if several shards hold the same tensor.
 
     Raises:
-        MergeError: if a file is missing, truncated or damaged.
+        MergeError: if a file is missing, truncated or damaged, or lacks a tensor that the index says it holds.
     """
+    shards = weight_map(main)
+    files = weight_files(main, is_file)
     tensors: dict[str, StoredTensor] = {}
+    repeated: dict[str, str] = {}
     with ThreadPoolExecutor(OPEN_THREADS) as pool:
-        for opened in pool.map(open_file, weight_files(main, is_file)):
-            tensors.update(opened)
-    if main.name.endswith(".index.json"):
-        missing = sorted(set(json.loads(main.read_text())["weight_map"]) - set(tensors))
-        if missing:
-            raise MergeError(
-                f"{main} lists the tensor {missing[0]}{_more(missing)}, but its file does not hold it. "
-                "Download the model again."
-            )
+        for file, opened in zip(files, pool.map(open_file, files), strict=True):
+            for name, tensor in opened.items():
+                if name in tensors:
+                    repeated[name] = file.name
+                if name not in tensors or shards.get(name, file.name) == file.name:
+                    tensors[name] = tensor
+    missing = [name for name in sorted(shards) if name not in tensors or tensors[name].path.name != shards[name]]
+    if missing:
+        raise MergeError(
+            f"{main} lists the tensor {missing[0]}{_more(missing)}, but its file {shards[missing[0]]} does not hold "
+            "it. Download the model again."
+        )
+    if repeated and notes is not None:
+        first = next(iter(repeated))
+        notes.append(
+            f"{first}{_more(list(repeated))} is in several weight files. The one in {tensors[first].path.name} is "
+            f"used, as {main.name} says."
+        )
     return tensors
 
 
@@ -79,10 +95,13 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
         MergeError: if the file is truncated or is not a safetensors file.
     """
     opened = SafetensorsFile(path)
-    with path.open("rb") as file:
-        header = read_header(
-            path, path.stat().st_size, lambda start, stop: os.pread(file.fileno(), stop - start, start)
-        )
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header = read_header(path, size, lambda start, stop: os.pread(file.fileno(), stop - start, start))
+        check_header(path, path)
+    except OSError as error:
+        raise MergeError(f"{path} cannot be read ({error.strerror}). Check the file and its disk.") from error
     return {
         name: SafetensorsTensor(name, dtype, shape, opened, offset) for name, (dtype, shape, offset) in header.items()
     }
@@ -91,7 +110,7 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
 def read_header(
     path: Path, size: int, read: Callable[[int, int], bytes]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """Read the header of a safetensors file.
+    """Read the header of a safetensors file. `check_header` must check it, too.
 
     Args:
         path: the file, for messages.
@@ -119,17 +138,36 @@ def read_header(
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"tensor {name} has {end - begin} bytes, not those of {dtype} {shape}")
             if data + end > size:
                 raise _truncated(path, size, f"tensor {name} should end at byte {data + end}")
+            dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+            if dtype is None:
+                raise MergeError(
+                    f"{name} in {path} has the dtype {entry['dtype']}, which cannot be read. "
+                    "Save the model in float32, float16 or bfloat16."
+                )
+            if 0 in shape:
+                torch.empty(shape, dtype=dtype, device="meta")  # raises if another size is too large for torch
             tensors[name] = dtype, shape, data + begin
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # a RecursionError is the last
         if isinstance(error, MergeError):
             raise
-        raise MergeError(f"{path} is not a valid safetensors file ({error}). Download or save it again.") from error
+        raise _invalid(path, str(error)) from error
     return tensors
+
+
+def check_header(path: Path, file: Path) -> None:
+    """Raise a `MergeError` if the safetensors library refuses a file. It reads the header alone.
+
+    Args:
+        path: the file, for messages.
+        file: the file to check.
+    """
+    try:
+        with safe_open(file, "np", backend="pread"):
+            pass
+    except SafetensorError as error:
+        raise _invalid(path, str(error).removeprefix("Error while deserializing header: ")) from error
 
 
 def make_header(
@@ -160,30 +198,5 @@ def _truncated(path: Path, size: int, expectation: str) -> MergeError:
     return MergeError(f"{path} is truncated: it has {size} bytes, but {expectation}. Download or copy it again.")
 
 
-def open_pickle(path: Path) -> dict[str, PickledTensor]:
-    """Open the tensors of a ``.bin`` file by name, with ``weights_only=True``, so that nothing in it is executed.
-
-    Raises:
-        MergeError: if the file is damaged, or holds anything but tensors.
-    """
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            # Files of torch < 1.6 cannot be mapped into memory.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise MergeError(
-            f"{path} is damaged or holds more than tensors, and torch.load(weights_only=True) refuses it; nothing in "
-            "it was executed. Download it again, or save the model as safetensors."
-        ) from error
-    except Exception as error:  # torch.load documents no exception types
-        raise MergeError(
-            f"{path} cannot be read ({type(error).__name__}: {str(error).partition('. ')[0]}). "
-            "It may be truncated: download or save it again."
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise MergeError(f"{path} is not a state dict of tensors. Save the model again, with save_pretrained.")
-    return {name: PickledTensor(name, tensor, path) for name, tensor in state.items()}
+def _invalid(path: Path, reason: str) -> MergeError:
+    return MergeError(f"{path} is not a valid safetensors file ({reason}). Download or save it again.")

@@ -37,6 +37,7 @@ class Location:
         commit: the commit on the Hub; None for a local folder.
         token: the Hub token for downloads.
         weight_names: the possible names of the weight file or index. The first that exists is used.
+        notes: remarks on the weight files for the report.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Location:
     commit: str | None = None
     token: str | bool | None = field(default=None, repr=False)
     weight_names: tuple[str, ...] = CHECKPOINT_FILES
+    notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     _watched: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -106,7 +108,10 @@ class Location:
             MergeError: if a file is missing, truncated or damaged.
         """
         self.watch([main] if main.is_file() else [])
-        return open_weights(main, self._has, self._open)
+        notes: list[str] = []
+        tensors = open_weights(main, self._has, self._open, notes)
+        self.notes[:] = [f"{self.public_name}: {note}" for note in notes] or self.notes
+        return tensors
 
     def missing_weights(self) -> dict[Path, int]:
         """The size in bytes of each weight file that is not downloaded yet, by path.

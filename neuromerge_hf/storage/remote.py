@@ -1,6 +1,7 @@
 """Reading the sizes and the headers of weight files on the Hub without downloading the files."""
 
 from pathlib import Path, PurePosixPath
+from tempfile import NamedTemporaryFile
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import RepoFile
@@ -11,7 +12,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported
 )
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.formats import read_header
+from neuromerge_hf.storage.formats import check_header, read_header
 from neuromerge_hf.storage.tensors import RemoteTensor
 
 FIRST_BYTES = 100_000
@@ -53,6 +54,12 @@ def open_remote(path: Path, url: str, size: int, token: str | bool | None) -> di
 
     try:
         header = read_header(path, size, read)
+        # The rest of this copy is a hole, which takes no space.
+        with NamedTemporaryFile(suffix=path.name) as copy:
+            copy.write(content)
+            copy.truncate(size)
+            copy.flush()
+            check_header(path, Path(copy.name))
     except MergeError:
         raise
     except Exception as error:  # the HTTP client's exceptions depend on its version

@@ -1,5 +1,6 @@
 """Tensors in weight files. Their headers give names, dtypes and shapes, and their entries are read in ranges."""
 
+import math
 import os
 import threading
 from dataclasses import dataclass, field
@@ -104,16 +105,19 @@ class SafetensorsFile:
         """Fill `out` (contiguous, CPU) with the bytes from `offset` on.
 
         Raises:
-            MergeError: if the file ends early.
+            MergeError: if the file ends early, or cannot be read.
         """
         view = memoryview(out.view(torch.uint8).numpy().data)
-        with self._lock:
-            descriptor = self.descriptor
-        while view:
-            count = os.preadv(descriptor, [view], offset)
-            if count == 0:
-                raise MergeError(f"{self.path} ended early: it changed while it was read. Run the merge again.")
-            view, offset = view[count:], offset + count
+        try:
+            with self._lock:
+                descriptor = self.descriptor
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if count == 0:
+                    raise MergeError(f"{self.path} ended early: it changed while it was read. Run the merge again.")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise MergeError(f"{self.path} cannot be read ({error.strerror}). Check the file and its disk.") from error
 
     def __del__(self) -> None:
         if "descriptor" in self.__dict__:
@@ -158,8 +162,42 @@ def is_remote(tensor: StoredTensor) -> bool:
 
 
 @dataclass(frozen=True)
+class StridedTensor:
+    """A tensor whose entries do not follow each other in the file, such as the transpose of one in a ``.bin`` file.
+
+    Attributes:
+        stride: how many entries to go on in the file for the next index of each axis.
+        offset: the position of its first entry in the file, in bytes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    file: SafetensorsFile
+    offset: int
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        # All that lies between the first and the last entry of the slices along the first axis is read.
+        if start == stop:
+            return
+        entries = math.prod(self.shape[1:])
+        first, last = start // entries, -(-stop // entries)
+        shape = (last - first, *self.shape[1:])
+        span = 1 + sum((length - 1) * step for length, step in zip(shape, self.stride, strict=True))
+        between = torch.empty(span, dtype=self.dtype)
+        self.file.pread(self.offset + first * self.stride[0] * self.dtype.itemsize, between)
+        slices = between.as_strided(shape, self.stride).reshape(-1)
+        out.copy_(slices[start - first * entries : stop - first * entries])
+
+
+@dataclass(frozen=True)
 class PickledTensor:
-    """A tensor of a ``.bin`` file, mapped into memory by torch."""
+    """A tensor in memory, from a ``.bin`` file of torch < 1.6."""
 
     name: str
     tensor: Tensor
