@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
@@ -160,10 +161,22 @@ def open_factors(
         else:
             a, b = sides["A"], sides["B"]
             is_embedding = any(".lora_embedding_" in key for key in tensors)
-            factors = StoredLoRA(
-                a, b, _scaling(module, a.shape[0], config), is_embedding, found[1], module, stored.get(ref)
-            )
-            if factors.fits():
+            try:
+                r, scaling = _option(module, config.rank_pattern, config.r), _scaling(module, config)
+            except (re.error, TypeError, ValueError, ArithmeticError) as error:
+                problems.append(
+                    f"r, lora_alpha or their patterns in {location.folder / 'adapter_config.json'} are not valid for "
+                    f"{module} ({error}). Save the adapter again."
+                )
+                continue
+            factors = StoredLoRA(a, b, scaling, is_embedding, found[1], module, stored.get(ref))
+            if factors.rank != r or r < 1:
+                problems.append(
+                    f"lora_A of {module} in {file} has the rank {factors.rank}, but its adapter_config.json says {r} "
+                    "(r or rank_pattern), and PEFT refuses to load it. Save the adapter again with its own "
+                    "configuration."
+                )
+            elif factors.fits():
                 vectors[ref] = factors
             else:
                 problems.append(
@@ -173,10 +186,24 @@ def open_factors(
     return vectors, problems
 
 
-def _scaling(module: str, r: int, config: LoraConfig) -> float:
-    alphas = config.alpha_pattern or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-    return float(alpha / (r**0.5 if config.use_rslora else r))
+def _scaling(module: str, config: LoraConfig) -> float:
+    """The factor of a module's product ``B @ A``.
+
+    Raises:
+        ValueError: if it is not a finite number.
+    """
+    alpha = _option(module, config.alpha_pattern, config.lora_alpha)
+    r = _option(module, config.rank_pattern, config.r)
+    scaling = float(alpha / (r**0.5 if config.use_rslora else r))
+    if not math.isfinite(scaling):
+        raise ValueError(f"lora_alpha is {alpha}")
+    return scaling
+
+
+def _option(module: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
+    """An option of a module, as PEFT finds it in rank_pattern or alpha_pattern."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), module), default)
 
 
 def ranks(task_vectors: Mapping[ParameterRef, TaskVector]) -> list[str]:

@@ -56,8 +56,8 @@ def open_pickle(path: Path) -> Mapping[str, StoredTensor]:
         raise
     except pickle.UnpicklingError as error:
         raise MergeError(
-            f"{path} is damaged or holds more than plain tensors ({_first_sentence(error)}). Nothing in it was executed, "
-            "as with torch.load(weights_only=True). Download it again, or save the model as safetensors."
+            f"{path} is damaged or holds more than plain tensors ({_first_sentence(error)}). Nothing in it was "
+            "executed, as with torch.load(weights_only=True). Download it again, or save the model as safetensors."
         ) from error
     except Exception as error:  # neither torch nor zipfile documents all exception types
         raise MergeError(

@@ -21,6 +21,7 @@ from neuromerge_hf.sources.task_vector import Difference, TaskVector
 from neuromerge_hf.storage.files import ADAPTER_FILES
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor
+from neuromerge_hf.text import listed
 
 WRAPPERS = (".base_layer.", ".modules_to_save.", ".token_adapter.")
 """PEFT's wrapper modules in the names of biases (bias="all") and of adapted embeddings."""
@@ -38,22 +39,21 @@ class AdapterTensors:
         tuned: the tuner's tensors by name, for each module that it changes.
         tokens: the new rows of each embedding of which only some tokens were trained.
         stored: the parameters that are stored whole, by name.
+        ignored: the modules of the tuner's tensors that target_modules does not name, so that PEFT ignores them.
     """
 
     file: Path
     tuned: dict[str, dict[str, StoredTensor]] = field(default_factory=lambda: defaultdict(dict))
     tokens: dict[str, StoredTensor] = field(default_factory=dict)
     stored: dict[str, StoredTensor] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
 
 
-def read_adapter(location: Location, config: tuner.AnyConfig, ties: Mapping[str, str]) -> AdapterTensors:
+def read_adapter(location: Location, config: tuner.AnyConfig, base: Base) -> AdapterTensors:
     """Open the tensors of an adapter, from their headers alone.
 
-    Args:
-        ties: the base's tied parameters, each with the parameter whose weights it shares.
-
     Raises:
-        MergeError: if a file is missing or damaged.
+        MergeError: if a file is missing or damaged, or nothing in it is of a module that target_modules names.
     """
     main = location.find_weights()
     if main is None:
@@ -76,15 +76,23 @@ def read_adapter(location: Location, config: tuner.AnyConfig, ties: Mapping[str,
             adapter.stored[name] = tensor
     if tuner.type_of(config) == "TRAINABLE_TOKENS":  # it also stores the rows of tied embeddings
         for name in list(adapter.tokens):
-            if ties.get(f"{name}.weight", "").removesuffix(".weight") in adapter.tokens:
+            if base.ties.get(f"{name}.weight", "").removesuffix(".weight") in adapter.tokens:
                 del adapter.tokens[name]
+    adapter.ignored.extend(module for module in adapter.tuned if not tuner.is_targeted(config, module, base))
+    if adapter.ignored and len(adapter.ignored) == len(adapter.tuned):
+        raise MergeError(
+            f"{main} holds tensors of {listed(adapter.ignored)}, but target_modules in its adapter_config.json names "
+            "none of these modules. Save the adapter again with its own configuration."
+        )
+    for module in adapter.ignored:
+        del adapter.tuned[module]
     return adapter
 
 
 def changes_one_tied_embedding(location: Location, config: tuner.AnyConfig, base: Base) -> bool:
     """Whether an adapter changes only one of two tied embeddings."""
     with suppress(MergeError):  # open_adapter reports it
-        adapter = read_adapter(location, config, base.ties)
+        adapter = read_adapter(location, config, base)
         saved = [name for name in adapter.stored if _is_saved_module(name, config)]
         tokens = [f"{module}.weight" for module in adapter.tokens]
         if len(tokens) == 1 and tokens[0] not in base.ties:  # PEFT changes the tied embedding too
@@ -111,8 +119,13 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
     Raises:
         MergeError: if a file is missing or damaged, or the adapter does not fit the base.
     """
-    adapter = read_adapter(location, config, base.ties)
+    adapter = read_adapter(location, config, base)
     refs = base.skeleton.refs(adapter.stored)
+    if adapter.ignored:
+        notes.append(
+            f"{location.public_name} holds tensors of {listed(adapter.ignored)}, which target_modules in its "
+            "adapter_config.json does not name. They were left out, as PEFT leaves them out."
+        )
     problems = [
         f"{adapter.file} changes {module} in two ways, of which only one can be merged. Leave the adapter out."
         for module in adapter.tuned.keys() & adapter.tokens.keys()

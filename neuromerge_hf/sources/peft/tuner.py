@@ -1,5 +1,6 @@
 """The modules and parameters that an adapter changes, from its configuration and the names of its tensors."""
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.skeleton import ParameterRef
 from neuromerge_hf.sources.aligned import AlignedTensor
 from neuromerge_hf.sources.base import Base
@@ -59,6 +61,32 @@ def needs_whole_model(config: AnyConfig) -> bool:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     resized = type_of(config) == "ADALORA" and bool(config.rank_pattern)
     return resized or type_of(config) in SHARED_STATE_TYPES or getattr(tuner, "uses_shared_state", False)
+
+
+def is_targeted(config: AnyConfig, module: str, base: Base) -> bool:
+    """Whether PEFT puts a tuner on a module with this name in the adapter, so that it loads the module's tensors.
+
+    Raises:
+        MergeError: if the options that select modules are not valid.
+    """
+    targets = getattr(config, "target_modules", None)
+    if targets is None:
+        defaults = getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "target_module_mapping", None) or {}
+        targets = defaults.get(base.config.model_type)
+    selects_otherwise = getattr(config, "target_parameters", None) or getattr(config, "ensure_weight_tying", False)
+    if targets is None or targets == "all-linear" or selects_otherwise:
+        return True
+    config = copy.copy(config)
+    config.target_modules = targets
+    weight = base.skeleton.refs([f"{module}.weight"])[f"{module}.weight"]
+    names = {module, weight.parameter.removesuffix(".weight") if weight else module}
+    try:
+        return any(check_target_module_exists(config, name) for name in names)
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise MergeError(
+            f"adapter_config.json selects modules by target_modules={targets!r} and options beside it that are not "
+            f"valid ({error}). Save the adapter again."
+        ) from error
 
 
 def shared_state_targets(config: AnyConfig, base: Base) -> dict[str, dict[str, StoredTensor]]:
