@@ -180,7 +180,9 @@ def _read_archive(path: Path) -> dict[str, StoredTensor]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1 or len(set(names)) != len(names):
+        begins = [record.header_offset for record in archive.infolist()]
+        # zipfile moves all records if bytes are missing or added before their list.
+        if len(pickles) != 1 or len(set(names)) != len(names) or min(begins) != 0:
             raise zipfile.BadZipFile("it is no archive of torch.save")
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":

@@ -49,7 +49,10 @@ class Case:
 TryCase = Callable[[int, Path], Case]
 """Tries the case of a seed, in an empty folder that is deleted afterwards."""
 
-CAMPAIGNS: dict[str, str] = {}
+CAMPAIGNS: dict[str, str] = {
+    "headers": "headers",
+    "pickles": "pickles",
+}
 """The module of each campaign, by its name."""
 
 
