@@ -256,7 +256,7 @@ def mutate_entries(mutant: Mutant, rng: random.Random) -> str:
 
 def mutate_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     """Mutate the bytes of a file: its length, the length of its header, or any of its bytes."""
-    length = int.from_bytes(content[:8], "little")
+    length = min(int.from_bytes(content[:8], "little"), len(content))
     kind = rng.choice(("flip", "insert", "delete", "cut", "trail", "length", "encode", "pad", "web page"))
     where = rng.randrange(len(content))
     if kind == "flip":
@@ -270,7 +270,7 @@ def mutate_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     if kind == "trail":
         return content + rng.randbytes(rng.choice((1, 8, 4096))), "trailing bytes"
     if kind == "length":
-        length = rng.choice((0, length - 1, length + 1, length + 8, 10**8, 10**8 + 1, 2**63, 2**64 - 1))
+        length = rng.choice((0, max(0, length - 1), length + 1, length + 8, 10**8, 10**8 + 1, 2**63, 2**64 - 1))
         return length.to_bytes(8, "little") + content[8:], f"header length {length}"
     if kind == "encode":
         encoding = rng.choice(("utf-16", "utf-16-le", "utf-32", "utf-8-sig"))
