@@ -163,7 +163,7 @@ def open_factors(
             is_embedding = any(".lora_embedding_" in key for key in tensors)
             try:
                 r, scaling = _option(module, config.rank_pattern, config.r), _scaling(module, config)
-            except (re.error, TypeError, ValueError, ArithmeticError) as error:
+            except (re.error, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 problems.append(
                     f"r, lora_alpha or their patterns in {location.folder / 'adapter_config.json'} are not valid for "
                     f"{module} ({error}). Save the adapter again."

@@ -112,9 +112,18 @@ def test_a_tensor_that_an_index_lists_and_no_file_holds_is_refused(models, copie
     assert says(message, expert / "model.safetensors.index.json", DOWN, "again")
 
 
+def test_a_tensor_that_is_in_another_shard_than_the_index_says_is_refused(models, copied, refused):
+    expert = copied("sharded")
+    index = expert / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    other = next(shard for shard in sorted(weight_map.values()) if shard != weight_map[DOWN])
+    change_json(index, weight_map=weight_map | {DOWN: other})
+    assert says(refused([expert], base_model=models / "base"), index, DOWN, other, "again")
+
+
 def test_a_broken_index_is_refused(models, copied, refused):
     expert = copied("sharded")
-    for content in ("{", "[]", "{}", '{"weight_map": {"a": 3}}'):
+    for content in ("{", "[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": []}', "[" * 100_000):
         (expert / "model.safetensors.index.json").write_text(content)
         assert says(refused([expert], base_model=models / "base"), expert / "model.safetensors.index.json", "index")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from families import CPU, GIVES_BACK, Relatives, assert_merged_as_reference, assert_same_bits, load_cleanly, state
 from merged_models import read_tensors
-from neuromerge_hf import NeuroMergingConfig, merge
+from neuromerge_hf import NeuroMergingConfig, merge, plan_merge
 from tiny_models import contents, load_adapted
 
 
@@ -79,6 +79,71 @@ def test_bin_files_and_tied_weights_stored_twice_give_the_same_merge(shards: int
         assert got.keys() == want.keys()
         for key in want:
             assert_same_bits(got[key], want[key], key)
+
+
+def test_bin_files_of_parameters_give_the_same_merge(relatives_of, tmp_path: Path) -> None:
+    relatives = relatives_of("llama")
+    want = merge_of([relatives.full(0)], relatives.base, tmp_path / "want")
+    folders = [save_as_bin(folder, tmp_path / folder.name, 1, {}) for folder in (relatives.base, relatives.full(0))]
+    for folder in folders:
+        state = torch.load(folder / "pytorch_model.bin")
+        torch.save({name: torch.nn.Parameter(x) for name, x in state.items()}, folder / "pytorch_model.bin")
+    assert merge_of([folders[1]], folders[0], tmp_path / "got") == want
+
+
+def merge_of(experts: list[Path], base: Path, output: Path) -> bytes:
+    """The weight file of a merge."""
+    merge(experts, output, base_model=base, **CPU)
+    return contents(output)["model.safetensors"]
+
+
+def shards_of(relatives: Relatives, folder: Path) -> tuple[Path, dict[str, str]]:
+    """A copy of a fine-tune in several shards, and the shard of each tensor."""
+    relatives.family.base_class.from_pretrained(relatives.full(0)).save_pretrained(folder, max_shard_size="3KB")
+    return folder, json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_of_a_tensor_in_two_shards_the_one_that_the_index_names_is_merged(relatives_of, tmp_path: Path) -> None:
+    relatives = relatives_of("llama")
+    want = merge_of([relatives.full(0)], relatives.base, tmp_path / "want")
+    expert, weight_map = shards_of(relatives, tmp_path / "expert")
+    for place in (0, -1):  # before and after the right one
+        name, shard = sorted(weight_map.items(), key=lambda item: item[1])[len(weight_map) // 2]
+        other = expert / sorted(set(weight_map.values()))[place]
+        tensors = load_file(other)
+        save_file({**tensors, name: torch.ones_like(load_file(expert / shard)[name])}, other)
+        plan = plan_merge([expert], base_model=relatives.base, **CPU)
+        assert [note for note in plan.notes if name in note and shard in note and "index.json says" in note]
+        assert f"Note: expert: {name} is in several weight files" in str(plan)
+        assert merge_of([expert], relatives.base, tmp_path / f"got{place}") == want
+        report = json.loads((tmp_path / f"got{place}" / "merge_report.json").read_text())
+        assert report["notes"] == plan.notes
+        save_file(tensors, other)
+
+
+def test_the_note_on_a_tensor_in_two_shards_is_of_the_base_too(relatives_of, tmp_path: Path) -> None:
+    relatives = relatives_of("llama")
+    base, weight_map = shards_of(relatives, tmp_path / "base")
+    (name, shard), *_ = sorted(weight_map.items(), key=lambda item: item[1])
+    other = base / sorted(set(weight_map.values()))[-1]
+    save_file({**load_file(other), name: load_file(base / shard)[name]}, other)
+    (note,) = plan_merge([relatives.full(0)], base_model=base, **CPU).notes
+    assert note.startswith(f"base: {name} is in several weight files")
+
+
+def test_shards_are_opened_as_transformers_opens_them(relatives_of, tmp_path: Path) -> None:
+    relatives = relatives_of("llama")
+    want = merge_of([relatives.full(0)], relatives.base, tmp_path / "want")
+    expert, weight_map = shards_of(relatives, tmp_path / "expert")
+    shards = list(weight_map.values())
+    name, shard = next(item for item in weight_map.items() if shards.count(item[1]) > 1)
+    save_file({name: torch.ones_like(load_file(expert / shard)[name])}, expert / "model-99999-of-99999.safetensors")
+    left = {key: value for key, value in weight_map.items() if key != name}  # its shard is listed
+    index = {"metadata": {}, "weight_map": left}
+    (expert / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = relatives.family.base_class.from_pretrained(expert)
+    assert torch.equal(model.state_dict()[name], load_file(relatives.full(0) / "model.safetensors")[name])
+    assert merge_of([expert], relatives.base, tmp_path / "got") == want
 
 
 def test_an_adapter_in_a_bin_file_is_the_same_adapter(relatives_of, tmp_path: Path) -> None:

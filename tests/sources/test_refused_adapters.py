@@ -11,10 +11,21 @@ import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from adapters import LORA, TARGETS, TARGETS_ALONE, TUNERS, change_adapter, config_of, on, save_tuned
+from adapters import (
+    LORA,
+    TARGETS,
+    TARGETS_ALONE,
+    TUNERS,
+    change_adapter,
+    config_of,
+    merged_as_its_own_model,
+    on,
+    save_tuned,
+)
+from changes import change_json
 from families import CPU
 from neuromerge_hf import MergeError, merge
-from tiny_models import save_llama
+from tiny_models import load_adapted, save_llama
 
 
 def refused(adapter: Path, base: Path, folder: Path) -> str:
@@ -133,6 +144,104 @@ def test_a_tensor_that_is_not_known_of_its_type_is_refused(bases: dict[str, Path
     message = refused(adapter, bases["llama"], tmp_path)
     assert "q_proj.gate, which is neither a parameter" in message
     assert "of type LOHA" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 8},
+        {"r": 2},
+        {"rank_pattern": {"q_proj": 8}},
+        {"rank_pattern": {r"layers\.0\.self_attn\.v_proj": 1}},
+        {"r": 8, "rank_pattern": {"q_proj": 4}},
+    ],
+)
+@pytest.mark.parametrize("kind", ["LORA", "DoRA"])
+def test_an_adapter_whose_configuration_gives_another_rank_is_refused_as_by_peft(
+    kind: str, changes: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, use_dora=kind == "DoRA", **TARGETS)
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", config)
+    change_json(adapter / "adapter_config.json", **changes)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_adapted(bases["llama"], adapter)
+    message = refused(adapter, bases["llama"], tmp_path)
+    if kind == "LORA":
+        for words in ("lora_A of model.layers.0.self_attn", "has the rank 4", "(r or rank_pattern)"):
+            assert words in message
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "alpha_pattern", "rank_pattern"])
+def test_options_of_a_wrong_type_or_without_a_finite_value_are_refused(
+    name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", LoraConfig(r=4, **TARGETS))
+    original = json.loads((adapter / "adapter_config.json").read_text())
+    values: dict[str, list[object]] = {
+        "r": [0, -4, None, "4", 4.5],
+        "lora_alpha": [None, "8", [8], float("nan"), float("inf"), 10**400],
+        "alpha_pattern": [{"q_proj": None}, {"(": 3}, [1]],
+        "rank_pattern": [{"q_proj": "4"}, {"(": 4}, 3],
+    }
+    for value in values[name]:
+        change_json(adapter / "adapter_config.json", **original | {name: value})
+        refused(adapter, bases["llama"], tmp_path)
+
+
+def test_an_adapter_of_rank_zero_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", LoraConfig(r=4, **TARGETS))
+
+    def empty(tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            tensors[key] = tensor[:0] if "lora_A" in key else tensor[:, :0].contiguous()
+
+    change_adapter(adapter, empty)
+    assert "has the rank 0, but its adapter_config.json says 4" in refused(adapter, bases["llama"], tmp_path)
+    change_json(adapter / "adapter_config.json", r=0)
+    refused(adapter, bases["llama"], tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["LORA", "LOHA"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r"model\.layers\.0\.self_attn\.(q|v)_proj"},
+        {"exclude_modules": ["v_proj"]},
+    ],
+    ids=str,
+)
+def test_tensors_of_modules_that_are_not_targeted_are_left_out_as_by_peft(
+    kind: str, changes: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(kind, TUNERS[kind]) if kind != "LORA" else LoraConfig(r=4, **TARGETS)
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", config)
+    change_json(adapter / "adapter_config.json", **changes)
+    difference, report = merged_as_its_own_model(bases["llama"], adapter, tmp_path / "merged")
+    assert difference < 1e-5
+    (note,) = report.notes
+    assert note.startswith("adapter holds tensors of model.layers.")
+    assert "which target_modules in its adapter_config.json does not name" in note
+
+
+def test_an_adapter_of_which_no_tensor_is_targeted_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", LoraConfig(r=4, **TARGETS))
+    for targets, words in (
+        (["gate_proj"], "names none of these modules"),
+        ("(", "target_modules, or an option beside it, in"),
+    ):
+        change_json(adapter / "adapter_config.json", target_modules=targets)
+        assert words in refused(adapter, bases["llama"], tmp_path)
+
+
+def test_without_target_modules_those_that_peft_chooses_are_merged(bases: dict[str, Path], tmp_path: Path) -> None:
+    for targets, notes in ((None, 1), ("all-linear", 0)):  # of a Llama, PEFT chooses q_proj and v_proj
+        adapter = tmp_path / str(targets)
+        save_tuned(bases["llama"], adapter, LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+        change_json(adapter / "adapter_config.json", target_modules=targets)
+        difference, report = merged_as_its_own_model(bases["llama"], adapter, tmp_path / f"merged-{targets}")
+        assert difference < 1e-5
+        assert len(report.notes) == notes
 
 
 def test_an_option_that_only_a_newer_peft_knows_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

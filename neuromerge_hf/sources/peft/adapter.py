@@ -1,5 +1,6 @@
 """Opening PEFT adapters as experts: the roles of their tensors, and their task vectors."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -78,7 +79,13 @@ def read_adapter(location: Location, config: tuner.AnyConfig, base: Base) -> Ada
         for name in list(adapter.tokens):
             if base.ties.get(f"{name}.weight", "").removesuffix(".weight") in adapter.tokens:
                 del adapter.tokens[name]
-    adapter.ignored.extend(module for module in adapter.tuned if not tuner.is_targeted(config, module, base))
+    try:
+        adapter.ignored.extend(module for module in adapter.tuned if not tuner.is_targeted(config, module, base))
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise MergeError(
+            f"target_modules, or an option beside it, in {location.folder / 'adapter_config.json'} is not valid "
+            f"({error}). Save the adapter again."
+        ) from error
     if adapter.ignored and len(adapter.ignored) == len(adapter.tuned):
         raise MergeError(
             f"{main} holds tensors of {listed(adapter.ignored)}, but target_modules in its adapter_config.json names "
