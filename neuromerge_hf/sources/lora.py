@@ -152,6 +152,8 @@ def open_factors(
             )
         elif set(sides) != {"A", "B"}:
             problems.append(f"{file} holds only one of lora_A and lora_B of {module}. Save the adapter again.")
+        elif len(tensors) > 2:
+            problems.append(f"{file} holds several of lora_A or lora_B of {module}. Save the adapter again.")
         elif min(len(tensor.shape) for tensor in sides.values()) < 2:
             problems.append(f"lora_A or lora_B of {module} in {file} is no matrix. Save the adapter again, gathered.")
         elif ref is None or found is None:

@@ -110,7 +110,7 @@ class Location:
         self.watch([main] if main.is_file() else [])
         notes: list[str] = []
         tensors = open_weights(main, self._has, self._open, notes)
-        self.notes[:] = [f"{self.public_name}: {note}" for note in notes] or self.notes
+        self.notes.extend(note for each in notes if (note := f"{self.public_name}: {each}") not in self.notes)
         return tensors
 
     def missing_weights(self) -> dict[Path, int]:

@@ -25,10 +25,10 @@ from neuromerge_hf.storage.formats import open_safetensors
 from neuromerge_hf.storage.remote import open_remote
 from neuromerge_hf.storage.tensors import DTYPES, read_whole
 
-MUTATIONS = 100
+MUTATIONS = 50
 """How many mutated files a case tries."""
 
-BY_RANGE = 5
+BY_RANGE = 10
 """Of how many files one is also read by range."""
 
 Header = list[tuple[str, Any]]

@@ -244,6 +244,24 @@ def test_without_target_modules_those_that_peft_chooses_are_merged(bases: dict[s
         assert len(report.notes) == notes
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "words"),
+    [
+        ("self_attn.q_proj.lora_A.weight", "self_attn.q_proj.base_layer.lora_A.weight", "two tensors for"),
+        ("self_attn.q_proj.lora_A.weight", "self_attn.q_proj.lora_embedding_A", "several of lora_A or lora_B"),
+        ("input_layernorm.weight", "input_layernorm.modules_to_save.weight", "two tensors for"),
+    ],
+)
+def test_two_tensors_in_one_place_are_refused(
+    name: str, other: str, words: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, modules_to_save=["input_layernorm"], **TARGETS)
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", config)
+    layer = "base_model.model.model.layers.0."
+    change_adapter(adapter, lambda tensors: tensors.update({layer + other: tensors[layer + name].clone()}))
+    assert words in refused(adapter, bases["llama"], tmp_path)
+
+
 def test_an_option_that_only_a_newer_peft_knows_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_tuned(bases["llama"], tmp_path / "adapter", TARGETS_ALONE)
     file = adapter / "adapter_config.json"

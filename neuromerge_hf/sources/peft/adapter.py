@@ -67,14 +67,19 @@ def read_adapter(location: Location, config: tuner.AnyConfig, base: Base) -> Ada
             continue
         if name.startswith("base_model."):  # state that the tuner's layers share
             continue
+        role: dict[str, StoredTensor]
         if name.endswith(f".{TOKENS}"):
-            adapter.tokens[name.removesuffix(f".{TOKENS}").removesuffix(".token_adapter")] = tensor
+            role, name = adapter.tokens, name.removesuffix(f".{TOKENS}").removesuffix(".token_adapter")
         elif prefix in name:
-            adapter.tuned[name.partition(prefix)[0].replace(".base_layer", "")][name] = tensor
+            role = adapter.tuned[name.partition(prefix)[0].replace(".base_layer", "")]
+            name = name.replace(".base_layer.", ".")
         else:
+            role = adapter.stored
             for wrapper in WRAPPERS:
                 name = name.replace(wrapper, ".")
-            adapter.stored[name] = tensor
+        if name in role:
+            raise MergeError(f"{main} holds two tensors for {name}, one of them as {key}. Save the adapter again.")
+        role[name] = tensor
     if tuner.type_of(config) == "TRAINABLE_TOKENS":  # it also stores the rows of tied embeddings
         for name in list(adapter.tokens):
             if base.ties.get(f"{name}.weight", "").removesuffix(".weight") in adapter.tokens:
