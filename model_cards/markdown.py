@@ -4,11 +4,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from neuromerge_hf.errors import INVISIBLE
+
 SPECIAL = re.compile(r"(^[-+#=]|[\\`*_\[\]|~$:@])")
 """Characters that have a meaning in Markdown, in its tables, or in the Hub's mentions and formulas."""
-
-INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
-"""The Unicode categories of characters that are invisible, or that change the direction of the text after them."""
 
 FENCE = "```"
 

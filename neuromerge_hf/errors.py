@@ -1,5 +1,6 @@
 """The exception that users see, and a collector of problems."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -7,6 +8,33 @@ T = TypeVar("T")
 
 LISTED = 3
 """How many problems of one model an error lists. A wrong base has a problem in every layer."""
+
+
+INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
+"""The Unicode categories of characters that are invisible, or that change the text around them or the terminal."""
+
+
+class Printable(str):
+    """A text that may be shown as it is, with its line breaks."""
+
+
+def printable(text: object) -> Printable:
+    """Return a text on one line, with escapes in place of characters that act on a terminal or cannot be seen.
+
+    Texts from models (names, tokens, messages of libraries about them) can hold anything. A `MergeError` and a text
+    that is `Printable` already keep their lines.
+    """
+    if isinstance(text, Printable | MergeError):
+        return Printable(text)
+    return Printable("".join(map(_shown, str(text))))
+
+
+def _shown(letter: str) -> str:
+    if " " <= letter <= "~":
+        return letter
+    if letter.isspace() and letter not in "\x1c\x1d\x1e\x1f":
+        return " "
+    return ascii(letter)[1:-1] if unicodedata.category(letter) in INVISIBLE else letter
 
 
 class MergeError(ValueError):
@@ -24,7 +52,7 @@ class MergeError(ValueError):
     """
 
     def __init__(self, problems: str | Sequence[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [*map(printable, [problems] if isinstance(problems, str) else problems)]
         if len(self.problems) == 1:
             message = self.problems[0]
         else:

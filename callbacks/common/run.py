@@ -35,7 +35,7 @@ from neuromerge_hf.callbacks.common.training import TRAINED, Training
 from neuromerge_hf.callbacks.common.tune import check_metric, check_tunable, tune
 from neuromerge_hf.callbacks.common.weights import merged_weights, preserved_random_state
 from neuromerge_hf.engine.device import find_device
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, Printable, printable
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.methods.average import AverageConfig
 from neuromerge_hf.spec import MergeSpec, Runtime
@@ -271,4 +271,4 @@ def _errors_explained(situation: str, command: str | None = None) -> Iterator[No
         yield
     except Exception as error:
         again = f"\nThis tries again:\n  {command}" if command else ""
-        raise MergeError(f"{situation}: {error}{again}") from error
+        raise MergeError(Printable(f"{printable(situation)}: {printable(error)}{again}")) from error

@@ -9,6 +9,7 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.folder.report import REPORT_NAME
 from neuromerge_hf.storage.files import (
+    CARD,
     CHECKPOINT_FILES,
     COMPANIONS,
     HEADS,
@@ -19,8 +20,6 @@ from neuromerge_hf.storage.files import (
 )
 from neuromerge_hf.storage.formats import open_weights
 from neuromerge_hf.storage.hashing import file_hash
-
-CARD = "README.md"
 
 BESIDE_CARD = ("*.png", *LICENCE_FILES)
 """The card's pictures, and the parents' licences, which must accompany the weights."""

@@ -13,6 +13,7 @@ from neuromerge_hf.storage.files import (
     ADAPTER_FILES,
     CHECKPOINT_FILES,
     COMPANIONS,
+    CONFIGS,
     TOKENIZER_FILES,
     companion_files,
     find_weights,
@@ -73,7 +74,7 @@ def identity_of(location: Location, *, is_base: bool = False) -> tuple[object, .
 
 def _small_files(location: Location, is_base: bool) -> tuple[list[Path], list[Path]]:
     """The configurations and the companions of a local model that determine a merge."""
-    configs = [location.folder / name for name in ("config.json", "adapter_config.json", "generation_config.json")]
+    configs = [location.folder / name for name in CONFIGS]
     companions = companion_files(location.folder, COMPANIONS if is_base else TOKENIZER_FILES)
     return [path for path in configs if path.is_file()], companions
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuromerge_hf.config import FIRST_METHOD
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.folder.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.results import Result, check_results
@@ -212,7 +212,7 @@ class MergeReport:
             *(f"  Note: {note}" for note in self.notes),
             f"The merged model is in {self.output_dir}",
         ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     @property
     def _hyper_parameters(self) -> str:

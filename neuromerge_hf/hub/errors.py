@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, Printable, printable
 
 QUOTA = re.compile(r"storage|quota|billing|upgrade your plan|too large", re.IGNORECASE)
 """Words in the Hub's message if the account is full. No HTTP status says only that."""
@@ -42,12 +42,13 @@ def hub_errors_as_merge_errors(
                 "Whether the commit was taken is not known: look at the repository, and at its pull requests. "
                 "What it has already is not sent a second time."
             )
-        message = (
+        message = printable(
             f"The push to {repo_id} failed: {_reason(error, repo_id)} {outcome} The model is complete in {folder}. "
-            f"This goes on with it:\n  {command}"
+            "This goes on with it:"
         )
+        message = Printable(f"{message}\n  {command}")
         if isinstance(token, str) and token:
-            message = message.replace(token, "...")
+            message = Printable(message.replace(token, "..."))
         raise MergeError(message) from error
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.errors import printable
 from neuromerge_hf.folder.report import VocabularyReport
 from neuromerge_hf.planning.costs import Costs
 from neuromerge_hf.sources.base import Base
@@ -184,7 +185,7 @@ class MergePlan:
             lines.append(
                 f"  downloaded for this plan, because .bin files have no header to check: {listed(self.downloaded)}"
             )
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     @property
     def _ways(self) -> str:

@@ -19,6 +19,10 @@ CHECKPOINT_FILES = (
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """The weight files that PEFT looks for, in its order."""
 
+CARD = "README.md"
+
+CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
+
 HEADS = "heads"
 """The subfolder of a merged model that holds the experts' heads, in one folder for each expert."""
 

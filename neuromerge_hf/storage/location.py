@@ -1,7 +1,9 @@
 """Where a model is: a local folder, or a repository on the Hub at one commit."""
 
 import glob
+import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,14 +19,18 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.files import CHECKPOINT_FILES, COMPANIONS, LICENCE_FILES, weight_files
+from neuromerge_hf.errors import MergeError, printable
+from neuromerge_hf.storage.files import CARD, CHECKPOINT_FILES, COMPANIONS, LICENCE_FILES, weight_files
 from neuromerge_hf.storage.formats import open_file, open_weights
-from neuromerge_hf.storage.remote import list_sizes, open_remote
+from neuromerge_hf.storage.remote import list_sizes, open_remote, repository_sizes
+from neuromerge_hf.storage.small_files import LARGEST_CARD, check_sizes, check_small_files
 from neuromerge_hf.storage.tensors import StoredTensor
 
-METADATA = ["*.json", *COMPANIONS, *LICENCE_FILES, "README.md", "recipe.yaml"]
+METADATA = ["*.json", *COMPANIONS, *LICENCE_FILES, CARD, "recipe.yaml"]
 """Patterns of the small files: configurations, tokenizers, indexes, recipes, licences."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Location:
         token: the Hub token for downloads.
         weight_names: the possible names of the weight file or index. The first that exists is used.
         notes: remarks on the weight files for the report.
+        listed: the size in bytes of each file of this folder on the Hub, if it is known already.
     """
 
     id: str
@@ -46,6 +53,7 @@ class Location:
     token: str | bool | None = field(default=None, repr=False)
     weight_names: tuple[str, ...] = CHECKPOINT_FILES
     notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    listed: dict[str, int] | None = field(default=None, repr=False, compare=False)
     _watched: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -55,7 +63,8 @@ class Location:
     def name(self) -> str:
         """The last part of the id, which names the model in the report."""
         # A link is not resolved, because users choose its name.
-        return Path(self.id).name if self.commit else os.path.basename(os.path.abspath(self.folder))
+        name = Path(self.id).name if self.commit else os.path.basename(os.path.abspath(self.folder))
+        return name if printable(name) == name else re.sub(r"[^\w.-]", "_", name)  # files have this name
 
     @property
     def public_name(self) -> str:
@@ -160,6 +169,8 @@ class Location:
 
     @cached_property
     def _sizes(self) -> dict[str, int] | None:
+        if self.listed is not None:
+            return self.listed
         return list_sizes(*_split(self.id), self.commit, self.token) if self.commit else {}
 
     @cached_property
@@ -200,8 +211,11 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
         MergeError: if the folder or repository does not exist or cannot be accessed.
     """
     text = os.fspath(model)
+    if "\0" in text or not _is_unicode(text):
+        raise MergeError(f"The path {text!r} is not valid UTF-8, so that a recipe cannot name it. Rename the folder.")
     folder = Path(text).expanduser()
     if folder.is_dir():
+        check_small_files(folder)
         return Location(text, folder)
     if folder.exists():
         raise MergeError(
@@ -210,14 +224,27 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
     name, _, named = text.partition("@")
     if text.startswith((".", "/", "~")) or not all(name.split("/")) or ".." in name.split("/"):
         raise MergeError(f"{text} is not a folder on this machine, and no id of a model on the Hub.")
-    snapshot = _download(name, named or revision, token, METADATA)
     repo, prefix = _split(name)
+    commit, sizes = repository_sizes(repo, prefix, named or revision, token) or (None, {})
+    check_sizes(name, sizes)
+    metadata = METADATA
+    if sizes.get(CARD, 0) > LARGEST_CARD:
+        logger.warning("The card of %s is not read: it has more than %d bytes.", name, LARGEST_CARD)
+        metadata = [pattern for pattern in METADATA if pattern != CARD]
+    snapshot = _download(name, named or revision, token, metadata)
     if prefix and not (snapshot / prefix).is_dir():
         raise MergeError(
             f"{name} is not a folder on this machine, and the model {repo} on the Hub (at {snapshot.name[:8]}) has no "
             f"model in a folder {prefix.rstrip('/')}. Check the spelling and the revision."
         )
-    return Location(name, snapshot / prefix, commit=snapshot.name, token=token)
+    check_small_files(snapshot / prefix, is_cached=True)
+    listed = sizes if commit == snapshot.name else None
+    return Location(name, snapshot / prefix, commit=snapshot.name, token=token, listed=listed)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8. The names of files can hold other bytes."""
+    return text.encode(errors="replace").decode() == text
 
 
 def _state(file: Path) -> tuple[int, ...] | None:

@@ -32,6 +32,20 @@ def list_sizes(repo: str, folder: str, commit: str, token: str | bool | None) ->
     return {PurePosixPath(entry.path).name: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
 
+def repository_sizes(
+    repo: str, folder: str, revision: str | None, token: str | bool | None
+) -> tuple[str | None, dict[str, int]] | None:
+    """The commit of a revision and what `list_sizes` gives for it, in one request; None if the Hub cannot be reached."""
+    try:
+        info = HfApi(token=token).model_info(
+            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except Exception:  # offline, unreachable or no access: the download says which
+        return None
+    files = [each for each in info.siblings or () if PurePosixPath(each.rfilename).parent == PurePosixPath(folder)]
+    return info.sha, {PurePosixPath(each.rfilename).name: each.size or 0 for each in files}
+
+
 def open_remote(path: Path, url: str, size: int, token: str | bool | None) -> dict[str, RemoteTensor]:
     """Open the tensors of a safetensors file on the Hub by name, from its header alone.
 
