@@ -1,20 +1,34 @@
 """Metadata of a merge's parents from the Hub and from their cards: licence, access, languages, data sets."""
 
+import logging
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, constants
 
+from neuromerge_hf.errors import INVISIBLE, printable
+from neuromerge_hf.storage.files import CARD
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.small_files import LARGEST_CARD, leads_out
+from neuromerge_hf.text import readable_size
 
-BIBTEX = re.compile(r"^```\s*(?:bibtex|bib|latex)?[ \t]*\n(\s*@\w+\s*\{.*?)\n```", re.S | re.M | re.I)
-"""A code block on a card that begins with a BibTeX entry."""
+logger = logging.getLogger(__name__)
+
+LANGUAGES = ("", "bibtex", "bib", "latex")
+"""The languages of code blocks on cards that may hold a BibTeX entry."""
+
+BIBTEX = re.compile(r"@\w+\s*\{")
+"""The beginning of a BibTeX entry."""
 
 IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.-]*")
 """The form of a licence identifier on the Hub. The card of a local model may hold any text instead."""
+
+LONGEST_TEXT = 500
+"""The length in characters up to which a licence's name, a language or the like is copied from a parent's card."""
 
 LONGEST_CITATION = 3000
 """The length in characters up to which a citation is copied into the merged model's card."""
@@ -54,10 +68,15 @@ class Parent:
         """Read the metadata from the Hub and from ``README.md`` in a model's folder, if it exists and can be read."""
         gated = is_gated(location)
         try:
-            card = ModelCard.load(location.folder / "README.md", ignore_metadata_errors=True)
-        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            data, text = _read_card(location)
+        except Exception as error:  # the card is not needed, and YAML fails in many ways
+            logger.warning(
+                "The card of %s is not used: %s. Its licence, languages, data sets and citations are not in the card "
+                "of the merge.",
+                printable(location),
+                printable(error),
+            )
             return cls(gated=gated)
-        data = card.data.to_dict()
         return cls(
             license=", ".join(_texts(data.get("license"))) or None,
             license_name=_text(data.get("license_name")),
@@ -67,8 +86,26 @@ class Parent:
             # YAML reads Norwegian's code, `no` without quotes, as false.
             languages=_texts("no" if data.get("language") is False else data.get("language")),
             datasets=_texts(data.get("datasets")),
-            citations=citations(card.text),
+            citations=citations(text),
         )
+
+
+def _read_card(location: Location) -> tuple[dict[str, Any], str]:
+    """The metadata and the text of a model's card. Both are empty if it has none."""
+    path = location.folder / CARD
+    outside = None if location.commit else leads_out(path, location.folder)
+    if outside:
+        raise ValueError(f"{path} leads out of the model's folder, to {outside}")
+    if not path.is_file():
+        return {}, ""
+    if path.stat().st_size > LARGEST_CARD:
+        raise ValueError(f"{path} has more than {readable_size(LARGEST_CARD)}")
+    first, *lines = path.read_text(encoding="utf-8-sig").lstrip().split("\n")
+    if first.rstrip() != "---" or "---" not in map(str.rstrip, lines):
+        return {}, "\n".join([first, *lines])
+    end = [*map(str.rstrip, lines)].index("---")
+    data = yaml.safe_load("\n".join(lines[:end]))
+    return data if isinstance(data, dict) else {}, "\n".join(lines[end + 1 :])
 
 
 def is_gated(location: Location) -> bool:
@@ -83,8 +120,14 @@ def is_gated(location: Location) -> bool:
 
 def citations(text: str) -> list[str]:
     """The BibTeX blocks on a card, unchanged, without those that are too long or have unbalanced braces."""
-    found = [match.strip() for match in BIBTEX.findall(text)]
-    return [entry for entry in found if len(entry) <= LONGEST_CITATION and _is_balanced(entry)]
+    found: list[str] = []
+    pieces = iter(re.split(r"^```", text, flags=re.M)[1:-1])  # the insides of code blocks, and what is between them
+    for piece in pieces:
+        language, _, entry = piece.partition("\n")
+        if language.strip().lower() in LANGUAGES and BIBTEX.match(entry.strip()):
+            found.append(entry.strip())
+            next(pieces, None)
+    return [_visible(entry) for entry in found if len(entry) <= LONGEST_CITATION and _is_balanced(entry)]
 
 
 def common_license(parents: Iterable[Parent]) -> dict[str, str]:
@@ -112,7 +155,13 @@ def _is_balanced(entry: str) -> bool:
 
 
 def _text(value: Any) -> str | None:
-    return value.strip() or None if isinstance(value, str) else None
+    text = " ".join(_visible(value).split()) if isinstance(value, str) else ""
+    return text[:LONGEST_TEXT] or None
+
+
+def _visible(text: str) -> str:
+    """A text without invisible characters, except line breaks and tabs."""
+    return "".join(each for each in text if each in "\n\t" or unicodedata.category(each) not in INVISIBLE)
 
 
 def _texts(value: Any) -> list[str]:

@@ -1,9 +1,12 @@
 """Plans a merge: finds and checks everything that it needs, before any weight is read."""
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.engine.device import default_threads
@@ -15,7 +18,7 @@ from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
 from neuromerge_hf.planning.resolve import Resolved, ResolvedExpert, load_config, quantised_base_notes
 from neuromerge_hf.planning.units import for_method, make_units, resolve_dtype
-from neuromerge_hf.skeleton import Skeleton, model_class_of, skeleton_of
+from neuromerge_hf.skeleton import Skeleton, model_class_of, most_parts, skeleton_of
 from neuromerge_hf.sources.base import Base, open_base
 from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.full import check_architecture, has_untied_embeddings, open_full
@@ -23,9 +26,11 @@ from neuromerge_hf.sources.merged_head import merge_heads
 from neuromerge_hf.sources.untying import untied
 from neuromerge_hf.spec import MergeSpec, Runtime
 from neuromerge_hf.storage.location import Location
-from neuromerge_hf.vocabulary.alignment import adapter_rows, align, comparable_skeleton, resized_base
+from neuromerge_hf.vocabulary.alignment import adapter_rows, align, comparable_skeleton, expert_rows, resized_base
 from neuromerge_hf.vocabulary.tokenizer import ExpertVocabulary, choose_tokenizer
-from neuromerge_hf.vocabulary.vocabulary import vocabulary_size
+
+UNKNOWN_TENSORS = 100_000
+"""The number of tensors of a model on the Hub whose files have no header. Hardly a model has more."""
 
 
 def plan_with_weights(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Path | None = None) -> MergePlan:
@@ -64,7 +69,9 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
     base_config = problems.attempt(partial(load_config, resolved.base, trust_remote_code))
     if base_config is None:
         raise problems.error
-    skeleton = skeleton_of(model_class_of(base_config, resolved.base.folder, trust_remote_code), base_config)
+    skeleton = problems.attempt(partial(_base_skeleton, resolved.base, base_config, trust_remote_code))
+    if skeleton is None:
+        raise problems.error
     accepted = [each for each in experts if _config_fits(each, skeleton, resolved.base, trust_remote_code, problems)]
     downloaded = [name for location in resolved.locations for name in _download_headerless(location, problems)]
     base = problems.attempt(partial(open_base, resolved.base, base_config, skeleton))
@@ -133,6 +140,22 @@ def with_config(plan: MergePlan, config: MergeConfig, tuned_on: str | None = Non
     return dataclasses.replace(plan, spec=spec, units=units, costs=costs)
 
 
+def _base_skeleton(base: Location, config: PretrainedConfig, trust_remote_code: bool) -> Skeleton:
+    """Return the skeleton of the base, after its configuration was compared with the number of its tensors.
+
+    Raises:
+        MergeError: if no model of this configuration can be made.
+    """
+    stored = UNKNOWN_TENSORS
+    with suppress(MergeError):  # the problem is found again when the base is opened
+        main = base.find_weights()
+        stored = len(base.open_weights(main)) if main and base.has_headers else UNKNOWN_TENSORS
+    try:
+        return skeleton_of(model_class_of(config, base.folder, trust_remote_code), config, most_parts(stored))
+    except MergeError as error:
+        raise MergeError([f"{base.folder / 'config.json'}: {problem}" for problem in error.problems]) from error
+
+
 def _load_expert_config(expert: ResolvedExpert, trust_remote_code: bool, problems: Problems) -> ResolvedExpert:
     """Return a full checkpoint with its configuration, or without one if that is damaged; then record the problem."""
     if expert.adapter_config:
@@ -178,7 +201,8 @@ class _FittingExpert:
         """Find out what the tokenizer and the base must allow for, and record problems."""
         name, location, config = expert.name, expert.location, expert.config
         if config:
-            vocabulary = ExpertVocabulary(name, location, config, vocabulary_size(config))
+            rows = problems.attempt(partial(expert_rows, location, config, base))
+            vocabulary = ExpertVocabulary(name, location, config, rows)
             unties = has_untied_embeddings(location, config, base.skeleton, trust_remote_code)
             return cls(expert, vocabulary, unties, [], trust_remote_code)
         # PEFT is imported for adapters alone.

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.planning.sizes import check_config_file
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.files import ADAPTER_FILES
 from neuromerge_hf.storage.location import Location, locate
@@ -110,6 +111,7 @@ def load_config(location: Location, trust_remote_code: bool = False) -> "Pretrai
         if (location.folder / "adapter_config.json").is_file():
             raise MergeError(f"{location} is an adapter, not a base. Give the model that it was trained on.")
         raise MergeError(f"{location} is no model: there is neither a config.json nor an adapter_config.json in it.")
+    check_config_file(location.folder / "config.json")
     from transformers import AutoConfig
 
     try:
@@ -121,6 +123,7 @@ def load_config(location: Location, trust_remote_code: bool = False) -> "Pretrai
                 "it, let it run with trust_remote_code=True (--trust-remote-code)."
             ) from error
         raise MergeError(f"{location.folder / 'config.json'} cannot be read: {error}") from error
+    config._attn_implementation = None  # it can name code on the Hub, and no merge computes attention
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

@@ -2,6 +2,7 @@
 
 from neuromerge_hf.skeleton.classes import auto_model_class, model_class_of
 from neuromerge_hf.skeleton.conversion import ParameterRef, Shape, StoredForm
+from neuromerge_hf.skeleton.limits import most_parts
 from neuromerge_hf.skeleton.model import Skeleton, skeleton_of
 from neuromerge_hf.skeleton.neurons import NeuronAxis
 
@@ -13,5 +14,6 @@ __all__ = [
     "StoredForm",
     "auto_model_class",
     "model_class_of",
+    "most_parts",
     "skeleton_of",
 ]

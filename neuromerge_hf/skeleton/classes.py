@@ -8,6 +8,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from neuromerge_hf.errors import MergeError
+
 
 def model_class_of(
     config: PretrainedConfig,
@@ -20,12 +22,20 @@ def model_class_of(
     Args:
         folder: the folder of the model's custom code, which runs only with `trust_remote_code`.
         default: the class to return if none is named or known; None returns the plain backbone.
+
+    Raises:
+        MergeError: if the name is that of something else in transformers.
     """
     architecture = (config.architectures or [""])[0]
     remote = {reference.rpartition(".")[2]: reference for reference in getattr(config, "auto_map", {}).values()}
     if architecture in remote and trust_remote_code:
         return get_class_from_dynamic_module(remote[architecture], folder)
     named = getattr(transformers, architecture, None)
+    if named is not None and not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+        raise MergeError(
+            f'it names {architecture} as the model\'s class ("architectures"), which is no model '
+            "class of transformers. Name the class that the weights were trained as."
+        )
     return named or default or auto_model_class(transformers.AutoModel, config)
 
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.skeleton.conversion import Conversions, ParameterRef, Shape, StoredForm
+from neuromerge_hf.skeleton.limits import at_most
 from neuromerge_hf.skeleton.neurons import NeuronAxis, neuron_axis
 from neuromerge_hf.storage.layout import Layout
 
@@ -31,16 +32,33 @@ class _Architecture:
     model_class: type[PreTrainedModel]
     settings: str
     config: PretrainedConfig = field(compare=False)
+    most: int | None = field(compare=False)
 
 
-def skeleton_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> "Skeleton":
-    """The skeleton of a model class with a configuration. It is cached and must not be changed."""
-    return _build(_Architecture(model_class, config.to_json_string(), config))
+def skeleton_of(model_class: type[PreTrainedModel], config: PretrainedConfig, most: int | None = None) -> "Skeleton":
+    """The skeleton of a model class with a configuration. It is cached and must not be changed.
+
+    Args:
+        model_class: the transformers class.
+        config: the configuration of the model.
+        most: how many parameters and modules it may have, for a configuration that nothing was compared with yet.
+
+    Raises:
+        MergeError: if `most` is given, and the model has more or cannot be made.
+    """
+    return _build(_Architecture(model_class, config.to_json_string(), config, most))
 
 
 @functools.lru_cache(CACHED_SKELETONS)
 def _build(architecture: _Architecture) -> "Skeleton":
-    return Skeleton(architecture.model_class, architecture.config)
+    model_class, config, most = architecture.model_class, architecture.config, architecture.most
+    if most is None:
+        return Skeleton(model_class, config)
+    try:
+        with at_most(most):
+            return Skeleton(model_class, config, most)
+    except Exception as error:  # model classes document no exceptions
+        raise MergeError(f"no {model_class.__name__} can be made of it: {str(error).rstrip('.')}.") from error
 
 
 class Skeleton:
@@ -49,10 +67,12 @@ class Skeleton:
     Args:
         model_class: the transformers class.
         config: the configuration of the model, which is copied.
+        most: how many parameters and modules a model of this architecture may have.
     """
 
-    def __init__(self, model_class: type[PreTrainedModel], config: PretrainedConfig):
+    def __init__(self, model_class: type[PreTrainedModel], config: PretrainedConfig, most: int | None = None):
         self.model_class = model_class
+        self.most = most
         with torch.device("meta"):
             self.model = model_class(copy.deepcopy(config))
         self.model.eval()
@@ -118,6 +138,14 @@ class Skeleton:
     def refs(self, names: Iterable[str]) -> dict[str, ParameterRef | None]:
         """The parameter that each tensor of a checkpoint or an adapter holds; None if the model does not have it."""
         return self._conversions.refs(names)
+
+    def other_shape(self, stored: StoredForm) -> tuple[str, Shape] | None:
+        """The first tensor whose shape is not that of the parameter that it holds whole, and the parameter's shape."""
+        for name, (ref, shape) in stored.items():
+            own = self.shapes.get(ref.parameter)
+            if ref.piece is None and own not in (None, tuple(shape)):
+                return name, own
+        return None
 
     def mismatched_parameter(self, stored: StoredForm) -> str | None:
         """The first parameter that its stored pieces do not make up, for example if one is missing; else None."""

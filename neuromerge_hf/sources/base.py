@@ -126,4 +126,10 @@ def open_base(location: Location, config: PretrainedConfig, skeleton: Skeleton) 
             f"{main} holds no parameter of the class {skeleton.model_class.__name__}. Check its config.json."
         )
     check_complete(location, skeleton, tensors, refs, main)
+    other = skeleton.other_shape(known)
+    if other:
+        raise MergeError(
+            f"{other[0]} is {tensors[other[0]].shape} in {main}, but {other[1]} by the sizes in the config.json beside "
+            "it. Save or download the model again."
+        )
     return Base(location, config, skeleton, tensors, refs, *skeleton.stored_layouts(known))

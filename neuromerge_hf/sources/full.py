@@ -37,13 +37,17 @@ def check_architecture(
             f"{location} is a {theirs} model, but the base {base_location} is a {ours} model. "
             "Only fine-tunes of the same base can be merged."
         ]
-    skeleton = skeleton_of(base.model_class, config)
+    try:
+        skeleton = skeleton_of(base.model_class, config, base.most)
+        model_class = model_class_of(config, location.folder, trust_remote_code, default=base.model_class)
+        skeleton_of(model_class, config, base.most)
+    except MergeError as error:
+        return [f"{location.folder / 'config.json'}: {problem}" for problem in error.problems]
     shapes = skeleton.shapes
     for name in sorted(set(shapes) ^ set(base.shapes)):
         has, lacks = (location, base_location) if name in shapes else (base_location, location)
         return [f"The architectures differ: {has} has the parameter {name}, and {lacks} does not. Check base_model."]
     ties, base_ties = set(skeleton.ties.items()), set(base.ties.items())
-    model_class = model_class_of(config, location.folder, trust_remote_code, default=base.model_class)
     if model_class is not base.model_class:
         # A head that only the expert has is kept unmerged. A tied head is not stored, so the base must tie it too.
         own = skeleton_of(model_class, config).ties.items()

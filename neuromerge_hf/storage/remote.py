@@ -35,7 +35,7 @@ def list_sizes(repo: str, folder: str, commit: str, token: str | bool | None) ->
 def repository_sizes(
     repo: str, folder: str, revision: str | None, token: str | bool | None
 ) -> tuple[str | None, dict[str, int]] | None:
-    """The commit of a revision and what `list_sizes` gives for it, in one request; None if the Hub cannot be reached."""
+    """The commit of a revision, and the sizes of `list_sizes` at it; None if the Hub cannot be reached."""
     try:
         info = HfApi(token=token).model_info(
             repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT

@@ -8,17 +8,16 @@ from pathlib import Path
 from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.storage.files import (
     ADAPTER_FILES,
-    CARD,
     CHECKPOINT_FILES,
-    CONFIGS,
     COMPANIONS,
+    CONFIGS,
     LICENCE_FILES,
     LICENCE_SUFFIXES,
 )
 from neuromerge_hf.text import readable_size
 
 LARGEST_CARD = 1_000_000
-"""The size in bytes up to which a parent's card is read. The largest on the Hub, with hundreds of results, have half."""
+"""The size in bytes up to which a parent's card is read. Cards with hundreds of results have half of it."""
 
 LARGEST = {CONFIGS: 16_000_000, LICENCE_FILES: 10_000_000, COMPANIONS: 1_000_000_000}
 """The size in bytes up to which files of these names are read and copied."""

@@ -31,7 +31,29 @@ def comparable_skeleton(
     readable = tokenizer_files(base_location.folder) and tokenizer_files(expert.folder)
     if rows is None or rows == vocabulary_size(base.model.config) or not readable:
         return base
-    return skeleton_of(base.model_class, resized(base.model.config, rows))
+    return skeleton_of(base.model_class, resized(base.model.config, rows), base.most)
+
+
+def expert_rows(location: Location, config: PretrainedConfig, base: Base) -> int | None:
+    """The number of rows of a full checkpoint's embeddings; None without a vocabulary.
+
+    Raises:
+        MergeError: if its configuration has more rows than any tensor. Much memory would be taken for them.
+    """
+    rows, main = vocabulary_size(config), location.find_weights()
+    if rows is None or rows == vocabulary_size(base.config) or main is None:
+        return rows
+    try:
+        tensors = location.open_weights(main)
+    except MergeError:  # opening the expert reports it
+        return None
+    longest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    if rows > longest:
+        raise MergeError(
+            f"{location.folder / 'config.json'} has vocab_size {rows}, but no tensor of {main} has so many rows: the "
+            f"longest has {longest}. Save or download the model again."
+        )
+    return rows
 
 
 def adapter_rows(location: Location, base: Base) -> int | None:

@@ -1,0 +1,55 @@
+"""Checks of the numbers in a ``config.json`` before transformers makes a configuration of it."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from neuromerge_hf.errors import MergeError
+
+COUNT = re.compile(r"^(num|n)_|(layer|expert|label|block|head|depth|stage)s?$")
+"""The names of settings that count something. Configurations make lists of so many items, such as labels."""
+
+LARGEST_COUNT = 2_000_000
+"""The largest number of layers, labels, or the like."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Characters that act on a terminal. Libraries show names from configurations in warnings of their own."""
+
+
+def check_config_file(path: Path) -> None:
+    """Raise a `MergeError` if a configuration has a number that no model has, or text that acts on a terminal.
+
+    A file that is no JSON passes, because whoever reads it says what is wrong with it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise MergeError(f"{path} cannot be read: it is nested too deeply. Download it again.") from error
+    except (OSError, ValueError):
+        return
+    for name, value in _settings(content):
+        if isinstance(value, int) and value > LARGEST_COUNT and COUNT.search(name):
+            raise MergeError(
+                f"{path} says that {name} is {str(value)[:20]}, more than any model has (at most {LARGEST_COUNT:,}). "
+                "Download it again."
+            )
+        if CONTROL.search(name) or (isinstance(value, str) and CONTROL.search(value)):
+            raise MergeError(
+                f"{path} has control characters in its setting {name}, which act on the terminal that shows them. "
+                "Remove them, or do not use this model."
+            )
+
+
+def _settings(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every number and text of a configuration, with the name of its setting."""
+    stack = [("", content)]
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            stack += [(name, inner) for inner in value]
+        else:
+            yield name, value
