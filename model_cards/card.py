@@ -33,6 +33,7 @@ class MergeCard:
         has_tokenizer: whether the folder has a tokenizer.
         has_chat: whether the folder has a chat template.
         has_code: whether the folder has custom code.
+        has_picture: whether the picture of the diagnostics lies in the folder.
     """
 
     # From whoever writes the card
@@ -46,6 +47,8 @@ class MergeCard:
     has_tokenizer: bool
     has_chat: bool
     has_code: bool
+    # From `write_card`
+    has_picture: bool = True
 
     @property
     def method(self) -> type[MergeConfig]:

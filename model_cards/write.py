@@ -1,5 +1,7 @@
 """Writing a card into a merged model's folder, around the text that people wrote by hand."""
 
+import dataclasses
+import logging
 import os
 import re
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
+from neuromerge_hf.errors import printable
+from neuromerge_hf.folder.assets import check_own_files
 from neuromerge_hf.folder.recipe import Recipe
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.metadata import combined, metadata
@@ -15,6 +19,8 @@ from neuromerge_hf.model_cards.picture import draw
 from neuromerge_hf.model_cards.render import render
 
 CARD_NAME = "README.md"
+
+logger = logging.getLogger(__name__)
 
 BEGIN = "<!-- neuromerge: written anew each time down to the end mark, with the metadata {keys}. -->"
 END = "<!-- neuromerge: end mark -->"
@@ -46,10 +52,12 @@ def write_card(
     Raises:
         MergeError: if the folder was not written by a merge, or the template cannot be used.
     """
+    check_own_files(folder)
     path = folder / CARD_NAME
     if previous is None and path.is_file():
         previous = path.read_text(encoding="utf-8-sig")
     card = MergeCard.of(folder, repo_id, name, recipe)
+    card = dataclasses.replace(card, has_picture=_draw(card, folder / PICTURE))
     new = metadata(card).to_dict()
     begin = BEGIN.format(keys=", ".join(new))
     before, after = "", ""
@@ -59,10 +67,21 @@ def write_card(
         new = combined({key: value for key, value in old.items() if key not in own_keys}, new)
     header = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
     text = f"---\n{header}---\n{before}{begin}\n\n{render(card, template).strip()}\n\n{END}{after}"
-    if card.report.diagnostics:
-        draw(card.report.diagnostics, folder / PICTURE)
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
+
+
+def _draw(card: MergeCard, path: Path) -> bool:
+    """Draw the picture if there is something to draw, and return whether that succeeded. The card does without it."""
+    if card.report.diagnostics is None:
+        return False
+    try:
+        draw(card.report.diagnostics, path)
+    except Exception as error:  # the libraries that draw document no exceptions
+        logger.warning("The picture of the card was not drawn: %s", printable(error))
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def hand_written(card: str) -> str:

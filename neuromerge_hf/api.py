@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuromerge_hf.folder.assets import check_own_files
 from neuromerge_hf.folder.inputs import InputHasher
 from neuromerge_hf.folder.recipe import load_recipe
 from neuromerge_hf.folder.report import MergeReport, load_report
@@ -150,6 +151,7 @@ def add_results(folder: str | os.PathLike[str], results: Iterable[Result | Mappi
     """
     from neuromerge_hf.model_cards import write_card
 
+    check_own_files(Path(folder).expanduser())
     report = load_report(Path(folder).expanduser()).with_results(results)
     report.save(report.output_dir)
     write_card(report.output_dir)

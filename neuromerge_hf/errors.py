@@ -54,7 +54,7 @@ class MergeError(ValueError):
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [*map(printable, [problems] if isinstance(problems, str) else problems)]
         if len(self.problems) == 1:
-            message = self.problems[0]
+            message: str = self.problems[0]
         else:
             message = "\n".join([f"{len(self.problems)} problems were found:", *(f"  * {p}" for p in self.problems)])
         super().__init__(message)

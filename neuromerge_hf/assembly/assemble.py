@@ -20,6 +20,7 @@ from neuromerge_hf.folder.assets import hash_heads
 from neuromerge_hf.folder.diagnostics import Diagnostics
 from neuromerge_hf.folder.directory import atomic_directory
 from neuromerge_hf.folder.inputs import InputHasher, unchanged_inputs
+from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.recipe import Recipe
 from neuromerge_hf.folder.report import MergeReport
 from neuromerge_hf.model_cards import write_card
@@ -44,19 +45,21 @@ def assemble(plan: MergePlan, target: Path, runtime: Runtime, inputs: InputHashe
         MergeError: if the models cannot be merged, or a file has changed since the plan. No files are left behind.
     """
     device = find_device(runtime.device)
-    started = time.perf_counter()
     with atomic_directory(target, runtime.overwrite) as folder, unchanged_inputs(plan.locations):
+        # What can fail for other reasons than weights comes first, so that nobody waits for it.
+        write_companions(plan, folder, runtime.trust_remote_code)
+        parents = [Parent.of(location) for location in plan.locations]
+        started = time.perf_counter()
         temporary = folder / "computed"
         compute_adapters(plan, temporary)
         method, diagnostics, hashes = _write_weights(plan, folder, device)
         seconds = time.perf_counter() - started
         shutil.rmtree(temporary)
-        write_companions(plan, folder, runtime.trust_remote_code)
         save_heads(plan, folder / HEADS)
         recipe = Recipe(plan.spec, inputs.base, inputs.models)
         recipe.save(folder)
         weights = hashes | hash_heads(folder)
-        report = make_report(plan, method, diagnostics, weights, target, seconds, device)
+        report = make_report(plan, method, diagnostics, weights, parents, target, seconds, device)
         report.save(folder)
         write_card(folder, name=target.name, recipe=recipe)
     return report

@@ -22,6 +22,7 @@ def make_report(
     method: Method[Any],
     diagnostics: Diagnostics | None,
     weights: dict[str, str],
+    parents: list[Parent],
     output_dir: Path,
     seconds: float,
     device: torch.device,
@@ -33,6 +34,7 @@ def make_report(
         method: the fitted method.
         diagnostics: the statistics of the elections, if the method has them.
         weights: the sha256 of each weight file, by its path in the folder.
+        parents: the metadata from the cards of the base and then of the experts.
         output_dir: the directory of the merged model.
         seconds: the wall time of the merge.
         device: the device that computed it.
@@ -80,7 +82,7 @@ def make_report(
         environment=_environment(device, plan.threads),
         notes=plan.notes,
         weights=weights,
-        parents=[Parent.of(location) for location in plan.locations],
+        parents=parents,
     )
 
 

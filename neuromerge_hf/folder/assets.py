@@ -1,11 +1,13 @@
 """Which files of a folder belong to a merged model. They are copied, uploaded, hashed and replaced together."""
 
+import logging
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.folder.report import REPORT_NAME
 from neuromerge_hf.storage.files import (
@@ -20,6 +22,8 @@ from neuromerge_hf.storage.files import (
 )
 from neuromerge_hf.storage.formats import open_weights
 from neuromerge_hf.storage.hashing import file_hash
+from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.small_files import leads_out
 
 BESIDE_CARD = ("*.png", *LICENCE_FILES)
 """The card's pictures, and the parents' licences, which must accompany the weights."""
@@ -27,12 +31,18 @@ BESIDE_CARD = ("*.png", *LICENCE_FILES)
 BESIDE_WEIGHTS = ("config.json", *COMPANIONS, RECIPE_NAME, REPORT_NAME, CARD, *BESIDE_CARD)
 """The files of a merge at the top of its folder. Others may be there: a trainer's state, logs, private notes."""
 
+OWN_FILES = (CARD, "neuromerge.png", "config.json", RECIPE_NAME, REPORT_NAME)
+"""The files that a card is made from, and those that are written with it."""
+
 IN_HEADS = (f"{HEADS}/*/*.json", f"{HEADS}/*/*.safetensors")
 
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 LOADED = (*WEIGHTS, *TOKENIZER_FILES, "generation_config.json", f"{HEADS}/*")
 """Files that transformers or `AutoMergedModel` load together with the weights, even if another merge wrote them."""
+
+
+logger = logging.getLogger(__name__)
 
 
 def merged_files(folder: Path) -> dict[str, Path]:
@@ -61,6 +71,7 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise MergeError(f"{folder} is not a folder. Give the output directory of a merge.")
+    check_own_files(folder)
     files = merged_files(folder)
     missing = [name for name in ("config.json", RECIPE_NAME, REPORT_NAME) if name not in files]
     if missing:
@@ -74,7 +85,47 @@ def files_to_push(folder: Path) -> dict[str, Path]:
         if path.is_symlink():
             raise MergeError(f"{path} is a link, and links are not uploaded: push the folder where the files are.")
     open_weights(main)  # detects truncated files before the upload
-    return {name: path for name, path in files.items() if not path.is_symlink()}
+    return {name: path for name, path in files.items() if not _is_linked(path, folder)}
+
+
+def links_inside(folder: Path) -> list[Path]:
+    """The files of a merged model that are not uploaded, because they are links or lie in a linked folder."""
+    return [path for path in merged_files(folder).values() if _is_linked(path, folder)]
+
+
+def _is_linked(path: Path, folder: Path) -> bool:
+    inner = path.relative_to(folder)  # the folder itself may be a link
+    return any((folder / part).is_symlink() for part in (inner, *list(inner.parents)[:-1]))
+
+
+def without_leading_out(paths: Iterable[Path], location: Location) -> list[Path]:
+    """The paths without those that lead out of a merged model's folder, of which a warning is logged.
+
+    The files of a model on the Hub are links that the Hub's client made.
+    """
+    kept = []
+    for path in paths:
+        outside = None if location.commit else leads_out(path, location.folder)
+        if outside:
+            logger.warning("%s is left out: it leads out of its folder, to %s.", printable(path), printable(outside))
+        else:
+            kept.append(path)
+    return kept
+
+
+def check_own_files(folder: Path) -> None:
+    """Raise a `MergeError` if a file that a card is made from, or that is written with it, is a link.
+
+    The card would publish the file that the link points to, or overwrite it.
+    """
+    links = [path for name in OWN_FILES if (path := folder / name).is_symlink()]
+    if links:
+        raise MergeError(
+            [
+                f"{path} is a link, and no card is made from links or written to them. Put a file there."
+                for path in links
+            ]
+        )
 
 
 def is_stale(name: str) -> bool:
@@ -84,7 +135,10 @@ def is_stale(name: str) -> bool:
 
 def copy_merge(source: Path, target: Path) -> None:
     """Copy a merged model, and remove other weights from the target. A card in the target is kept."""
-    files = merged_files(source)
+    found = merged_files(source)
+    weights = [name for name in found if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+    others = without_leading_out([found[name] for name in found if name not in weights], Location(str(source), source))
+    files = {name: path for name, path in found.items() if name in weights or path in others}
     for name, path in files.items():
         if name != CARD or not (target / CARD).exists():
             copy_file(path, target / name)

@@ -8,8 +8,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelInfo, hf_hub_download
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.assets import CARD
 from neuromerge_hf.model_cards import hand_written
+from neuromerge_hf.storage.files import CARD
 
 KEPT_CARD = "README.before-push.md"
 
@@ -46,7 +46,9 @@ def card_to_continue(path: Path, theirs: str | None) -> str | None:
         return theirs
     if not hand_written(theirs):
         return f"{theirs.rstrip()}\n\n{ours}\n"
-    path.with_name(KEPT_CARD).write_text(card, encoding="utf-8")
+    kept = path.with_name(KEPT_CARD)
+    kept.unlink(missing_ok=True)  # writing to a link would overwrite the file that it points to
+    kept.write_text(card, encoding="utf-8")
     return theirs
 
 

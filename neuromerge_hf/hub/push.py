@@ -1,5 +1,6 @@
 """Pushing the folder of a merged model to the Hub, in one commit."""
 
+import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # re-exported lazily
 
-from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.assets import CARD, files_to_push, is_stale
+from neuromerge_hf.errors import MergeError, printable
+from neuromerge_hf.folder.assets import files_to_push, is_stale, links_inside
 from neuromerge_hf.folder.recipe import RECIPE_NAME, published_recipe
 from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.hub.card import add_tags, card_to_continue, paths_in, read_card, validate_card
 from neuromerge_hf.hub.errors import hub_errors_as_merge_errors
 from neuromerge_hf.model_cards import write_card
+from neuromerge_hf.storage.files import CARD
+
+logger = logging.getLogger(__name__)
 
 
 def push(
@@ -68,6 +72,8 @@ def push(
     """
     folder = Path(folder).expanduser().absolute()
     files_to_push(folder)
+    for link in links_inside(folder):
+        logger.warning("%s is not uploaded, because it is or lies behind a link.", printable(link))
     check_repo_id(repo_id)
     options = {
         "--revision": revision,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from neuromerge_hf.folder.assets import BESIDE_CARD, CARD, copy_file, hash_weights
+from neuromerge_hf.folder.assets import BESIDE_CARD, copy_file, hash_weights, without_leading_out
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.loading.heads import folder_with_head
-from neuromerge_hf.storage.files import COMPANIONS, HEADS, companion_files, tokenizer_files
+from neuromerge_hf.storage.files import CARD, COMPANIONS, HEADS, companion_files, tokenizer_files
 from neuromerge_hf.storage.location import Location
 
 
@@ -54,12 +54,12 @@ class LoadedMerge:
         companions = companion_files(self.folder, (*COMPANIONS, *BESIDE_CARD))
         if tokenizer_files(folder):  # the user's own tokenizer may have more tokens
             companions = [path for path in companions if path not in tokenizer_files(self.folder)]
-        for path in companions:
+        for path in without_leading_out(companions, self.location):
             if not (folder / path.name).exists():
                 copy_file(path, folder / path.name)
         copy_file(self.folder / RECIPE_NAME, folder / RECIPE_NAME)
         if self.head is None:
-            for path in self.folder.glob(f"{HEADS}/*/*"):
+            for path in without_leading_out(self.folder.glob(f"{HEADS}/*/*"), self.location):
                 copy_file(path, folder / path.relative_to(self.folder))
         if (self.folder / REPORT_NAME).is_file():
             report = load_report(self.folder)

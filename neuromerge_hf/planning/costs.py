@@ -1,6 +1,6 @@
 """Estimates of what a merge costs: bytes, memory and time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from neuromerge_hf.config import MergeConfig
@@ -10,6 +10,8 @@ from neuromerge_hf.engine.sample import SAMPLE_ENTRIES
 from neuromerge_hf.kernel import ALIGNMENT
 from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
+from neuromerge_hf.storage.location import Location
 
 START_MEMORY = 300_000_000
 """The memory of Python, torch and transformers, in bytes."""
@@ -25,12 +27,24 @@ SPECTRUM_SECONDS = 1e-10, 3e-10
 """The time that a thread needs for the spectrum of a matrix (m, n), m >= n, in seconds for each of m n^2 and n^3."""
 
 
+CARD_BYTES = 500_000
+"""About the size of the card, its picture, the report and the recipe, in bytes."""
+
+
+def companion_bytes(base: Location, tokenizer: Location, models: Iterable[Location]) -> int:
+    """Return the size of the files beside the weights: companions, licences, and about that of the card."""
+    files = [*companion_files(base.folder), *tokenizer_files(tokenizer.folder)]
+    files += [path for model in models for path in licence_files(model.folder)]
+    return CARD_BYTES + sum(path.stat().st_size for path in files)
+
+
 @dataclass(frozen=True)
 class Costs:
     """What a merge costs.
 
     Attributes:
         bytes_to_download: the size of the weight files that are not in the Hub's cache yet.
+        bytes_beside: the size of tokenizer, licences and other files that are copied, and about that of the card.
         bytes_read: the bytes that all passes read, without the samples that predict the thresholds and without hashing.
         bytes_written: the size of the merged weights and of the heads beside them.
         disk: the size of all files that are downloaded, written, or kept beside the output for a time, in bytes.
@@ -39,6 +53,7 @@ class Costs:
     """
 
     bytes_to_download: int
+    bytes_beside: int
     bytes_read: int
     bytes_written: int
     disk: int
@@ -47,7 +62,12 @@ class Costs:
 
 
 def estimate(
-    units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfig, threads: int, bytes_to_download: int
+    units: Sequence[Unit],
+    experts: Sequence[Expert],
+    config: MergeConfig,
+    threads: int,
+    bytes_to_download: int,
+    bytes_beside: int,
 ) -> Costs:
     """Estimate the costs of merging units with the method of `config` on a number of threads."""
     passes = _passes(units, config)
@@ -55,9 +75,10 @@ def estimate(
     temporary = sum(expert.computed.nbytes for expert in experts if expert.computed)
     return Costs(
         bytes_to_download=bytes_to_download,
+        bytes_beside=bytes_beside,
         bytes_read=sum(unit.bytes_read * (passes if unit.task_vectors else 1) for unit in units),
         bytes_written=written,
-        disk=bytes_to_download + written + temporary,
+        disk=bytes_to_download + bytes_beside + written + temporary,
         memory=_memory(units, experts, config, threads),
         seconds=_seconds(units, passes, threads) + _spectra_seconds(units, config, threads),
     )

@@ -13,7 +13,8 @@ from neuromerge_hf.engine.device import default_threads
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.folder.inputs import watch_inputs
-from neuromerge_hf.planning.costs import estimate
+from neuromerge_hf.planning.configs import check_companions
+from neuromerge_hf.planning.costs import companion_bytes, estimate
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
 from neuromerge_hf.planning.resolve import Resolved, ResolvedExpert, load_config, quantised_base_notes
@@ -26,6 +27,7 @@ from neuromerge_hf.sources.merged_head import merge_heads
 from neuromerge_hf.sources.untying import untied
 from neuromerge_hf.spec import MergeSpec, Runtime
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.small_files import check_code
 from neuromerge_hf.vocabulary.alignment import adapter_rows, align, comparable_skeleton, expert_rows, resized_base
 from neuromerge_hf.vocabulary.tokenizer import ExpertVocabulary, choose_tokenizer
 
@@ -65,6 +67,10 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
     problems.attempt(partial(spec.config.expert_weights, len(spec.models)))
     if target:
         problems.attempt(partial(check_inputs_stay, target, resolved.locations))
+    if trust_remote_code:
+        for location in resolved.locations:
+            if not location.commit:
+                problems.attempt(partial(check_code, location.folder))
     experts = [_load_expert_config(expert, trust_remote_code, problems) for expert in resolved.experts]
     base_config = problems.attempt(partial(load_config, resolved.base, trust_remote_code))
     if base_config is None:
@@ -93,6 +99,9 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
             trust_remote_code,
         )
     )
+    for location in resolved.locations:
+        copied = location is resolved.base or bool(choice and choice.location is location)
+        problems.attempt(partial(check_companions, location, copied=copied))
     alignment = choice.alignment if choice else None
     opened: list[Expert] = []
     for expert in fitting:
@@ -114,7 +123,8 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
     if not any(unit.task_vectors for unit in units):
         raise MergeError("No expert changes any parameter of the base that is not excluded. There is nothing to merge.")
     threads = runtime.threads or default_threads()
-    costs = estimate(units, opened, spec.config, threads, resolved.bytes_to_download)
+    beside = companion_bytes(resolved.base, choice.location, resolved.locations)
+    costs = estimate(units, opened, spec.config, threads, resolved.bytes_to_download, beside)
     if target:
         check_disk(costs, target)
     return MergePlan(spec, base, tuple(opened), units, choice, costs, head, tuple(downloaded), threads)
@@ -136,7 +146,7 @@ def with_config(plan: MergePlan, config: MergeConfig, tuned_on: str | None = Non
     assert can_share_plan(config, plan.config, len(plan.experts))
     spec = dataclasses.replace(plan.spec, config=config, tuned_on=tuned_on)
     units = for_method(plan.units, config)
-    costs = estimate(units, plan.experts, config, plan.threads, plan.costs.bytes_to_download)
+    costs = estimate(units, plan.experts, config, plan.threads, plan.costs.bytes_to_download, plan.costs.bytes_beside)
     return dataclasses.replace(plan, spec=spec, units=units, costs=costs)
 
 

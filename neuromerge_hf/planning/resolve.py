@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neuromerge_hf.errors import MergeError, Problems
-from neuromerge_hf.planning.sizes import check_config_file
+from neuromerge_hf.planning.configs import check_config_file
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.files import ADAPTER_FILES
 from neuromerge_hf.storage.location import Location, locate

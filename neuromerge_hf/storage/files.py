@@ -22,6 +22,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CARD = "README.md"
 
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
+"""The configurations of a model, an adapter, and of generation."""
 
 HEADS = "heads"
 """The subfolder of a merged model that holds the experts' heads, in one folder for each expert."""

@@ -19,7 +19,9 @@ from neuromerge_hf.text import readable_size
 LARGEST_CARD = 1_000_000
 """The size in bytes up to which a parent's card is read. Cards with hundreds of results have half of it."""
 
-LARGEST = {CONFIGS: 16_000_000, LICENCE_FILES: 10_000_000, COMPANIONS: 1_000_000_000}
+OF_A_MERGE = ("recipe.yaml", "merge_report.json")
+
+LARGEST = {CONFIGS: 16_000_000, OF_A_MERGE: 100_000_000, LICENCE_FILES: 10_000_000, COMPANIONS: 1_000_000_000}
 """The size in bytes up to which files of these names are read and copied."""
 
 MORE_TEMPLATES = "additional_chat_templates"
@@ -87,7 +89,7 @@ def check_sizes(model: str, sizes: Mapping[str, int]) -> None:
 
 
 def _small_files(folder: Path) -> Iterator[Path]:
-    yield from _matching(folder, (*CONFIGS, *(name for name in COMPANIONS if name not in CODE)))
+    yield from _matching(folder, (*CONFIGS, *OF_A_MERGE, *(name for name in COMPANIONS if name not in CODE)))
     yield from (path for path in _matching(folder, LICENCE_FILES) if path.suffix.lower() in LICENCE_SUFFIXES)
     yield from (folder / MORE_TEMPLATES).glob("*.jinja")
 

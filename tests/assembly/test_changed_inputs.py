@@ -32,7 +32,7 @@ MOMENTS = {
     "after the plan": (planner, "check_disk"),
     "before a pass": (assemble, "fit_method"),
     "before the last pass": (assemble, "merge_weights"),
-    "after the passes": (assemble, "write_companions"),
+    "after the passes": (assemble, "save_heads"),
     "after the hashes": (assemble, "write_card"),
 }
 """Functions that are called at a moment of a merge."""

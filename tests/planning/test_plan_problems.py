@@ -145,7 +145,10 @@ def test_an_output_inside_a_file_or_a_folder_that_may_not_be_written_is_found_by
 def test_the_disk_must_hold_the_downloads_as_well(models, publish, tmp_path, monkeypatch):
     publish("disk", "base", "math")
     plan = plan_merge(["disk/math"], base_model="disk/base")
-    assert plan.disk_needed == size_of_weights(models / "base", models / "math") + plan.bytes_written
+    assert (
+        plan.disk_needed
+        == size_of_weights(models / "base", models / "math") + plan.bytes_written + plan.costs.bytes_beside
+    )
     usage = type(shutil.disk_usage("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, plan.disk_needed - 1))
     with pytest.raises(MergeError, match="No space on the disk"):

@@ -1,4 +1,4 @@
-"""Checks of the numbers in a ``config.json`` before transformers makes a configuration of it."""
+"""Checks of a model's JSON files before anything is made of them."""
 
 import json
 import re
@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.storage.files import companion_files
+from neuromerge_hf.storage.location import Location
 
 COUNT = re.compile(r"^(num|n)_|(layer|expert|label|block|head|depth|stage)s?$")
 """The names of settings that count something. Configurations make lists of so many items, such as labels."""
 
 LARGEST_COUNT = 2_000_000
 """The largest number of layers, labels, or the like."""
+
+LARGE = ("tokenizer.json", "vocab.json")
+"""Files of megabytes, which take a tenth of a second to check."""
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 """Characters that act on a terminal. Libraries show names from configurations in warnings of their own."""
@@ -40,6 +45,28 @@ def check_config_file(path: Path) -> None:
                 f"{path} has control characters in its setting {name}, which act on the terminal that shows them. "
                 "Remove them, or do not use this model."
             )
+
+
+def check_companions(location: Location, *, copied: bool) -> None:
+    """Raise a `MergeError` if a file that is read or copied after the weights is no JSON object or no text.
+
+    Args:
+        location: the model.
+        copied: whether the model gives the tokenizer, so that its vocabulary is checked, too.
+    """
+    problems = []
+    for path in companion_files(location.folder):
+        try:
+            if path.suffix == ".jinja":
+                path.read_text(encoding="utf-8")
+            elif path.suffix == ".json" and (copied or path.name not in LARGE):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(content, dict):
+                    raise ValueError("it is no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{path} cannot be read ({error}). Save or download the model again.")
+    if problems:
+        raise MergeError(problems)
 
 
 def _settings(content: Any) -> Iterator[tuple[str, Any]]:
