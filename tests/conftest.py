@@ -4,29 +4,13 @@ huggingface_hub reads its environment once, when it is imported, so the Hub star
 """
 
 import gc
-import os
-import tempfile
 
 import pytest
 
+import loopback_environment
 from loopback_hub import LoopbackHub
 
-_hub = LoopbackHub().__enter__()
-_home = tempfile.TemporaryDirectory(prefix="neuromerge-tests-")
-
-for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "HF_HUB_OFFLINE"):
-    os.environ.pop(name, None)  # these would override the settings below
-os.environ |= {
-    "HF_ENDPOINT": _hub.url,
-    "HF_HOME": _home.name,
-    "HF_TOKEN": "hf_loopback",  # never the developer's own token
-    "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DISABLE_SAFETENSORS_CONVERSION": "1",  # else loading a .bin file asks a service on the internet to convert it
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",  # threads slow tiny models down
-    "HF_DEACTIVATE_ASYNC_LOAD": "1",  # so do the threads with which transformers reads tensors
-}
+_hub, _home = loopback_environment.start()
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ It prints a table of how the cases ended, and the seed of each that shows a defe
 """
 
 import argparse
+import importlib
 import sys
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="how many cases of each campaign to try, and to print")
     options = parser.parse_args()
     sys.path.append(str(Path(__file__).parents[1] / "support"))  # what campaigns share with tests
+    importlib.import_module("loopback_environment").start()
     names = options.campaigns or list(CAMPAIGNS)
     if options.cases:
         seeds = range(options.seed, options.seed + options.cases)
