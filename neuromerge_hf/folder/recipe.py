@@ -41,7 +41,7 @@ class ModelRecord:
         if not isinstance(self.id, str) or not isinstance(self.sha256, dict):
             raise TypeError(f"{self.to_dict()} describes no model")
         for name in self.sha256:
-            if Path(str(name)).name != name or name == ".." or "\0" in name:
+            if not name or Path(str(name)).name != name or name == ".." or "\0" in name:
                 raise MergeError(f"the file {name!r} of {self.id} is not in that folder. Do not use this recipe.")
 
     @property

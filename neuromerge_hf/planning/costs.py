@@ -33,8 +33,8 @@ CARD_BYTES = 500_000
 
 def companion_bytes(base: Location, tokenizer: Location, models: Iterable[Location]) -> int:
     """Return the size of the files beside the weights: companions, licences, and about that of the card."""
-    files = [*companion_files(base.folder), *tokenizer_files(tokenizer.folder)]
-    files += [path for model in models for path in licence_files(model.folder)]
+    files = {*companion_files(base.folder), *tokenizer_files(tokenizer.folder)}
+    files |= {path for model in models for path in licence_files(model.folder)}
     return CARD_BYTES + sum(path.stat().st_size for path in files)
 
 
