@@ -20,6 +20,7 @@ from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_pr
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.storage.files import HEADS
+from neuromerge_hf.storage.finite import is_finite, largest_finite, name_of
 
 PEFT_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 """The parts that PEFT adds to the names of adapted weights."""
@@ -138,6 +139,11 @@ def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None
             raise MergeError(
                 f"The model in training cannot hold the merged weights to evaluate them: it has no {name} of shape "
                 f"{tuple(value.shape)}."
+            )
+        if is_finite(value) and not is_finite(value.to(live[name].dtype)):
+            raise MergeError(
+                f"The model in training cannot hold the merged weights to evaluate them: {name} has values up to "
+                f"{largest_finite(value):.6g}, too large for its {name_of(live[name].dtype)}."
             )
         owner = first.setdefault(live[name].data_ptr(), name)
         if not torch.equal(value, merged[owner]):

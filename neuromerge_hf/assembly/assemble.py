@@ -51,11 +51,11 @@ def assemble(plan: MergePlan, target: Path, runtime: Runtime, inputs: InputHashe
         parents = [Parent.of(location) for location in plan.locations]
         started = time.perf_counter()
         temporary = folder / "computed"
+        save_heads(plan, folder / HEADS)  # first: a damaged head is found before hours of merging
         compute_adapters(plan, temporary)
         method, diagnostics, hashes = _write_weights(plan, folder, device)
         seconds = time.perf_counter() - started
         shutil.rmtree(temporary)
-        save_heads(plan, folder / HEADS)
         recipe = Recipe(plan.spec, inputs.base, inputs.models)
         recipe.save(folder)
         weights = hashes | hash_heads(folder)
@@ -74,7 +74,11 @@ def compute_adapters(plan: MergePlan, folder: Path) -> None:
 
 
 def save_heads(plan: MergePlan, folder: Path) -> None:
-    """Save the experts' own heads, each in a folder with the expert's name."""
+    """Save the experts' own heads, each in a folder with the expert's name.
+
+    Raises:
+        MergeError: if a weight of a head is NaN or infinite.
+    """
     for expert in plan.experts:
         if expert.head:
             expert.head.save(folder / expert.name)

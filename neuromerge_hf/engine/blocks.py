@@ -3,12 +3,14 @@
 import math
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.finite import is_finite, largest_finite
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
 
@@ -65,12 +67,30 @@ def _raw_bytes(unit: Unit, block: Block, memory: Memory) -> Tensor:
 def non_finite(unit: Unit, block: Block, experts: Sequence[str], device: torch.device) -> MergeError:
     """Return the error for a block that holds a NaN or an infinity. It names the first model that holds one."""
     x = load_block(unit, block, Memory(), device)
-    names = [expert for expert, vector in zip(experts, unit.task_vectors, strict=True) if vector]
-    files = [str(unit.tensor.path), *(vector.file for vector in unit.task_vectors if vector)]
-    for t, (name, file) in enumerate(zip(["the base model", *names], files, strict=True)):
-        if not x[t].isfinite().all():
-            return MergeError(
-                f"{unit.parameter} of {name} holds a NaN or an infinity ({file}). "
-                "A damaged model cannot be merged: train or download it again, or leave it out."
-            )
-    return MergeError(f"{unit.parameter}: the task vectors are too large for float32.")
+    changing = [(expert, vector) for expert, vector in zip(experts, unit.task_vectors, strict=False) if vector]
+    if not is_finite(x[0]):
+        stored = read_rows(unit.tensor, unit.layout, block)
+        return _damaged(unit, "the base model", unit.tensor.path, is_too_large=is_finite(stored))
+    for task_vector, (expert, vector) in zip(x[1:], changing, strict=True):
+        if not is_finite(task_vector):
+            factors = vector.low_rank()
+            is_too_large = factors is not None and is_finite(factors.left) and is_finite(factors.right)
+            return _damaged(unit, expert, vector.file, is_too_large=is_too_large)
+    return MergeError(
+        f"{unit.parameter} of the merged model would not be finite, although it is in every model: the merged change "
+        "exceeds float32, in which merges are computed. Use a smaller lambda or scale, or leave out a model with "
+        f"values as large as {largest_finite(x):.3g}."
+    )
+
+
+def _damaged(unit: Unit, model: str, file: str | Path, *, is_too_large: bool) -> MergeError:
+    if is_too_large:
+        return MergeError(
+            f"{unit.parameter} of {model} exceeds float32, in which merges are computed ({file}). Train or download "
+            "the model again, or leave it out."
+        )
+    meant = f' If it is meant, as in a mask, keep the base\'s: exclude=("{unit.parameter}",).' if unit.is_buffer else ""
+    return MergeError(
+        f"{unit.parameter} of {model} holds a NaN or an infinity ({file}). "
+        f"A damaged model cannot be merged: train or download it again, or leave it out.{meant}"
+    )

@@ -13,8 +13,10 @@ from neuromerge_hf.engine.method import Method
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
 from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons, sum_untrimmed
 from neuromerge_hf.engine.writer import CheckpointWriter
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.kernel import hold_election
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.finite import dtype_that_holds, is_finite, largest_finite, name_of
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
 
@@ -106,7 +108,7 @@ def merge_weights(
         record: called with the statistics of every block that the method has them for, in the order of the units.
 
     Raises:
-        MergeError: if a weight is NaN or infinite.
+        MergeError: if a weight is NaN or infinite, or too large for the dtype in which it is written.
     """
 
     def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], list[BlockStatistics]]]:
@@ -114,7 +116,10 @@ def merge_weights(
 
         def process(block: Block) -> list[BlockStatistics]:
             found: list[BlockStatistics] = []
-            writer.write(unit, block, merger.merge(block, found.append))
+            merged = merger.merge(block, found.append)
+            written = merged.to(unit.dtype)
+            _check_finite(unit, merged, written)
+            writer.write(unit, block, written)
             return found
 
         return merger.blocks(), process
@@ -124,3 +129,30 @@ def merge_weights(
             for sums in found:
                 record(unit, sums)
         writer.finish(unit)
+
+
+def _check_finite(unit: Unit, merged: Tensor, written: Tensor) -> None:
+    """Check the values of a block that are about to be written. An infinity in a buffer of the base may stay.
+
+    Args:
+        unit: the unit that the block belongs to.
+        merged: the merged or copied rows.
+        written: the same rows in the dtype of the output.
+
+    Raises:
+        FloatingPointError: if a merged or copied value is NaN or infinite.
+        MergeError: if a value is too large for the dtype of the output.
+    """
+    if is_finite(written):
+        return
+    if not is_finite(merged):
+        is_mask = unit.is_buffer and not unit.task_vectors and not merged.isnan().any()
+        if not is_mask:
+            raise FloatingPointError("a weight is NaN or infinite")
+        if torch.equal(merged.isinf(), written.isinf()):
+            return
+    largest, dtype = largest_finite(merged), name_of(unit.dtype)
+    raise MergeError(
+        f"{unit.parameter} cannot be written in {dtype}: a value of the merged model is {largest:.6g}, and {dtype} ends "
+        f'at {torch.finfo(unit.dtype).max:.6g}. Pass dtype="{dtype_that_holds(largest)}" (--dtype), which holds it.'
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from neuromerge_hf.api import merge_spec
@@ -23,6 +24,7 @@ from neuromerge_hf.planning.planner import make_plan
 from neuromerge_hf.planning.resolve import resolve
 from neuromerge_hf.spec import OPTION_NAMES, MergeSpec, ModelId, Runtime, read_options
 from neuromerge_hf.storage.files import HEADS
+from neuromerge_hf.storage.finite import is_finite, name_of
 from neuromerge_hf.storage.location import Location, locate
 
 NOT_FOR_LOADING = ("dtype", "max_shard_size", "tuned_on", "overwrite")
@@ -66,7 +68,8 @@ class AutoMergedModel:
             recipe, report, heads and model card (see `merged_model.MergedModelMixin`).
 
         Raises:
-            MergeError: if the models cannot be merged, or `head` names no expert with a head.
+            MergeError: if the models cannot be merged, `head` names no expert with a head, or a weight is too large
+                for ``dtype``.
             TypeError: if an option of a merge is given with one model that is merged already, or one that concerns the
                 merged folder alone with several.
 
@@ -105,12 +108,24 @@ class AutoMergedModel:
         model_class: Any = class_of_files(folder, auto_class, trust_remote_code=trust_remote_code)
         loaded = merged_class(model_class).from_pretrained(folder, **options)
         model = loaded[0] if options.get("output_loading_info") else loaded
+        if options.get("dtype", options.get("torch_dtype")) not in (None, "auto"):
+            _check_held(model)
         if location.commit and location.id == location.repo and head is None:
             # PEFT writes this name into adapters as their base. Otherwise it would be a path in the local cache.
             model.name_or_path = location.id
         merged_from = replace(location, folder=location.folder.absolute(), token=None)
         model._origin = LoadedMerge(merged_from, cache, head, settings_of(model))
         return loaded
+
+
+def _check_held(model: PreTrainedModel) -> None:
+    """Raise a `MergeError` if a parameter is not finite in the dtype to which transformers cast it."""
+    for name, parameter in model.named_parameters():
+        if type(parameter) is Parameter and not parameter.is_meta and not is_finite(parameter.detach()):
+            raise MergeError(
+                f"{name} of the merged model is not finite in dtype={name_of(parameter.dtype)}: the values in its files "
+                'are too large for that, or not finite themselves. Leave dtype= out, or pass "bfloat16" or "float32".'
+            )
 
 
 def _check_options_of_one(model: ModelId, options: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ def make_units(
     units = []
     problems = []
     unused = set(config.exclude)
+    parameters = base.skeleton.parameters
     for name, tensor in sorted(base.tensors.items()):
         ref = base.refs[name]
         parameter = ref.parameter if ref else name
@@ -56,6 +57,7 @@ def make_units(
                 is_neuronal=merged and layout is not None,
                 task_vectors=tuple(vectors) if merged else (),
                 dtype=dtype if dtype and is_mergeable(tensor) else tensor.dtype,
+                is_buffer=not (ref and parameters.intersection(ref.parameters)),
             )
         )
     if problems:

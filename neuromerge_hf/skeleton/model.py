@@ -83,6 +83,11 @@ class Skeleton:
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     @cached_property
+    def parameters(self) -> frozenset[str]:
+        """The names of all parameters in memory, tied ones under each name. Buffers are not among them."""
+        return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+
+    @cached_property
     def ties(self) -> dict[str, str]:
         """The tied parameters, each with the name of the parameter whose weights it shares."""
         owners: dict[int, str] = {}

@@ -9,8 +9,10 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.skeleton import auto_model_class, skeleton_of
 from neuromerge_hf.storage.files import HEAD_WEIGHTS
+from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
 
 TASK_CLASSES = {
@@ -42,10 +44,20 @@ class Head:
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
     def save(self, folder: Path) -> None:
-        """Write ``config.json`` and ``head.safetensors`` into a new folder."""
+        """Write ``config.json`` and ``head.safetensors`` into a new folder.
+
+        Raises:
+            MergeError: if a weight is NaN or infinite.
+        """
         folder.mkdir(parents=True)
         self.config.to_json_file(folder / "config.json")
         tensors = {name: read_whole(tensor) for name, tensor in sorted(self.tensors.items())}
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise MergeError(
+                    f"{name} of {folder.name}'s own head holds a NaN or an infinity ({self.tensors[name].path}). "
+                    "A damaged model cannot be merged: train or download it again, or leave it out."
+                )
         save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
 
 

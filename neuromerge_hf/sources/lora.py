@@ -15,6 +15,7 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.skeleton import ParameterRef
 from neuromerge_hf.sources.base import Base
 from neuromerge_hf.sources.task_vector import LowRank, TaskVector
+from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.layout import Block, Layout
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
@@ -100,16 +101,21 @@ class StoredLoRA:
         """Read the factors as float32 to the CPU.
 
         Raises:
-            MergeError: if a factor holds a NaN or an infinity.
+            MergeError: if a factor holds a NaN or an infinity, or exceeds float32 with the adapter's scaling.
         """
         a, b = (read_whole(factor).float() for factor in (self.a, self.b))
-        if not math.isfinite(a.sum() + b.sum()):
+        if not (is_finite(a) and is_finite(b)):
             raise MergeError(
                 f"{self.file}: lora_A or lora_B of {self.module} holds a NaN or an infinity. "
                 "A damaged adapter cannot be merged: train or download it again, or leave it out."
             )
         left, right = (a.T, b.T) if self.is_embedding else (b, a)
         left = (self.scaling * left.flatten(1)).contiguous()
+        if not is_finite(left):
+            raise MergeError(
+                f"{self.file}: lora_B of {self.module} times the scaling {self.scaling:g} exceeds float32. Correct "
+                "lora_alpha in its adapter_config.json, or leave the adapter out."
+            )
         return LowRank(left, right.flatten(1).contiguous(), self.layout, self.file, self.stored, self._factor_bytes)
 
     def low_rank(self) -> LowRank | None:

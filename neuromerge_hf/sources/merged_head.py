@@ -15,6 +15,7 @@ from neuromerge_hf.sources.checks import is_mergeable
 from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.heads import Head
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.layout import Layout
 from neuromerge_hf.storage.tensors import StoredTensor
 
@@ -52,7 +53,7 @@ class MeanTensor:
         for tensor, weight in zip(self.tensors, self.weights, strict=True):
             own = torch.empty(stop - start, dtype=tensor.dtype)
             tensor.read(start, stop, own)
-            if not own.isfinite().all():
+            if not is_finite(own):
                 raise MergeError(
                     f"{tensor.name} holds a NaN or an infinity ({tensor.path}). A damaged model cannot be merged: "
                     "train or download it again, or leave it out."

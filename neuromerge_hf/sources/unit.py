@@ -24,6 +24,7 @@ class Unit:
             copied.
         dtype: the dtype in which the result is written.
         by_matrix: whether the tensor's matrices are merged whole, each by itself.
+        is_buffer: whether the model class has no parameter of this name. A buffer may hold an infinity, as masks do.
     """
 
     tensor: StoredTensor
@@ -33,6 +34,7 @@ class Unit:
     task_vectors: tuple[TaskVector | None, ...]
     dtype: torch.dtype
     by_matrix: bool = False
+    is_buffer: bool = False
 
     @property
     def changing(self) -> list[int]:

@@ -29,6 +29,7 @@ from neuromerge_hf.kernel import elect_entries, neuron_change
 from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.finite import dtype_that_holds, is_finite, largest_finite, name_of
 from neuromerge_hf.storage.layout import Block, Layout
 
 Load = Callable[..., Any]
@@ -99,7 +100,8 @@ class LambdaComponents:
         """Turn a model that `load_base` returned into the merge with these lambdas, in place.
 
         Raises:
-            MergeError: if a parameter is not in memory, but on the meta device.
+            MergeError: if a parameter is not in memory, but on the meta device, or its values are too large for its
+                dtype.
         """
         weights = {"parallel": lambda_parallel, "orthogonal": lambda_orthogonal}
         with ExitStack() as stack:
@@ -117,6 +119,12 @@ class LambdaComponents:
                     for part, weight in parts:
                         merged = merged.add(part.get_tensor(name), alpha=weight)
                     tensor.copy_(merged)
+                    if not is_finite(tensor) and is_finite(base.get_tensor(name)):
+                        raise MergeError(
+                            f"{name} exceeds {name_of(tensor.dtype)} with lambda_parallel={lambda_parallel:g} and "
+                            f"lambda_orthogonal={lambda_orthogonal:g}. Try smaller lambdas (grid=), or pass "
+                            f'dtype="{dtype_that_holds(largest_finite(merged))}".'
+                        )
 
     def _store_term(self, name: str, units: Iterable[Unit], computed: Iterable[Unit], method: Method[Any]) -> None:
         """Store a term by the in-memory names of its parameters."""
