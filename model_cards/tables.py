@@ -105,6 +105,23 @@ def _names(names: list[str]) -> str:
     return ", ".join(map(code, names[:SHOWN])) + more
 
 
+def rounding(card: MergeCard) -> str:
+    """What rounding left of the merged change, by the kinds of parameters: those that lost most come first."""
+    found = card.report.rounding
+    assert found is not None, "the template asks only where there is some"
+    kinds = sorted(found.kinds, key=lambda kind: -kind.lost)
+    rows = [
+        [
+            "all" if kind is found.model else code(kind.kind),
+            _share(kind.lost, 2),
+            "" if kind.cosine is None else f"{kind.cosine:.4f}",
+            f"{kind.norm_ratio:.4f}",
+        ]
+        for kind in [found.model, *kinds[:SHOWN]]
+    ]
+    return table([f"rounded to {found.dtype}", "lost", "cosine", "norm, of the merged change's"], rows)
+
+
 def changes(card: MergeCard) -> str:
     """Each expert's task vector: its norm, its parallel share and, of an election, what was trimmed and outvoted."""
     found = card.report.diagnostics

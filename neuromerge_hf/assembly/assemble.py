@@ -1,23 +1,24 @@
 """Carries out a plan: writes weights, companions, heads, recipe, report and card to a folder."""
 
+import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 
 from neuromerge_hf.assembly.companions import write_companions
-from neuromerge_hf.assembly.report import make_report
+from neuromerge_hf.assembly.report import WrittenWeights, make_report
+from neuromerge_hf.engine.base_check import BaseCheck, check_bases
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.merge import merge_weights
-from neuromerge_hf.engine.method import Method, fit_method
+from neuromerge_hf.engine.method import fit_method
 from neuromerge_hf.engine.passes import Passes
+from neuromerge_hf.engine.rounding import RoundingCollector
 from neuromerge_hf.engine.statistics import StatisticsCollector
 from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.folder.assets import hash_heads
-from neuromerge_hf.folder.diagnostics import Diagnostics
 from neuromerge_hf.folder.directory import atomic_directory
 from neuromerge_hf.folder.inputs import InputHasher, unchanged_inputs
 from neuromerge_hf.folder.parents import Parent
@@ -27,6 +28,8 @@ from neuromerge_hf.model_cards import write_card
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.spec import Runtime
 from neuromerge_hf.storage.files import HEADS
+
+logger = logging.getLogger(__name__)
 
 
 def assemble(plan: MergePlan, target: Path, runtime: Runtime, inputs: InputHasher) -> MergeReport:
@@ -53,13 +56,13 @@ def assemble(plan: MergePlan, target: Path, runtime: Runtime, inputs: InputHashe
         temporary = folder / "computed"
         save_heads(plan, folder / HEADS)  # first: a damaged head is found before hours of merging
         compute_adapters(plan, temporary)
-        method, diagnostics, hashes = _write_weights(plan, folder, device)
+        written = _write_weights(plan, folder, device)
         seconds = time.perf_counter() - started
         shutil.rmtree(temporary)
         recipe = Recipe(plan.spec, inputs.base, inputs.models)
         recipe.save(folder)
-        weights = hashes | hash_heads(folder)
-        report = make_report(plan, method, diagnostics, weights, parents, target, seconds, device)
+        weights = written.hashes | hash_heads(folder)
+        report = make_report(plan, written, weights, parents, target, seconds, device)
         report.save(folder)
         write_card(folder, name=target.name, recipe=recipe)
     return report
@@ -84,21 +87,39 @@ def save_heads(plan: MergePlan, folder: Path) -> None:
             expert.head.save(folder / expert.name)
 
 
-def _write_weights(
-    plan: MergePlan, folder: Path, device: torch.device
-) -> tuple[Method[Any], Diagnostics | None, dict[str, str]]:
-    """Write the merged weights, and return the fitted method, its diagnostics, and the sha256 of each weight file."""
+def _write_weights(plan: MergePlan, folder: Path, device: torch.device) -> WrittenWeights:
+    """Write the merged weights. What the user should know is also logged at once, as a warning."""
     total = plan.costs.bytes_read
     with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merging") as bar:
         passes = Passes(plan.work, device, plan.threads, bar.update)
+        base_checks = check_bases(passes)
+        warnings = _foreign(plan, base_checks)
         method = fit_method(plan.config, passes)
         writer = CheckpointWriter(folder, plan.units, plan.spec.max_shard_size, hashed=True)
-        collector = StatisticsCollector(plan.work)
+        collector, roundings = StatisticsCollector(plan.work), RoundingCollector(plan.work)
         try:
-            merge_weights(passes, method, writer, collector.add)
+            merge_weights(passes, method, writer, collector.add, roundings.add)
         finally:
             writer.close()
     config = plan.config
     trimmings = None if config.by_matrix else method.trimmings
     diagnostics = collector.diagnostics(trimmings) if config.by_neuron or config.by_matrix else None
-    return method, diagnostics, writer.hashes
+    rounding = roundings.rounding()
+    if rounding and rounding.warning:
+        logger.warning(rounding.warning)
+        warnings.append(rounding.warning)
+    return WrittenWeights(method, diagnostics, writer.hashes, base_checks, rounding, warnings)
+
+
+def _foreign(plan: MergePlan, checks: list[BaseCheck | None]) -> list[str]:
+    """Warn of experts that were probably trained from another base."""
+    warnings = [
+        f"{expert.location.public_name} is probably no fine-tune of {plan.base.location.public_name}: its change "
+        f"contains {min(1.0, -check.along_base):.0%} of the base with a minus sign (a fine-tune's: hardly any), "
+        f"and is {check.relative_norm:.2g} times as long as the base. Check base_model."
+        for expert, check in zip(plan.experts, checks, strict=True)
+        if check and check.is_foreign
+    ]
+    for warning in warnings:
+        logger.warning(warning)
+    return warnings

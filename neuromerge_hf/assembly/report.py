@@ -2,25 +2,48 @@
 
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neuromerge_hf.engine.base_check import BaseCheck
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.folder.diagnostics import Diagnostics
 from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.recipe import PACKAGES
 from neuromerge_hf.folder.report import ExpertReport, MergeReport, ParameterReport
+from neuromerge_hf.folder.rounding import Rounding
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.sources.unit import Unit
 
 
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What was found while the merged weights were written.
+
+    Attributes:
+        method: the fitted method.
+        diagnostics: the statistics of the elections, if the method has them.
+        hashes: the sha256 of each weight file.
+        base_checks: how each expert relates to the base.
+        rounding: what rounding left of the merged change.
+        warnings: what the user should know and can mend.
+    """
+
+    method: Method[Any]
+    diagnostics: Diagnostics | None
+    hashes: dict[str, str]
+    base_checks: list[BaseCheck | None]
+    rounding: Rounding | None
+    warnings: list[str]
+
+
 def make_report(
     plan: MergePlan,
-    method: Method[Any],
-    diagnostics: Diagnostics | None,
+    written: WrittenWeights,
     weights: dict[str, str],
     parents: list[Parent],
     output_dir: Path,
@@ -31,14 +54,14 @@ def make_report(
 
     Args:
         plan: the plan that was carried out.
-        method: the fitted method.
-        diagnostics: the statistics of the elections, if the method has them.
+        written: what was found while the weights were written.
         weights: the sha256 of each weight file, by its path in the folder.
         parents: the metadata from the cards of the base and then of the experts.
         output_dir: the directory of the merged model.
         seconds: the wall time of the merge.
         device: the device that computed it.
     """
+    method, rounding = written.method, written.rounding
     settings = method.settings()
     experts = [
         ExpertReport(
@@ -51,8 +74,10 @@ def make_report(
             sigma=None if method.sigma is None else trimming.sigma,
             head=sorted(expert.head.tensors) if expert.head else [],
             ignored=expert.ignored,
+            relative_norm=check.relative_norm if check else None,
+            along_base=check.along_base if check else None,
         )
-        for expert, trimming in zip(plan.experts, method.trimmings, strict=True)
+        for expert, trimming, check in zip(plan.experts, method.trimmings, written.base_checks, strict=True)
     ]
     merged = [unit for unit in plan.units if unit.task_vectors]
     return MergeReport(
@@ -75,14 +100,15 @@ def make_report(
         untied=sorted(plan.base.copies),
         tokenizer=plan.tokenizer.location.public_name if plan.tokenizer.has_files else None,
         vocabulary=plan.vocabulary,
-        diagnostics=diagnostics,
+        diagnostics=written.diagnostics,
         method=method.config.method,
         settings=settings,
         tuned_on=plan.spec.tuned_on,
         environment=_environment(device, plan.threads),
-        notes=plan.notes,
+        notes=plan.notes + written.warnings,
         weights=weights,
         parents=parents,
+        rounding=rounding,
     )
 
 

@@ -29,9 +29,12 @@ class Memory(threading.local):
         return buffer[:count]
 
 
-def load_base(unit: Unit, block: Block, memory: Memory, device: torch.device) -> Tensor:
-    """Load a block of the base: (neurons, width) float32 on `device`, valid until the thread loads another block."""
-    x = memory.take("x", len(block) * unit.layout.width, torch.float32, device).view(len(block), unit.layout.width)
+def load_base(unit: Unit, block: Block, memory: Memory, device: torch.device, buffer: str = "x") -> Tensor:
+    """Load a block of the base: (neurons, width) float32 on `device`.
+
+    It is valid until the thread loads another block into the same buffer. By default that is the one of `load_block`.
+    """
+    x = memory.take(buffer, len(block) * unit.layout.width, torch.float32, device).view(len(block), unit.layout.width)
     return x.copy_(read_rows(unit.tensor, unit.layout, block, _raw_bytes(unit, block, memory)))
 
 

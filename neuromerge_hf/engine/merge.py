@@ -11,6 +11,7 @@ from neuromerge_hf.engine.low_rank import find_factors
 from neuromerge_hf.engine.matrices import Matrix
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
+from neuromerge_hf.engine.rounding import is_rounded, measure
 from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons, sum_untrimmed
 from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.errors import MergeError
@@ -94,11 +95,16 @@ class UnitMerger:
         return merged
 
 
+Processed = tuple[list[BlockStatistics], Tensor | None]
+"""The statistics of a block, and the products of its rounding."""
+
+
 def merge_weights(
     passes: Passes,
     method: Method[Any],
     writer: CheckpointWriter,
     record: Callable[[Unit, BlockStatistics], object] = lambda _, __: None,
+    record_rounding: Callable[[Unit, Tensor], object] | None = None,
 ) -> None:
     """Merge or copy every unit.
 
@@ -106,28 +112,33 @@ def merge_weights(
         method: the fitted method; see `fit_method`.
         writer: writes the merged and copied blocks. The caller closes it.
         record: called with the statistics of every block that the method has them for, in the order of the units.
+        record_rounding: called with the products of every rounded block (see `rounding.measure`), in the same order.
 
     Raises:
         MergeError: if a weight is NaN or infinite, or too large for the dtype in which it is written.
     """
 
-    def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], list[BlockStatistics]]]:
+    def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], Processed]]:
         merger = UnitMerger(passes, method, unit)
 
-        def process(block: Block) -> list[BlockStatistics]:
+        is_measured = record_rounding is not None and is_rounded(unit)
+
+        def process(block: Block) -> Processed:
             found: list[BlockStatistics] = []
             merged = merger.merge(block, found.append)
             written = merged.to(unit.dtype)
             _check_finite(unit, merged, written)
             writer.write(unit, block, written)
-            return found
+            return found, measure(unit, block, merged, written, passes.memory) if is_measured else None
 
         return merger.blocks(), process
 
     for unit, results in passes.run(start):
-        for found in results:
+        for found, products in results:
             for sums in found:
                 record(unit, sums)
+            if record_rounding and products is not None:
+                record_rounding(unit, products)
         writer.finish(unit)
 
 
@@ -153,6 +164,6 @@ def _check_finite(unit: Unit, merged: Tensor, written: Tensor) -> None:
             return
     largest, dtype = largest_finite(merged), name_of(unit.dtype)
     raise MergeError(
-        f"{unit.parameter} cannot be written in {dtype}: a value of the merged model is {largest:.6g}, and {dtype} ends "
+        f"{unit.parameter} cannot be written in {dtype}: the merged model has {largest:.6g} in it, and {dtype} ends "
         f'at {torch.finfo(unit.dtype).max:.6g}. Pass dtype="{dtype_that_holds(largest)}" (--dtype), which holds it.'
     )

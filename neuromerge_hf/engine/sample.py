@@ -50,7 +50,7 @@ def predict_ranges(
     """
     entries = passes.work.entries
     units = passes.work.merged
-    blocks = _evenly_spaced(units, max(1, max(entries) // sample_entries))
+    blocks = evenly_spaced(units, max(1, max(entries) // sample_entries))
 
     def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], Sampled]]:
         def sample(block: Block) -> Sampled:
@@ -97,7 +97,7 @@ def _range_around(rank: int, entries: int, samples: list[Tensor]) -> tuple[int, 
     return int(value(quantile - margin).view(np.int32)), int(value(quantile + margin).view(np.int32)) + 1
 
 
-def _evenly_spaced(units: Sequence[Unit], step: int) -> dict[str, list[Block]]:
+def evenly_spaced(units: Sequence[Unit], step: int) -> dict[str, list[Block]]:
     """Return small blocks of each unit, by the name of its tensor. Together they hold one of every `step` entries."""
     found: dict[str, list[Block]] = {}
     due = 0

@@ -12,6 +12,7 @@ from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.folder.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.results import Result, check_results
+from neuromerge_hf.folder.rounding import Rounding, load_rounding
 from neuromerge_hf.text import different_names, readable_size
 
 REPORT_NAME = "merge_report.json"
@@ -31,6 +32,10 @@ class ExpertReport:
         sigma: the share of the task vector's L1 norm that was trimmed; None for methods that do not use it.
         head: the names of the expert's own parameters, which are kept unmerged.
         ignored: the names of tensors in its files that its model class does not have.
+        relative_norm: the norm of its change divided by that of the base, before trimming, in a sample of the neurons;
+            None for adapters.
+        along_base: the regression coefficient of this change on the base: near 0 for a fine-tune of the base, near -1
+            for a model that was trained from another base of the same shape; None for adapters.
     """
 
     name: str
@@ -42,6 +47,8 @@ class ExpertReport:
     sigma: float | None
     head: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    relative_norm: float | None = None
+    along_base: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ class MergeReport:
         results: measurements of the models; see `add_results`.
         changed: whether the weights in the folder were trained further or edited after the merge.
         loaded_head: the expert whose head was saved in the weights of the folder; None if there is none.
+        rounding: what rounding to the dtype of the output left of the merged change; None if it was not rounded.
 
     Example:
         >>> report = merge(["math", "code-lora"], "merged", base_model="base")
@@ -159,6 +167,7 @@ class MergeReport:
     changed: bool = False
     loaded_head: str | None = None
     by_matrix: ParameterReport = field(default_factory=lambda: ParameterReport([], 0))
+    rounding: Rounding | None = None
 
     @property
     def merged(self) -> list[str]:
@@ -209,6 +218,7 @@ class MergeReport:
             f"  {self.seconds:.1f} s, {readable_size(self.bytes_read)} read, "
             f"{readable_size(self.bytes_written)} written",
             *([f"  {self.diagnostics.sentence}"] if self.diagnostics else []),
+            *([f"  {self.rounding.sentence}"] if self.rounding and not self.rounding.warning else []),
             *(f"  Note: {note}" for note in self.notes),
             f"The merged model is in {self.output_dir}",
         ]
@@ -245,6 +255,8 @@ def load_report(folder: Path) -> MergeReport:
         made["vocabulary"] = VocabularyReport(**vocabulary) if vocabulary else None
         diagnostics = content.pop("diagnostics")
         made["diagnostics"] = load_diagnostics(diagnostics) if diagnostics else None
+        rounding = content.pop("rounding", None)
+        made["rounding"] = load_rounding(rounding) if rounding else None
         return MergeReport(output_dir=folder, **made, **content)
     except OSError as error:
         raise MergeError(

@@ -123,8 +123,8 @@ def _check_held(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter) is Parameter and not parameter.is_meta and not is_finite(parameter.detach()):
             raise MergeError(
-                f"{name} of the merged model is not finite in dtype={name_of(parameter.dtype)}: the values in its files "
-                'are too large for that, or not finite themselves. Leave dtype= out, or pass "bfloat16" or "float32".'
+                f"{name} of the merged model is not finite in {name_of(parameter.dtype)}: its values are too large "
+                'for that, or not finite in the files. Leave dtype= out, or pass "bfloat16" or "float32".'
             )
 
 

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.engine.rounding import ROUNDED
 from neuromerge_hf.errors import printable
 from neuromerge_hf.folder.report import VocabularyReport
 from neuromerge_hf.planning.costs import Costs
@@ -12,6 +15,7 @@ from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.merged_head import MergedHead
 from neuromerge_hf.sources.unit import Unit, Work
 from neuromerge_hf.spec import MergeSpec
+from neuromerge_hf.storage.finite import name_of
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.text import counted, different_names, listed, readable_size
 from neuromerge_hf.vocabulary.tokenizer import TokenizerChoice
@@ -127,6 +131,18 @@ class MergePlan:
         )
 
     @property
+    def rounding(self) -> str | None:
+        """What is known of rounding before weights are read; None if the merged weights are not rounded."""
+        dtypes = {unit.dtype for unit in self.units if unit.task_vectors and unit.dtype in ROUNDED}
+        if not dtypes:
+            return None
+        step = max(torch.finfo(dtype).eps for dtype in dtypes) / 2
+        return (
+            f"rounded to {' and '.join(sorted(map(name_of, dtypes)))}: a change of less than {step:.2g} times a weight "
+            f'may be lost; the report will say how much was, and dtype="float32" keeps all'
+        )
+
+    @property
     def bytes_to_download(self) -> int:
         """See `Costs`."""
         return self.costs.bytes_to_download
@@ -176,6 +192,7 @@ class MergePlan:
             f"  to download: {readable_size(costs.bytes_to_download)}",
             f"  to read: {readable_size(costs.bytes_read)}",
             f"  to write: {readable_size(costs.bytes_written)}",
+            *([f"  {self.rounding}"] if self.rounding else []),
             f"  disk needed: {readable_size(costs.disk)}",
             f"  memory needed: about {readable_size(costs.memory)}",
             f"  time, after the download: very roughly {costs.seconds:.0f} s with threads={self.threads}",

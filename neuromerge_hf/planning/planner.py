@@ -15,6 +15,7 @@ from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.folder.inputs import watch_inputs
 from neuromerge_hf.planning.configs import check_companions
 from neuromerge_hf.planning.costs import companion_bytes, estimate
+from neuromerge_hf.planning.named_base import other_base_notes
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
 from neuromerge_hf.planning.resolve import Resolved, ResolvedExpert, load_config, quantised_base_notes
@@ -214,13 +215,13 @@ class _FittingExpert:
             rows = problems.attempt(partial(expert_rows, location, config, base))
             vocabulary = ExpertVocabulary(name, location, config, rows)
             unties = has_untied_embeddings(location, config, base.skeleton, trust_remote_code)
-            return cls(expert, vocabulary, unties, [], trust_remote_code)
+            return cls(expert, vocabulary, unties, other_base_notes(expert, base.location), trust_remote_code)
         # PEFT is imported for adapters alone.
         from neuromerge_hf.sources.peft.adapter import changes_one_tied_embedding
 
         rows = problems.attempt(partial(adapter_rows, location, base))
         unties = changes_one_tied_embedding(location, expert.adapter_config, base)
-        notes = quantised_base_notes(expert, base.location)
+        notes = quantised_base_notes(expert, base.location) or other_base_notes(expert, base.location)
         return cls(expert, ExpertVocabulary(name, location, base.config, rows), unties, notes, trust_remote_code)
 
     def open(self, base: Base) -> Expert:
@@ -231,7 +232,8 @@ class _FittingExpert:
         """
         name, location = self.expert.name, self.expert.location
         if self.expert.config:
-            return open_full(name, location, self.expert.config, base, self.trust_remote_code)
+            opened = open_full(name, location, self.expert.config, base, self.trust_remote_code)
+            return dataclasses.replace(opened, notes=[*self.notes, *opened.notes])
         from neuromerge_hf.sources.peft.adapter import open_adapter
 
         return open_adapter(name, location, self.expert.adapter_config, base, self.notes)

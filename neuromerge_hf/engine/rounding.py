@@ -1,0 +1,101 @@
+"""Measures, while the weights are written, what rounding to the dtype of the output leaves of the merged change.
+
+Of a large tensor, one of sixteen runs of neurons is measured. The runs are counted from the tensor's first neuron, so
+the sums do not depend on blocks or threads.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from neuromerge_hf.engine.blocks import Memory, load_base
+from neuromerge_hf.folder.rounding import KindRounding, Rounding
+from neuromerge_hf.skeleton.layers import kind_of
+from neuromerge_hf.sources.unit import Unit, Work
+from neuromerge_hf.storage.finite import name_of
+from neuromerge_hf.storage.layout import Block
+
+ROUNDED = (torch.float16, torch.bfloat16)
+"""The dtypes to which merged weights are rounded. Merges are computed in float32."""
+
+LARGE = 1 << 20
+"""How many entries a tensor has that is not measured whole."""
+
+RUN, PERIOD = 64, 1024
+"""Of a large tensor, the first `RUN` neurons of every `PERIOD` are measured."""
+
+CHUNK = 1 << 16
+"""How many entries are converted to float64 at a time."""
+
+
+def is_rounded(unit: Unit) -> bool:
+    """Whether a unit is merged and then rounded."""
+    return bool(unit.task_vectors) and unit.dtype in ROUNDED
+
+
+def measure(unit: Unit, block: Block, merged: Tensor, written: Tensor, memory: Memory) -> Tensor:
+    """Return the inner products of the merged change and the rounding error of a block: (2, 2) float64 on the CPU.
+
+    Args:
+        unit: a unit that `is_rounded`.
+        block: the neurons of the unit that the rows hold.
+        merged: (neurons, width) float32, the merged rows.
+        written: the same rows in the dtype of the output.
+        memory: buffers to reuse.
+    """
+    products = torch.zeros(2, 2, dtype=torch.float64, device=merged.device)
+    for part in _measured(unit, block):
+        rows = slice(part.start - block.start, part.stop - block.start)
+        base = load_base(unit, part, memory, merged.device, buffer="measured")
+        parts = (values.flatten().split(CHUNK) for values in (base, merged[rows], written[rows]))
+        for before, after, rounded in zip(*parts, strict=True):
+            pair = torch.stack([after - before, rounded.float() - after]).double()
+            products.addmm_(pair, pair.T)
+    return products.cpu()
+
+
+def _measured(unit: Unit, block: Block) -> Iterator[Block]:
+    """The parts of a block that are measured."""
+    if unit.entries < LARGE:
+        yield block
+        return
+    for start in range(block.start // PERIOD * PERIOD, block.stop, PERIOD):
+        part = Block(block.batch, max(start, block.start), min(start + RUN, block.stop))
+        if part.start < part.stop:
+            yield part
+
+
+class RoundingCollector:
+    """Collects the products of `measure` by the kinds of the parameters."""
+
+    def __init__(self, work: Work):
+        rounded = [unit for unit in work.merged if is_rounded(unit)]
+        self._dtypes = sorted({name_of(unit.dtype) for unit in rounded})
+        self._products = {kind_of(unit.parameter): torch.zeros(2, 2, dtype=torch.float64) for unit in rounded}
+
+    def add(self, unit: Unit, products: Tensor) -> None:
+        """Add the products of a block of a unit."""
+        self._products[kind_of(unit.parameter)] += products
+
+    def rounding(self) -> Rounding | None:
+        """Return what rounding left of the merged change; None if nothing was rounded or changed."""
+        changed = {kind: products for kind, products in self._products.items() if products[0, 0] > 0}
+        if not changed:
+            return None
+        kinds = [_kind(kind, products) for kind, products in changed.items()]
+        return Rounding(" and ".join(self._dtypes), _kind("all", sum(changed.values(), torch.zeros(()))), kinds)
+
+
+def _kind(kind: str, products: Tensor) -> KindRounding:
+    change, error, product = products[0, 0].item(), products[1, 1].item(), products[0, 1].item()
+    written = max(0.0, change + 2 * product + error)
+    is_written = written > 1e-12 * change  # less is rounding errors of the sums
+    cosine = min(1.0, (change + product) / math.sqrt(change * written)) if is_written else None
+    return KindRounding(
+        kind=kind,
+        lost=round(error / change, 6),
+        cosine=None if cosine is None else round(cosine, 6),
+        norm_ratio=round(math.sqrt(written / change), 6) if is_written else 0.0,
+    )
