@@ -2,10 +2,13 @@
 
 import copy
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -48,6 +51,7 @@ class Head:
 
         Raises:
             MergeError: if a weight is NaN or infinite.
+            OSError: if the files cannot be written.
         """
         folder.mkdir(parents=True)
         self.config.to_json_file(folder / "config.json")
@@ -58,7 +62,13 @@ class Head:
                     f"{name} of {folder.name}'s own head holds a NaN or an infinity ({self.tensors[name].path}). "
                     "A damaged model cannot be merged: train or download it again, or leave it out."
                 )
-        save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # it hides the system's error, such as a full disk
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / HEAD_WEIGHTS)) from error
 
 
 def task_class(task_type: str | None, config: PretrainedConfig) -> type[PreTrainedModel] | None:
