@@ -40,9 +40,12 @@ def test_a_fine_tune_of_another_base_is_named_with_every_method(
         report = merge(experts, tmp_path / "merged", base_model=models / "base", config=config_class(method)())
     (note,) = report.notes
     assert says(note, "foreign is probably no fine-tune of base", "with a minus sign", "times as long", "base_model")
-    assert note in caplog.messages and "foreign is probably no" in (tmp_path / "merged" / "README.md").read_text()
+    assert note in caplog.messages
+    assert "foreign is probably no" in (tmp_path / "merged" / "README.md").read_text()
     math, foreign, code = report.experts
-    assert math.along_base == pytest.approx(0, abs=0.1) and code.along_base is None and code.relative_norm is None
+    assert math.along_base == pytest.approx(0, abs=0.1)
+    assert code.along_base is None
+    assert code.relative_norm is None
     assert foreign.along_base == pytest.approx(-1, abs=0.1)
 
 
@@ -63,7 +66,8 @@ def test_transposed_weights_are_checked_as_well(family: str, tmp_path: Path) -> 
     relatives = Relatives(family, tmp_path)
     plan = plan_merge([relatives.full(0)], base_model=relatives.base)
     (check,) = check_bases(Passes(plan.work, CPU))
-    assert check is not None and not check.is_foreign
+    assert check is not None
+    assert not check.is_foreign
 
 
 def test_the_check_depends_neither_on_blocks_nor_on_threads(models: Path) -> None:
@@ -77,11 +81,13 @@ def test_weight_decay_is_no_other_base(models: Path, tmp_path: Path) -> None:
     shrunk = save_fine_tune(models / "base", tmp_path / "shrunk", seed=4)
     change_tensors(shrunk / "model.safetensors", lambda tensors: [tensor.mul_(0.9) for tensor in tensors.values()])
     report = merge([shrunk], tmp_path / "merged", base_model=models / "base")
-    assert report.notes == [] and FOREIGN < report.experts[0].along_base < 0
+    assert report.notes == []
+    assert FOREIGN < report.experts[0].along_base < 0
 
 
 def test_a_base_of_zeros_is_not_checked(models: Path, tmp_path: Path) -> None:
     zeros = save_llama(tmp_path / "zeros")
     change_tensors(zeros / "model.safetensors", lambda tensors: [tensor.zero_() for tensor in tensors.values()])
     report = merge([models / "math"], tmp_path / "merged", base_model=zeros)
-    assert report.experts[0].along_base is None and report.notes == []
+    assert report.experts[0].along_base is None
+    assert report.notes == []

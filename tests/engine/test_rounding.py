@@ -72,7 +72,8 @@ def test_the_loss_is_the_one_that_the_files_show(
     experts = [change(1e-4, 1), change(3e-4, 2)]
     merge(experts, tmp_path / "exact", base_model=base, config=config, dtype="float32", **CPU)
     found = merge(experts, tmp_path / "rounded", base_model=base, config=config, dtype=dtype, **CPU).rounding
-    assert found is not None and found.dtype == dtype
+    assert found is not None
+    assert found.dtype == dtype
     for kind in [found.model, *found.kinds]:
         name = "" if kind is found.model else kind.kind.rpartition("*.")[2]
         want = from_files(base, tmp_path / "exact", tmp_path / "rounded", name)
@@ -104,7 +105,8 @@ def test_small_changes_are_noisy_and_nearly_as_long_until_most_of_them_is_lost(
         losses.append(report.rounding.model)
     assert [found.lost for found in losses] == sorted(found.lost for found in losses)
     assert losses[1].lost < 0.01
-    assert 0.05 < losses[2].lost < 0.25 and losses[2].norm_ratio == pytest.approx(1, abs=0.1)
+    assert 0.05 < losses[2].lost < 0.25
+    assert losses[2].norm_ratio == pytest.approx(1, abs=0.1)
     assert losses[3].lost > 0.5
 
 
@@ -115,7 +117,8 @@ def test_a_loss_above_five_percent_warns_with_what_to_do(
         report = merge([change(1e-4)], tmp_path / "merged", base_model=base, config=AverageConfig(), **CPU)
         (message,) = [record.message for record in caplog.records if record.name.startswith("neuromerge_hf")]
     assert says(message, "Rounding to bfloat16 lost", "cosine", "times as long", "--dtype float32")
-    assert message in report.notes and f"Note: {message}" in str(report)
+    assert message in report.notes
+    assert f"Note: {message}" in str(report)
     _, body = card_of(tmp_path / "merged")
     assert "Rounding to bfloat16 lost" in body.partition("## Limits")[2]
     assert "| rounded to bfloat16 | lost | cosine |" in body
@@ -126,23 +129,28 @@ def test_a_small_loss_is_said_without_a_warning(
 ) -> None:
     report = merge([change(1e-2)], tmp_path / "merged", base_model=base, config=AverageConfig(), **CPU)
     assert not [record for record in caplog.records if record.name.startswith("neuromerge_hf")]
-    assert report.notes == [] and "Rounding to bfloat16 lost 0.0%" in str(report)
+    assert report.notes == []
+    assert "Rounding to bfloat16 lost 0.0%" in str(report)
     body = (tmp_path / "merged" / "README.md").read_text()
-    assert "| rounded to bfloat16 | lost | cosine |" in body and "| all | 0.0" in body
+    assert "| rounded to bfloat16 | lost | cosine |" in body
+    assert "| all | 0.0" in body
 
 
 def test_a_change_that_is_lost_whole_is_said_to_be(base: Path, change, tmp_path: Path) -> None:
     config = AverageConfig(exclude=("*proj*", "*embed*", "lm_head*"))  # norms, which are 1
     found = merge([change(1e-4)], tmp_path / "merged", base_model=base, config=config, **CPU).rounding
-    assert found is not None and (found.model.lost, found.model.cosine, found.model.norm_ratio) == (1, None, 0)
+    assert found is not None
+    assert (found.model.lost, found.model.cosine, found.model.norm_ratio) == (1, None, 0)
     assert "lost all of the merged change" in str(found.warning)
 
 
 def test_nothing_is_said_of_weights_in_float32(base: Path, change, tmp_path: Path) -> None:
     plan = plan_merge([change(1e-4)], base_model=base, dtype="float32")
-    assert plan.rounding is None and "rounded" not in str(plan)
+    assert plan.rounding is None
+    assert "rounded" not in str(plan)
     report = merge([change(1e-4)], tmp_path / "merged", base_model=base, dtype="float32", **CPU)
-    assert report.rounding is None and report.notes == []
+    assert report.rounding is None
+    assert report.notes == []
 
 
 def test_a_plan_says_what_is_known_before_weights_are_read(base: Path, change) -> None:
@@ -177,7 +185,9 @@ def test_every_large_tensor_is_measured_in_part(
     monkeypatch.setattr(rounding, "RUN", 2)
     monkeypatch.setattr(rounding, "PERIOD", 4)
     part = merged_weights(plan, tmp_path / "part").rounding
-    assert whole is not None and part is not None and part != whole
+    assert whole is not None
+    assert part is not None
+    assert part != whole
     assert part.model.lost == pytest.approx(whole.model.lost, rel=0.5)
     assert [kind.kind for kind in part.kinds] == [kind.kind for kind in whole.kinds]
 

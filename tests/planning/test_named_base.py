@@ -78,7 +78,8 @@ def test_a_folder_of_this_machine_with_other_weights_gets_a_note(models: Path, c
     adapter = copied("code")
     change_json(adapter / "adapter_config.json", base_model_name_or_path=str(other))
     (note,) = notes(adapter, models / "base")
-    assert says(note, "trained from other; it is merged into base") and str(tmp_path) not in note
+    assert says(note, "trained from other; it is merged into base")
+    assert str(tmp_path) not in note
     change_json(adapter / "adapter_config.json", base_model_name_or_path=str(copy))
     assert notes(adapter, models / "base") == []
 
