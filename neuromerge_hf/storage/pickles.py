@@ -1,8 +1,8 @@
 """Opening ``.bin`` files. Nothing in them is executed, and the entries of their tensors are read in ranges.
 
-`torch.load` either reads a whole file or maps it into memory, and a mapped file that becomes shorter ends the process.
-The files of torch >= 1.6 are zip archives that hold each storage uncompressed, so that its entries can be read from the
-file like those of a safetensors file.
+`torch.load` reads a whole file, or maps it into memory, and then the process ends by a signal if the file becomes
+shorter. The files of torch >= 1.6 are zip archives that hold each storage uncompressed, so that its entries can be read
+from the file like those of a safetensors file.
 """
 
 import io
@@ -75,13 +75,6 @@ def _no_state_dict(path: Path) -> MergeError:
     return MergeError(f"{path} is not a state dict of tensors. Save the model again, with save_pretrained.")
 
 
-def _cannot_read(path: Path, name: str, kind: str) -> MergeError:
-    return MergeError(
-        f"{name} in {path} is {kind}, which cannot be merged. Save the model again as "
-        "safetensors, with save_pretrained."
-    )
-
-
 def _read_old_file(path: Path) -> dict[str, PickledTensor]:
     """Read a file of torch < 1.6 into memory."""
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -89,7 +82,10 @@ def _read_old_file(path: Path) -> dict[str, PickledTensor]:
         raise _no_state_dict(path)
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-            raise _cannot_read(path, name, "no plain tensor (sparse, quantised, nested or without data)")
+            raise MergeError(
+                f"{name} in {path} is no plain tensor, but sparse, quantised, nested or without data, which cannot be "
+                "merged. Save the model again as safetensors, with save_pretrained."
+            )
     return {name: PickledTensor(name, tensor.detach(), path) for name, tensor in state.items()}
 
 
@@ -107,8 +103,8 @@ class _Pickled:
     dtype: torch.dtype
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles a state dict. It knows the functions and classes of plain tensors alone, and calls none of them."""
+class _Unpickler(pickle._Unpickler):  # in Python: a few bytes can make the one in C allocate all memory
+    """Unpickles a state dict. It knows the functions and classes of plain tensors alone, and puts its own for them."""
 
     def persistent_load(self, saved: Any) -> tuple[str, torch.dtype]:
         """Return the key and the dtype of a storage."""
@@ -184,10 +180,12 @@ def _read_archive(path: Path) -> dict[str, StoredTensor]:
         # zipfile moves all records if bytes are missing or added before their list.
         if len(pickles) != 1 or len(set(names)) != len(names) or min(begins) != 0:
             raise zipfile.BadZipFile("it is no archive of torch.save")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed")
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
             raise MergeError(f"{path} was saved on a big-endian machine. Save the model again, as safetensors.")
-        state = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
+        state = _Unpickler(io.BytesIO(archive.read(pickles[0])), encoding="utf-8").load()
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise _no_state_dict(path)
         tensors: dict[str, StoredTensor] = {}
@@ -205,8 +203,8 @@ def _first_byte(file: SafetensorsFile, record: zipfile.ZipInfo) -> int:
     header = torch.empty(LOCAL_HEADER.size, dtype=torch.uint8)
     file.pread(record.header_offset, header)
     signature, name, extra = LOCAL_HEADER.unpack(bytes(header.tolist()))
-    if signature != b"PK\x03\x04" or record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-        raise zipfile.BadZipFile(f"{record.filename} is damaged or compressed")
+    if signature != b"PK\x03\x04" or record.flag_bits & 1:
+        raise zipfile.BadZipFile(f"{record.filename} is damaged or encrypted")
     start = record.header_offset + LOCAL_HEADER.size + name + extra
     if start + record.file_size > file.path.stat().st_size:
         raise zipfile.BadZipFile(f"{record.filename} ends after the end of the file")

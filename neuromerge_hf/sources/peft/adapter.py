@@ -40,7 +40,7 @@ class AdapterTensors:
         tuned: the tuner's tensors by name, for each module that it changes.
         tokens: the new rows of each embedding of which only some tokens were trained.
         stored: the parameters that are stored whole, by name.
-        ignored: the modules of the tuner's tensors that target_modules does not name, so that PEFT ignores them.
+        ignored: the modules of the tuner's tensors that PEFT ignores, because target_modules does not name them.
     """
 
     file: Path
@@ -72,32 +72,34 @@ def read_adapter(location: Location, config: tuner.AnyConfig, base: Base) -> Ada
             role, name = adapter.tokens, name.removesuffix(f".{TOKENS}").removesuffix(".token_adapter")
         elif prefix in name:
             role = adapter.tuned[name.partition(prefix)[0].replace(".base_layer", "")]
-            name = name.replace(".base_layer.", ".")
         else:
             role = adapter.stored
             for wrapper in WRAPPERS:
                 name = name.replace(wrapper, ".")
-        if name in role:
-            raise MergeError(f"{main} holds two tensors for {name}, one of them as {key}. Save the adapter again.")
+        if name in role and not same_values(role[name], tensor):  # bias="all" repeats those of modules_to_save
+            raise MergeError(
+                f"{main} holds two tensors for {name} that differ, one of them as {key}. Save the adapter again."
+            )
         role[name] = tensor
     if tuner.type_of(config) == "TRAINABLE_TOKENS":  # it also stores the rows of tied embeddings
         for name in list(adapter.tokens):
             if base.ties.get(f"{name}.weight", "").removesuffix(".weight") in adapter.tokens:
                 del adapter.tokens[name]
     try:
-        adapter.ignored.extend(module for module in adapter.tuned if not tuner.is_targeted(config, module, base))
+        untargeted = [module for module in adapter.tuned if not tuner.is_targeted(config, module, base)]
     except (re.error, TypeError, ValueError, AttributeError) as error:
         raise MergeError(
             f"target_modules, or an option beside it, in {location.folder / 'adapter_config.json'} is not valid "
             f"({error}). Save the adapter again."
         ) from error
-    if adapter.ignored and len(adapter.ignored) == len(adapter.tuned):
+    if untargeted and len(untargeted) == len(adapter.tuned):
         raise MergeError(
-            f"{main} holds tensors of {listed(adapter.ignored)}, but target_modules in its adapter_config.json names "
-            "none of these modules. Save the adapter again with its own configuration."
+            f"{main} holds tensors of {listed(untargeted)}, but target_modules in its adapter_config.json names none "
+            "of these modules. Save the adapter again with its own configuration."
         )
-    for module in adapter.ignored:
+    for module in untargeted:
         del adapter.tuned[module]
+    adapter.ignored.extend(untargeted)
     return adapter
 
 
@@ -135,8 +137,8 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
     refs = base.skeleton.refs(adapter.stored)
     if adapter.ignored:
         notes.append(
-            f"{location.public_name} holds tensors of {listed(adapter.ignored)}, which target_modules in its "
-            "adapter_config.json does not name. They were left out, as PEFT leaves them out."
+            f"{location.public_name} holds tensors for {listed(adapter.ignored)}, which PEFT does not load by its "
+            "adapter_config.json (target_modules). They were left out, as PEFT leaves them out."
         )
     problems = [
         f"{adapter.file} changes {module} in two ways, of which only one can be merged. Leave the adapter out."
