@@ -17,6 +17,7 @@ from neuromerge_hf.model_cards.metadata import combined, metadata
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.picture import draw
 from neuromerge_hf.model_cards.render import render
+from neuromerge_hf.storage.writing import write_file
 
 CARD_NAME = "README.md"
 
@@ -67,7 +68,7 @@ def write_card(
         new = combined({key: value for key, value in old.items() if key not in own_keys}, new)
     header = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
     text = f"---\n{header}---\n{before}{begin}\n\n{render(card, template).strip()}\n\n{END}{after}"
-    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    write_file(path, text.rstrip() + "\n")
     return path
 
 

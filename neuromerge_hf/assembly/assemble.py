@@ -3,6 +3,8 @@
 import logging
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from neuromerge_hf.folder.directory import atomic_directory
 from neuromerge_hf.folder.inputs import InputHasher, unchanged_inputs
 from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.recipe import Recipe
+from neuromerge_hf.folder.replaceable import list_files, previous_card
 from neuromerge_hf.folder.report import MergeReport
 from neuromerge_hf.model_cards import write_card
 from neuromerge_hf.planning.plan import MergePlan
@@ -32,14 +35,23 @@ from neuromerge_hf.storage.files import HEADS
 logger = logging.getLogger(__name__)
 
 
-def assemble(plan: MergePlan, target: Path, runtime: Runtime, inputs: InputHasher) -> MergeReport:
+def assemble(
+    plan: MergePlan,
+    target: Path,
+    runtime: Runtime,
+    inputs: InputHasher,
+    add: Callable[[Path], object] = lambda folder: None,
+) -> MergeReport:
     """Carry out a plan. The output directory appears once it is complete.
+
+    If it replaces an earlier merge, what people wrote into that merge's card is kept.
 
     Args:
         plan: a plan whose files are all on this machine.
         target: the absolute path of the output directory.
         runtime: how to run the merge.
         inputs: the hasher of the plan's models, for the recipe.
+        add: writes further files into the folder.
 
     Returns:
         The report on the merge.
@@ -64,7 +76,10 @@ def assemble(plan: MergePlan, target: Path, runtime: Runtime, inputs: InputHashe
         weights = written.hashes | hash_heads(folder)
         report = make_report(plan, written, weights, parents, target, seconds, device)
         report.save(folder)
-        write_card(folder, name=target.name, recipe=recipe)
+        write_card(folder, name=target.name, recipe=recipe, previous=previous_card(target))
+        add(folder)
+        report = replace(report, files=list_files(folder))
+        report.save(folder)
     return report
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import unicodedata
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,19 @@ def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> 
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
         _rewrite_tokenizer_config(folder, without=("chat_template",))
+    taken = {_compared(path.name) for path in folder.iterdir()}
     for name, location in zip(plan.model_names, plan.locations, strict=True):
         for path in licence_files(location.folder):
-            shutil.copyfile(path, folder / f"{path.stem}-{name}{path.suffix}")
+            numbers = chain([""], (f"-{number}" for number in count(2)))
+            names = (f"{path.stem}-{name}{number}{path.suffix}" for number in numbers)
+            unused = next(each for each in names if _compared(each) not in taken)
+            taken.add(_compared(unused))
+            shutil.copyfile(path, folder / unused)
+
+
+def _compared(name: str) -> str:
+    """The form in which file systems that ignore case, or the form of accents, compare names."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import gc
 
 import typer
 
+from neuromerge_hf.cli.common import exit_on_signals
 from neuromerge_hf.cli.compare import compare_command
 from neuromerge_hf.cli.merge import merge_command
 from neuromerge_hf.cli.plan import plan_command
@@ -27,3 +28,4 @@ def main(context: typer.Context) -> None:
     # and a merge leaves no garbage.
     gc.disable()
     context.call_on_close(gc.enable)
+    context.with_resource(exit_on_signals())

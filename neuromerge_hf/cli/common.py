@@ -1,6 +1,8 @@
 """Functions that several commands share."""
 
 import dataclasses
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,26 @@ def errors_on_stderr() -> Iterator[None]:
     except MergeError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Let the signals that end a process raise `SystemExit`, so that temporary files are removed as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in signals:  # not those that are ignored, as after nohup
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def is_recipe(context: typer.Context, models: list[str]) -> bool:

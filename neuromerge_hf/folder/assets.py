@@ -1,7 +1,6 @@
 """Which files of a folder belong to a merged model. They are copied, uploaded, hashed and replaced together."""
 
 import logging
-import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -24,6 +23,7 @@ from neuromerge_hf.storage.formats import open_weights
 from neuromerge_hf.storage.hashing import file_hash
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.small_files import leads_out
+from neuromerge_hf.storage.writing import copy_file
 
 BESIDE_CARD = ("*.png", *LICENCE_FILES)
 """The card's pictures, and the parents' licences, which must accompany the weights."""
@@ -143,14 +143,6 @@ def copy_merge(source: Path, target: Path) -> None:
         if name != CARD or not (target / CARD).exists():
             copy_file(path, target / name)
     _remove_other_weights(target, files)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, unless source and target are the same file."""
-    if not (target.exists() and target.samefile(source)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # writing to a link would overwrite the file that it points to
-        shutil.copyfile(source, target)
 
 
 def remove_older_weights(folder: Path) -> None:

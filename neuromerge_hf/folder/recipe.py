@@ -11,6 +11,7 @@ import yaml
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.hashing import file_hash
+from neuromerge_hf.storage.writing import write_file
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -81,7 +82,7 @@ class Recipe:
             "models": [model.to_dict() for model in self.models],
             "versions": {package: version(package) for package in PACKAGES},
         }
-        (folder / RECIPE_NAME).write_text(_text(content), encoding="utf-8")
+        write_file(folder / RECIPE_NAME, _text(content))
 
     def check_files(self) -> None:
         """Raise a `MergeError` if a local file is missing, or has changed since the recipe was written."""

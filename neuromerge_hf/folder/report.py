@@ -13,6 +13,7 @@ from neuromerge_hf.folder.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.results import Result, check_results
 from neuromerge_hf.folder.rounding import Rounding, load_rounding
+from neuromerge_hf.storage.writing import write_file
 from neuromerge_hf.text import different_names, readable_size
 
 REPORT_NAME = "merge_report.json"
@@ -126,6 +127,7 @@ class MergeReport:
         diagnostics: measurements of the task vectors and of their conflicts.
         parents: metadata from the cards of the base and then of the experts.
         weights: the sha256 of each weight file, by its path in the folder.
+        files: the paths of all files that the merge wrote into its folder. `overwrite` deletes no others.
         results: measurements of the models; see `add_results`.
         changed: whether the weights in the folder were trained further or edited after the merge.
         loaded_head: the expert whose head was saved in the weights of the folder; None if there is none.
@@ -163,6 +165,7 @@ class MergeReport:
     notes: list[str] = field(default_factory=list)
     parents: list[Parent] = field(default_factory=list)
     weights: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     changed: bool = False
     loaded_head: str | None = None
@@ -201,7 +204,7 @@ class MergeReport:
         content = dataclasses.asdict(self)
         del content["output_dir"]
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        write_file(folder / REPORT_NAME, text + "\n")
 
     def __str__(self) -> str:
         experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelInfo, hf_hub_download
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.model_cards import hand_written
 from neuromerge_hf.storage.files import CARD
+from neuromerge_hf.storage.writing import write_file
 
 KEPT_CARD = "README.before-push.md"
 
@@ -46,17 +48,25 @@ def card_to_continue(path: Path, theirs: str | None) -> str | None:
         return theirs
     if not hand_written(theirs):
         return f"{theirs.rstrip()}\n\n{ours}\n"
-    kept = path.with_name(KEPT_CARD)
-    kept.unlink(missing_ok=True)  # writing to a link would overwrite the file that it points to
-    kept.write_text(card, encoding="utf-8")
+    write_file(_unused_kept_card(path, card), card)
     return theirs
+
+
+def _unused_kept_card(path: Path, card: str) -> Path:
+    """The path for a copy of a card, which is not that of an earlier copy of another card."""
+    kept = path.with_name(KEPT_CARD)
+    for number in count(2):
+        if not kept.exists() or kept.read_bytes() == card.encode():
+            break
+        kept = path.with_name(f"README.before-push-{number}.md")
+    return kept
 
 
 def add_tags(path: Path, tags: Sequence[str]) -> None:
     """Add tags to the metadata of a card."""
     card = ModelCard.load(path)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
-    card.save(path)
+    write_file(path, str(card))
 
 
 def validate_card(path: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from neuromerge_hf.folder.assets import BESIDE_CARD, copy_file, hash_weights, without_leading_out
+from neuromerge_hf.folder.assets import BESIDE_CARD, hash_weights, merged_files, without_leading_out
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.storage.files import CARD, COMPANIONS, HEADS, companion_files, tokenizer_files
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.writing import copy_file, write_file
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class LoadedMerge:
             head = self.head or report.loaded_head
             notes = [*report.notes, *_dtype_notes(self.folder, folder)]
             is_changed, weights = report.changed or changed, hash_weights(folder)
-            replace(report, changed=is_changed, loaded_head=head, notes=notes, weights=weights).save(folder)
+            files = sorted({*report.files, *merged_files(folder)})
+            saved = replace(report, changed=is_changed, loaded_head=head, notes=notes, weights=weights, files=files)
+            saved.save(folder)
 
     @contextmanager
     def keeping_card(self) -> Iterator[None]:
@@ -79,7 +82,7 @@ class LoadedMerge:
         try:
             yield
         finally:
-            card.write_bytes(before)
+            write_file(card, before)
 
 
 def settings_of(model: PreTrainedModel) -> list[str]:

@@ -3,8 +3,8 @@
 import functools
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.folder.assets import BESIDE_CARD, copy_merge, remove_older_weights
+from neuromerge_hf.folder.directory import complete_directory
 from neuromerge_hf.folder.report import REPORT_NAME
 from neuromerge_hf.hub.push import check_repo_id, push
 from neuromerge_hf.loading.changes import Changes, compare
@@ -51,7 +52,8 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
         """Save the model with its tokenizer, recipe, report, the experts' heads and the card.
 
         If the merge's files still hold all of the model and no argument asks for another form, they are copied.
-        Otherwise the model's own class saves it. If the merge's parameters were changed, the card says so.
+        Otherwise the model's own class saves it. If the merge's parameters were changed, the card says so. A new folder
+        appears once it is complete.
 
         Args:
             save_directory, is_main_process, state_dict, max_shard_size, variant: as in transformers.
@@ -68,17 +70,20 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
             return super().save_pretrained(save_directory, is_main_process, **form)
         folder = Path(save_directory)
         changes = self._compare(origin, state_dict)
-        if form or not changes.is_equal or not self._is_in_files(origin):
-            super().save_pretrained(save_directory, is_main_process, **form)
-            if is_main_process:
-                remove_older_weights(folder)
-                origin.add_companions(folder, changes.changed)
-        elif is_main_process:
-            copy_merge(origin.folder, folder)
+        is_copied = not form and changes.is_equal and self._is_in_files(origin)
         if not is_main_process:
+            if not is_copied:
+                super().save_pretrained(save_directory, is_main_process, **form)
             return None
-        if (folder / REPORT_NAME).is_file():
-            write_card(folder)
+        with complete_directory(folder) as made:
+            if is_copied:
+                copy_merge(origin.folder, made)
+            else:
+                super().save_pretrained(made, is_main_process, **form)
+                remove_older_weights(made)
+                origin.add_companions(made, changes.changed)
+            if (made / REPORT_NAME).is_file():
+                write_card(made, name=folder.absolute().name)
         if push_to_hub:
             push(folder, push_arguments.pop("repo_id", folder.absolute().name), token=token, **push_arguments)
         return None
@@ -138,12 +143,8 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
             replace(location, token=token).download([f"{HEADS}/*", *BESIDE_CARD], ignore=None)
         pushes = origin.cache / "pushes"
         pushes.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-", dir=pushes))
-        try:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-        except BaseException:  # the folder holds an incomplete model
-            shutil.rmtree(folder)
-            raise
+        folder = pushes / f"{repo_id.rpartition('/')[2]}-{secrets.token_hex(4)}"
+        self.save_pretrained(folder, max_shard_size=max_shard_size)
         commit = push(folder, repo_id, template=template, **arguments)
         shutil.rmtree(folder)
         return commit

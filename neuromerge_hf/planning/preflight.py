@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from huggingface_hub import constants
 
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.folder.replaceable import check_replaceable, files_of_merge, previous_card
 from neuromerge_hf.planning.costs import Costs
 from neuromerge_hf.spec import MergeSpec, Runtime
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.temporary import remove_leftovers
 from neuromerge_hf.text import readable_size
 
 SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
@@ -43,15 +45,28 @@ def check_settings(
     return problems
 
 
-def check_output(target: Path, overwrite: bool) -> None:
-    """Raise a `MergeError` if the output directory cannot be written, or exists and must not be replaced."""
+def check_output(target: Path, overwrite: bool, files: Collection[str] | None = None, kind: str = "merge") -> None:
+    """Raise a `MergeError` if the output directory cannot be written, or exists and must not be replaced.
+
+    What killed processes left beside it is removed first, and what they were replacing is restored.
+
+    Args:
+        files: the files in it that may be deleted; by default those of the merge that wrote it.
+        kind: what writes the directory.
+    """
+    target = target.resolve()
+    remove_leftovers(target.parent)
     if target.exists() and not target.is_dir():
         raise MergeError(f"The output directory {target} is a file.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise MergeError(
-            f"The output directory {target} exists and is not empty. "
-            "Choose another one, or pass overwrite=True (--overwrite) to replace it."
-        )
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise MergeError(
+                f"The output directory {target} exists and is not empty. Choose another one, or pass overwrite=True "
+                "(--overwrite) to replace an earlier merge."
+            )
+        check_replaceable(target, files_of_merge(target) if files is None else files, kind)
+        if files is None:
+            previous_card(target)
     if target.is_mount():
         raise MergeError(
             f"The output directory {target} is a mount point, which cannot be replaced. Choose a folder inside it."

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from neuromerge_hf.assembly.assemble import assemble
 from neuromerge_hf.config import MergeConfig, config_classes
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.directory import atomic_directory, work_folder
 from neuromerge_hf.folder.inputs import InputHasher
 from neuromerge_hf.loading.classes import class_of_files
 from neuromerge_hf.loading.heads import load_with_head
@@ -23,12 +24,12 @@ from neuromerge_hf.methods.task_arithmetic import TaskArithmeticConfig
 from neuromerge_hf.options import with_options
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.planner import can_share_plan, plan_with_weights, with_config
-from neuromerge_hf.planning.preflight import check_settings
+from neuromerge_hf.planning.preflight import check_output, check_settings
 from neuromerge_hf.planning.resolve import ResolvedExpert, resolve
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.tuning.bootstrap import Interval, differences
-from neuromerge_hf.tuning.comparison import NOT_COMPARED, Comparison
+from neuromerge_hf.tuning.comparison import FILES, NOT_COMPARED, Comparison
 from neuromerge_hf.tuning.evaluation import Evaluate, Scores, name_of, run_evaluation
 
 
@@ -77,35 +78,34 @@ def compare_methods(
     for name in options:
         if name in NOT_COMPARED:
             raise TypeError(f"compare_methods has no argument {name!r}: {NOT_COMPARED[name]}.")
-    target = None if output_dir is None else Path(output_dir).expanduser()
-    if target:
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MergeError(f"The folder {target} cannot be made: {error.strerror}. Choose another one.") from error
+    target = None if output_dir is None else Path(output_dir).expanduser().absolute()
     configs = {label_of(config): config for config in methods or [config() for config in config_classes()]}
     unmerged = TaskArithmeticConfig(scale=0.0)
     spec, runtime, others = split_options(models, {**options, "config": unmerged})
     others |= {"trust_remote_code": True} if runtime.trust_remote_code else {}
     problems = check_settings(spec, runtime)
+    if target:
+        problems.attempt(partial(check_output, target, True, FILES, "comparison"))
     for config in configs.values():
         problems.attempt(partial(config.expert_weights, len(spec.models)))
     resolved = resolve(spec, runtime.token, problems)
     progress = tqdm(total=1 + len(spec.models) + len(configs), desc="Comparing", name="neuromerge_hf.comparison")
 
-    with tempfile.TemporaryDirectory(prefix="neuromerge-", dir=work_dir) as folder, progress:
-        heads = Path(folder, HEADS)
+    work_dir = Path(tempfile.gettempdir() if work_dir is None else work_dir).expanduser()
+    with work_folder(work_dir) as folder, progress:
+        heads = folder / HEADS
 
         def evaluated(plan: MergePlan) -> Scores:
-            merged = Path(folder, "merged")
+            merged = folder / "merged"
+            shutil.rmtree(merged, ignore_errors=True)  # the one before
             with InputHasher(plan.base.location, [expert.location for expert in plan.experts]) as inputs:
-                assemble(plan, merged, dataclasses.replace(runtime, overwrite=True), inputs)
+                assemble(plan, merged, runtime, inputs)
             if (merged / HEADS).is_dir() and not heads.is_dir():  # the first merge has all experts' heads
                 shutil.copytree(merged / HEADS, heads)
 
             def model_with_head(head: str | None) -> PreTrainedModel:
                 if head is not None:
-                    return load_with_head(merged, heads, head, Path(folder, "links"), "evaluate", **others)
+                    return load_with_head(merged, heads, head, folder / "links", "evaluate", **others)
                 model_class = class_of_files(merged, auto_class, trust_remote_code=runtime.trust_remote_code)
                 model: PreTrainedModel = model_class.from_pretrained(merged, **others)
                 return model.eval()
@@ -117,7 +117,7 @@ def compare_methods(
 
         def planned(config: MergeConfig, experts: Sequence[ResolvedExpert] = resolved.experts) -> MergePlan:
             chosen = dataclasses.replace(resolved, experts=tuple(experts))
-            return plan_with_weights(dataclasses.replace(spec, config=config), runtime, chosen, Path(folder, "merged"))
+            return plan_with_weights(dataclasses.replace(spec, config=config), runtime, chosen, folder / "merged")
 
         full_plan = planned(unmerged)
         base = evaluated(full_plan)
@@ -135,7 +135,8 @@ def compare_methods(
         _check_same_tasks(evaluate, base, name, scores)
     comparison = Comparison(base, experts, merges, *judge(merges))
     if target:
-        comparison.save(target)
+        with atomic_directory(target, overwrite=True, files_of=lambda _: FILES) as folder:
+            comparison.save(folder)
     return comparison
 
 

@@ -1,11 +1,13 @@
 """The result of comparing methods, as a table, as JSON and as a picture."""
 
 import dataclasses
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuromerge_hf.storage.writing import write_file
 from neuromerge_hf.tuning.evaluation import Scores
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 TABLE = "comparison"
 """The name of the files, without .json, .md or .png."""
+
+FILES = tuple(f"{TABLE}.{suffix}" for suffix in ("json", "md", "png"))
 
 NOT_COMPARED = {
     "config": "pass a list of configurations as methods=",
@@ -63,10 +67,9 @@ class Comparison:
         return sum(scores.tasks[task] / best[task] for task in best) / len(best)
 
     def save(self, folder: Path) -> None:
-        """Write the table as JSON and Markdown, and draw the picture."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the table as JSON and Markdown into an existing folder, and draw the picture."""
         write_json(self, folder / f"{TABLE}.json")
-        (folder / f"{TABLE}.md").write_text(str(self))
+        write_file(folder / f"{TABLE}.md", str(self))
         draw_bars(self, folder / f"{TABLE}.png")
 
     def __str__(self) -> str:
@@ -109,7 +112,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
         "winner": comparison.winner,
         "verdict": comparison.verdict,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def draw_bars(comparison: Comparison, path: Path) -> None:
@@ -132,4 +135,6 @@ def draw_bars(comparison: Comparison, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("score")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    write_file(path, buffer.getvalue())

@@ -1,11 +1,14 @@
 """The candidates of a tuning, as a table and as a picture."""
 
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from neuromerge_hf.storage.writing import write_file
 
 TABLE = "tuning"
 """The name of the files, without .json, .md or .png."""
@@ -36,8 +39,8 @@ def save_table(trials: Sequence[Trial], best: Trial, folder: Path, greater_is_be
     """Write all candidates, best first, as JSON and Markdown, and draw the surface."""
     ordered = sorted(trials, key=lambda trial: trial.score, reverse=greater_is_better)
     content = {"best": dataclasses.asdict(best), "trials": [dataclasses.asdict(trial) for trial in ordered]}
-    (folder / f"{TABLE}.json").write_text(json.dumps(content, indent=2) + "\n")
-    (folder / f"{TABLE}.md").write_text(to_markdown(ordered, best))
+    write_file(folder / f"{TABLE}.json", json.dumps(content, indent=2) + "\n")
+    write_file(folder / f"{TABLE}.md", to_markdown(ordered, best))
     draw_surface(trials, best, folder / f"{TABLE}.png")
 
 
@@ -76,4 +79,6 @@ def draw_surface(trials: Sequence[Trial], best: Trial, path: Path) -> None:
         panel.set(title=f"density {density:g}", xlabel="$\\lambda_2$ (orthogonal)")
     panels[0].set_ylabel("score")
     panels[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    write_file(path, buffer.getvalue())

@@ -17,6 +17,7 @@ from neuromerge_hf.assembly.assemble import assemble, compute_adapters, save_hea
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.directory import work_folder
 from neuromerge_hf.folder.inputs import InputHasher, unchanged_inputs
 from neuromerge_hf.folder.report import MergeReport
 from neuromerge_hf.loading.classes import class_of_files
@@ -174,8 +175,7 @@ def tune_plan(
         model_class = class_of_files(folder, auto_class, trust_remote_code=runtime.trust_remote_code)
         return model_class.from_pretrained(folder, **arguments)
 
-    folder = _work_folder(work_dir, target, plan)
-    try:
+    with work_folder(_work_parent(work_dir, target, plan)) as folder:
         compute_adapters(plan, folder / "computed")
         save_heads(plan, folder / HEADS)
         (folder / "parts").mkdir()
@@ -207,8 +207,6 @@ def tune_plan(
         if best.density != tried[-1]:  # the parts of the last density are still stored
             compute(best.density)
         parts.set_lambdas(search.model, best.lambda_parallel, best.lambda_orthogonal)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     chosen = dataclasses.replace(
         config,
         density=best.density,
@@ -219,14 +217,15 @@ def tune_plan(
     if target:
         tuned = with_config(plan, chosen, tuned_on=plan.spec.tuned_on or name_of(evaluate))
         with InputHasher(plan.base.location, [expert.location for expert in plan.experts]) as inputs:
-            report = assemble(tuned, target, runtime, inputs)
-        save_table(search.trials, best, target, greater_is_better)
+            report = assemble(
+                tuned, target, runtime, inputs, lambda made: save_table(search.trials, best, made, greater_is_better)
+            )
     seconds = time.perf_counter() - started
     return Tuning(chosen, search.trials, best, search.model, report, seconds, search.seconds)
 
 
-def _work_folder(work_dir: str | os.PathLike[str] | None, target: Path | None, plan: MergePlan) -> Path:
-    """Make a temporary folder on a disk with enough space for the parts."""
+def _work_parent(work_dir: str | os.PathLike[str] | None, target: Path | None, plan: MergePlan) -> Path:
+    """The folder for temporary files. Its disk has enough space for the parts."""
     parent = next(path for path in target.parents if path.exists()) if target else Path(tempfile.gettempdir())
     parent = parent if work_dir is None else Path(work_dir).expanduser()
     entries = sum(unit.entries for unit in plan.units)
@@ -237,4 +236,4 @@ def _work_folder(work_dir: str | os.PathLike[str] | None, target: Path | None, p
             f"No space on the disk: {readable_size(needed)} are needed to tune, but only {readable_size(usage.free)} "
             f"are free in {parent}. Free some space, or choose another folder with work_dir."
         )
-    return Path(tempfile.mkdtemp(prefix="neuromerge-", dir=parent))
+    return parent

@@ -32,12 +32,12 @@ def experts(models: Path) -> list[Path]:
 
 @pytest.fixture
 def interrupt(models, tmp_path_factory):
-    """Merge in a process of its own, and press Ctrl-C there as soon as a file appears that fits a pattern.
+    """Merge in a process of its own, and send it a signal as soon as a file appears that fits a pattern.
 
     An interruption can come anywhere, also between taking a lock and holding it. The process ends; these tests go on.
     """
 
-    def press(output: Path, pattern: str, *options: str) -> None:
+    def press(output: Path, pattern: str, *options: str, sent: signal.Signals = signal.SIGINT) -> None:
         arguments = [*experts(models), "--base-model", models / "base", "--output", output, "--threads", "1", *options]
         printed = tmp_path_factory.mktemp("printed") / "output.txt"
         process = processes.start(run_command, "merge", *map(str, arguments), output=printed)
@@ -45,8 +45,8 @@ def interrupt(models, tmp_path_factory):
         while not any(output.parent.glob(pattern)) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
         assert any(output.parent.glob(pattern)), printed.read_text()
-        os.kill(process.pid, signal.SIGINT)
-        assert processes.finish(process) == 130, printed.read_text()
+        os.kill(process.pid, sent)
+        assert processes.finish(process) == 128 + sent, printed.read_text()
         assert "Merged" not in printed.read_text()
 
     return press
@@ -55,16 +55,17 @@ def interrupt(models, tmp_path_factory):
 @pytest.mark.parametrize(
     "moment", [".merged-*", ".merged-*/model.safetensors"], ids=["while-trimming", "while-writing"]
 )
-def test_an_interrupted_merge_leaves_nothing_behind(tmp_path, interrupt, moment):
-    interrupt(tmp_path / "merged", moment)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda sent: sent.name)
+def test_an_interrupted_merge_leaves_nothing_behind(tmp_path, interrupt, moment, sent):
+    interrupt(tmp_path / "merged", moment, sent=sent)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_replacement_keeps_the_old_directory(tmp_path, interrupt):
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "old.txt").write_text("old")
+def test_an_interrupted_replacement_keeps_the_old_directory(models, tmp_path, interrupt):
+    merge(experts(models)[:1], tmp_path / "merged", base_model=models / "base")
+    before = contents(tmp_path)
     interrupt(tmp_path / "merged", ".merged-*", "--overwrite")
-    assert contents(tmp_path) == {"merged/old.txt": b"old"}
+    assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
@@ -88,10 +89,9 @@ def test_a_replacement_leaves_only_the_new_directory(tmp_path):
     base = save_llama(tmp_path / "models" / "base")
     expert = save_fine_tune(base, tmp_path / "models" / "expert", seed=1)
     output = tmp_path / "outputs" / "merged"
-    (output / "heads" / "old").mkdir(parents=True)
-    (output / "heads" / "old" / "head.safetensors").write_bytes(b"old")
+    merge([expert], output, base_model=base, max_shard_size="20KB")
     merge([expert], output, base_model=base, overwrite=True)
-    assert not (output / "heads").exists()
+    assert list(output.glob("model*")) == [output / "model.safetensors"]
     assert [path.name for path in output.parent.iterdir()] == ["merged"]
 
 
