@@ -5,10 +5,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.assets import 
-from neuromerge_hf.storage.files import CARD
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.folder.report import load_report
+from neuromerge_hf.storage.files import CARD
 from neuromerge_hf.storage.temporary import is_temporary_file
 
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
