@@ -188,5 +188,5 @@ def test_the_index_of_a_sharded_model_must_agree_with_the_headers_on_the_hub(hub
     index["weight_map"]["extra.weight"] = "model-00001-of-00004.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     hub.add_folder("index/sharded", folder)
-    with pytest.raises(MergeError, match=r"lists the tensor extra\.weight, but its file does not hold it"):
+    with pytest.raises(MergeError, match=r"lists the tensor extra\.weight, but its file \S+ does not hold it"):
         plan_merge(["index/sharded"], base_model="index/base")
