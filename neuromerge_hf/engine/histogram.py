@@ -107,5 +107,5 @@ def magnitude_of(bits: int) -> float:
 
 
 Values = Callable[[Tensor, Unit, Block], None]
-"""A function that replaces the task vectors x[1:] of a loaded block with the values to rank, which are >= 0. The bits
-of a value must not depend on how the unit is divided into blocks."""
+"""A function that replaces the task vectors x[1:] of a loaded block with the values to rank, which are >= 0, and not
+-0.0, whose bits are those of no rank. The bits of a value must not depend on how the unit is divided into blocks."""

@@ -104,7 +104,7 @@ def inter_balancing(task_vector: Tensor, total: Tensor) -> Tensor:
 def score(task_vector: Tensor, total: Tensor, balance: Balance, tasks: int) -> Tensor:
     """Return the product of both balancings, or 0 if it is negative. `tasks` is the number of all experts."""
     intra = intra_balancing(task_vector, balance.low, balance.high, tasks)
-    return intra.mul_(inter_balancing(task_vector, total)).clamp_(min=0)
+    return intra.mul_(inter_balancing(task_vector, total)).clamp_(min=0).abs_()  # -0.0 has other bits than 0.0
 
 
 def balanced_mean(task_vectors: Tensor, balances: Sequence[Balance], tasks: int) -> Tensor:

@@ -52,6 +52,7 @@ TryCase = Callable[[int, Path], Case]
 CAMPAIGNS: dict[str, str] = {
     "headers": "headers",
     "pickles": "pickles",
+    "values": "values",
     "hostile": "hostile",
 }
 """The module of each campaign, by its name."""
