@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neuromerge_hf.callbacks.common.processes import on_first_process
 from neuromerge_hf.callbacks.common.sharded import is_sharded
-from neuromerge_hf.callbacks.common.trained_model import expert_folder, remove_model_files, save_task_config
+from neuromerge_hf.callbacks.common.trained_model import expert_folder, replaced_model, save_task_config
 from neuromerge_hf.callbacks.common.training import TRAINED
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, replaced
 from neuromerge_hf.callbacks.lightning_package import DummyLogger
@@ -65,12 +65,12 @@ class LightningTraining:
                 yield expert_folder(self.model, folder)
 
     def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        remove_model_files(folder)
         own = {name.removeprefix(self.prefix): value for name, value in weights.items() if name.startswith(self.prefix)}
-        self.model.save_pretrained(str(folder), state_dict=own)
-        save_task_config(self.model, expert_folder(self.model, folder))
-        if self.tokenizer:
-            self.tokenizer.save_pretrained(folder)
+        with replaced_model(folder) as made:
+            self.model.save_pretrained(str(made), state_dict=own)
+            save_task_config(self.model, expert_folder(self.model, made))
+            if self.tokenizer:
+                self.tokenizer.save_pretrained(made)
 
     def _read(self, path: str | None) -> dict[str, Any]:
         return self.trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=False)  # safe: this run wrote it

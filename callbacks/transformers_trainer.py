@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from neuromerge_hf.callbacks.common.sharded import check_zero
 from neuromerge_hf.callbacks.common.trained_model import (
     adapter_config,
     expert_folder,
-    remove_model_files,
+    replaced_model,
     save_task_config,
 )
 from neuromerge_hf.callbacks.common.training import TRAINED
@@ -70,15 +70,14 @@ class TrainerTraining:
         """Save the model and return its folder. Every process must call this."""
         folder = self.folder / TRAINED
         trainer = self.trainer
-        if trainer.args.should_save:
-            remove_model_files(folder)
-        if self.saves_itself:
-            trainer.save_model(str(folder), _internal_call=True)
-        else:
-            parts = trainer.model if trainer.is_fsdp_enabled else self.model
-            trainer._save(str(folder), state_dict=trainer.accelerator.get_state_dict(parts))
-        if trainer.args.should_save:
-            save_task_config(self.model, expert_folder(self.model, folder))
+        with replaced_model(folder) if trainer.args.should_save else nullcontext(folder) as made:
+            if self.saves_itself:
+                trainer.save_model(str(made), _internal_call=True)
+            else:
+                parts = trainer.model if trainer.is_fsdp_enabled else self.model
+                trainer._save(str(made), state_dict=trainer.accelerator.get_state_dict(parts))
+            if trainer.args.should_save:
+                save_task_config(self.model, expert_folder(self.model, made))
         return folder
 
     def evaluate(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 from neuromerge_hf.api import merge_spec, plan_spec
@@ -36,6 +36,7 @@ from neuromerge_hf.callbacks.common.tune import check_metric, check_tunable, tun
 from neuromerge_hf.callbacks.common.weights import merged_weights, preserved_random_state
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.errors import MergeError, Printable, printable
+from neuromerge_hf.folder.directory import work_folder
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.methods.average import AverageConfig
 from neuromerge_hf.spec import MergeSpec, Runtime
@@ -116,8 +117,8 @@ class MergeRun:
             find_device(self.runtime.device)
         target = self._target(training)
         experts = list(self.spec.models)
-        with TemporaryDirectory() as temporary:
-            outline = Path(temporary, TRAINED)
+        with work_folder(Path(gettempdir())) as temporary:
+            outline = temporary / TRAINED
             outline.mkdir()
             if not (training.sharded and adapter_config(training.model)):  # no process could save it alone
                 save_outline(training.model, training.tokenizer, outline)

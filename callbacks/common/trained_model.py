@@ -2,6 +2,10 @@
 
 import copy
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,16 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, class_of, network_of, own_weights
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.directory import atomic_directory
+from neuromerge_hf.folder.replaceable import list_files
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.skeleton import Skeleton
 from neuromerge_hf.spec import ModelId
-from neuromerge_hf.storage.files import ADAPTER_FILES, CHECKPOINT_FILES
+from neuromerge_hf.storage.files import ADAPTER_FILES, CHECKPOINT_FILES, SHARDS
 from neuromerge_hf.storage.formats import make_header
+
+MODEL_FILES = ("config.json", "adapter_config.json", *ADAPTER_FILES, *CHECKPOINT_FILES, *SHARDS)
+"""The files of a model that another model in the same folder may lack."""
 
 SAVED_BY_RUN = re.compile(r"checkpoint-\d+|trained|averaged")
 """The names of the folders in which training saves models."""
@@ -90,10 +99,20 @@ def expert_folder(model: HuggingFaceModel, saved: Path) -> Path:
     return saved if name == "default" else saved / name
 
 
-def remove_model_files(folder: Path) -> None:
-    """Remove the files of an earlier model that could be taken for files of the model that is saved here next."""
-    for name in ("config.json", "adapter_config.json", *ADAPTER_FILES, *CHECKPOINT_FILES):
-        (folder / name).unlink(missing_ok=True)
+@contextmanager
+def replaced_model(folder: Path) -> Iterator[Path]:
+    """Yield a folder to save a model into. It replaces `folder` once it is complete.
+
+    Other files in `folder` are kept, but not those of an earlier model, which could be taken for the new one's.
+    """
+    with atomic_directory(folder, overwrite=True, files_of=list_files) as made:
+        if folder.is_dir():
+            shutil.copytree(folder, made, symlinks=True, ignore=_model_files, dirs_exist_ok=True)
+        yield made
+
+
+def _model_files(folder: str, names: list[str]) -> set[str]:
+    return {name for name in names if any(fnmatch(name, pattern) for pattern in MODEL_FILES)}
 
 
 def save_task_config(model: HuggingFaceModel, folder: Path) -> None:

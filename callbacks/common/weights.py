@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_process
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.directory import work_folder
 from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.finite import is_finite, largest_finite, name_of
@@ -124,9 +125,9 @@ def preserved_random_state() -> Iterator[None]:
 
 def _load(folder: Path, expert: str, model_class: type[PreTrainedModel]) -> dict[str, Tensor]:
     """Load the merged parameters that a model of this class has, with the expert's own head if it has one."""
-    with TemporaryDirectory() as cache:
+    with work_folder(Path(gettempdir())) as cache:
         if (folder / HEADS / expert).is_dir():
-            folder = folder_with_head(folder, folder / HEADS, expert, Path(cache))
+            folder = folder_with_head(folder, folder / HEADS, expert, cache)
         loaded: Any = model_class.from_pretrained(folder, output_loading_info=True)
     model, info = loaded
     return {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}

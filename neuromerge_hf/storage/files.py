@@ -16,6 +16,9 @@ CHECKPOINT_FILES = (
 )
 """The weight files and indexes that transformers looks for, in its order."""
 
+SHARDS = ("model-?????-of-?????.safetensors", "pytorch_model-?????-of-?????.bin")
+"""The names of the files of a model that is saved in several."""
+
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """The weight files that PEFT looks for, in its order."""
 
