@@ -4,12 +4,12 @@ The task vectors of a linear layer are added up: ``U S V^T``. Iso-C (Marczak et 
 singular values of the sum equal, so that no task's strong directions hide another's. That is right for many tasks, and
 too much for two. The new singular values lie between these ends, by a rule for adapters and full fine-tunes alike:
 
-    a * scale^(1 - p) * (s / s_1)^p,    p = 2^(1 - T)
+    a * scale^(1 - p) * (s / s_1)^p,    p = 2^(-(T - 1)^2)
 
 ``a`` is the mean over the experts of the largest singular value of their task vector, ``s_1`` the largest one of the
 sum, and ``T`` the effective number of experts: ``(tr G)^2 / tr G^2`` of the Gram matrix G of their task vectors. It is
 the number of experts if their task vectors are orthogonal and have one length, and 1 if they are equal: then the merged
-change is theirs. With more experts, all singular values soon become ``a * scale`` (benchmarks/quality, "NeuroIso").
+change is theirs. From three experts on, nearly all singular values become ``a * scale`` (benchmarks/quality, "NeuroIso").
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ NeuroMerging (Fang et al., EMNLP 2025)."""
     citation = f"{CITATION}\n{ISO_CITATION}"
     by_matrix = True
 
-    scale: float = option(0.45, "the weight of the merged task vector")
+    scale: float = option(0.4, "the weight of the merged task vector")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +86,7 @@ class NeuroIso(NeuroMerging, config=NeuroIsoConfig):
         from neuromerge_hf.spectrum import spectral_norm, with_spectrum
 
         largest = [spectral_norm(task_vector) for task_vector in matrix.task_vectors()]
-        strength, power = sum(largest) / len(largest), 2.0 ** (1 - effective_number(matrix.products()))
+        strength, power = sum(largest) / len(largest), 2.0 ** -((effective_number(matrix.products()) - 1) ** 2)
         return with_spectrum(
             matrix.total(), lambda s: strength * self.config.scale ** (1 - power) * (s / s[0]) ** power
         )

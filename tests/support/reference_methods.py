@@ -175,7 +175,7 @@ def neuro_iso(flat: Flat, matrices: Matrices, others: State, scale: float) -> Te
         tasks = [task for task in tasks if task.any()]
         strength = sum(torch.linalg.svdvals(task)[0] for task in tasks) / len(tasks)
         gram = torch.tensor([[(one * other).sum() for other in tasks] for one in tasks])
-        power = 2 ** (1 - gram.trace() ** 2 / (gram @ gram).trace())
+        power = 2 ** -((gram.trace() ** 2 / (gram @ gram).trace() - 1) ** 2)
         u, s, vh = torch.linalg.svd(torch.stack(tasks).sum(0), full_matrices=False)
         kept = s > 1e-3 * s[0]
         values = strength * scale ** (1 - power) * (s / s[0]) ** power
