@@ -13,6 +13,7 @@ from neuromerge_hf.engine.histogram import INFINITY, Values
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.engine.trimming import Rank
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.layout import Block
 
 SAMPLE_ENTRIES = 1 << 22
@@ -56,6 +57,8 @@ def predict_ranges(
         def sample(block: Block) -> Sampled:
             x = load_block(unit, block, passes.memory, passes.device)
             values(x, unit, block)
+            if not is_finite(x[1:]):
+                raise FloatingPointError("a weight is NaN or infinite")
             return [(expert, x[t].flatten().to("cpu", copy=True)) for t, expert in enumerate(unit.changing, start=1)]
 
         return blocks[unit.tensor.name], sample

@@ -13,6 +13,7 @@ from neuromerge_hf import (
     AverageConfig,
     MergeError,
     NeuroMergingConfig,
+    PCBConfig,
     TaskArithmeticConfig,
     TuningGrid,
     merge,
@@ -116,6 +117,16 @@ def test_a_base_in_float64_that_exceeds_float32_is_not_called_damaged(models: Pa
     assert says(message, DOWN, "base model", "exceeds float32")
     merge([models / "math"], tmp_path / "kept", base_model=models / "base", config=AverageConfig(exclude=(DOWN,)))
     assert load_file(tmp_path / "kept" / "model.safetensors")[DOWN][1, 2] == 1e300
+
+
+def test_a_model_that_is_all_nan_is_named_by_a_method_that_finds_thresholds(models: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.fill_(NAN)
+
+    change_tensors(models / "math" / "model.safetensors", change)
+    message = refused(tmp_path, [models / "math"], base_model=models / "base", config=PCBConfig())
+    assert says(message, "of math holds a NaN or an infinity")
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY])
