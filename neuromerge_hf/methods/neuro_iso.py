@@ -4,12 +4,12 @@ The task vectors of a linear layer are added up: ``U S V^T``. Iso-C (Marczak et 
 singular values of the sum equal, so that no task's strong directions hide another's. That is right for many tasks, and
 too much for two. The new singular values lie between these ends, by a rule for adapters and full fine-tunes alike:
 
-    a * scale^(1 - p) * (s / s_1)^p,    p = 2^(-(T - 1)^2)
+    a * (p * s / s_1 + (1 - p) * scale),    p = 2^(-(T - 1)^2)
 
 ``a`` is the mean over the experts of the largest singular value of their task vector, ``s_1`` the largest one of the
 sum, and ``T`` the effective number of experts: ``(tr G)^2 / tr G^2`` of the Gram matrix G of their task vectors. It is
 the number of experts if their task vectors are orthogonal and have one length, and 1 if they are equal: then the merged
-change is theirs. From three experts on, nearly all singular values become ``a * scale`` (benchmarks/quality, "NeuroIso").
+change is theirs. From three experts on, almost all that is left is ``a * scale`` (benchmarks/quality, "NeuroIso").
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from neuromerge_hf.config import check_number
 from neuromerge_hf.engine.trimming import Trimming
-from neuromerge_hf.errors import MergeError
 from neuromerge_hf.methods.iso_c import CITATION as ISO_CITATION
 from neuromerge_hf.methods.neuromerging import CITATION, NeuroMerging, NeuroMergingConfig
 from neuromerge_hf.options import option
@@ -64,8 +63,6 @@ NeuroMerging (Fang et al., EMNLP 2025)."""
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("scale", self.scale)
-        if self.scale <= 0:
-            raise MergeError(f"scale must be above 0, not {self.scale!r}: it is a share of a singular value.")
 
     def spectra(self, experts: int) -> int:
         return 1 + experts // 8  # the largest singular values take little time beside a spectrum
@@ -86,10 +83,9 @@ class NeuroIso(NeuroMerging, config=NeuroIsoConfig):
         from neuromerge_hf.spectrum import spectral_norm, with_spectrum
 
         largest = [spectral_norm(task_vector) for task_vector in matrix.task_vectors()]
-        strength, power = sum(largest) / len(largest), 2.0 ** -((effective_number(matrix.products()) - 1) ** 2)
-        return with_spectrum(
-            matrix.total(), lambda s: strength * self.config.scale ** (1 - power) * (s / s[0]) ** power
-        )
+        strength, share = sum(largest) / len(largest), 2.0 ** -((effective_number(matrix.products()) - 1) ** 2)
+        flat = (1 - share) * self.config.scale
+        return with_spectrum(matrix.total(), lambda s: strength * (share * s / s[0] + flat))
 
 
 def effective_number(products: Tensor) -> float:

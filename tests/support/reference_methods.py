@@ -175,10 +175,10 @@ def neuro_iso(flat: Flat, matrices: Matrices, others: State, scale: float) -> Te
         tasks = [task for task in tasks if task.any()]
         strength = sum(torch.linalg.svdvals(task)[0] for task in tasks) / len(tasks)
         gram = torch.tensor([[(one * other).sum() for other in tasks] for one in tasks])
-        power = 2 ** -((gram.trace() ** 2 / (gram @ gram).trace() - 1) ** 2)
+        share = 2 ** -((gram.trace() ** 2 / (gram @ gram).trace() - 1) ** 2)
         u, s, vh = torch.linalg.svd(torch.stack(tasks).sum(0), full_matrices=False)
         kept = s > 1e-3 * s[0]
-        values = strength * scale ** (1 - power) * (s / s[0]) ** power
+        values = strength * (share * s / s[0] + (1 - share) * scale)
         return u[:, kept] @ torch.diag(values[kept]) @ vh[kept]
 
     change = torch.cat([(others[name].double() - theta.double()).flatten() for name, theta in flat.base.items()])
