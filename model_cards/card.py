@@ -1,6 +1,5 @@
 """The content of a merged model's card, collected from its folder."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -10,12 +9,14 @@ from typing import Any
 from urllib.parse import quote
 
 from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import RECIPE_NAME, ModelRecord, Recipe, load_recipe
 from neuromerge_hf.folder.report import ExpertReport, MergeReport, load_report
 from neuromerge_hf.model_cards import markdown
 from neuromerge_hf.model_cards.licences import remarks
 from neuromerge_hf.model_cards.quick_start import head_start, quick_start
 from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of, task_of_custom_class
+from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
 
 
@@ -71,12 +72,14 @@ class MergeCard:
             MergeError: if the folder lacks its recipe or its report.
         """
         report, recipe = load_report(folder), recipe or load_recipe(folder / RECIPE_NAME)
+        if not len(report.experts) == len(report.parents) - 1 == len(recipe.models):
+            raise MergeError(f"{RECIPE_NAME} and the report in {folder} are of different merges. Merge again.")
         return cls(
             name=name or (repo_id.rpartition("/")[2] if repo_id else os.path.basename(os.path.abspath(folder))),
             repo_id=repo_id,
             recipe=recipe,
             report=report,
-            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            config=load_json(folder / "config.json"),
             terms=[path.name for path in licence_files(folder)],
             has_tokenizer=bool(tokenizer_files(folder)),
             has_chat=_has_chat(folder),
@@ -177,7 +180,7 @@ def _has_chat(folder: Path) -> bool:
     if companion_files(folder, ("chat_template*",)):
         return True
     settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    return settings.is_file() and bool(load_json(settings).get("chat_template"))
 
 
 def _keys(entries: str) -> set[str]:

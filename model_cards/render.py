@@ -2,15 +2,16 @@
 
 import functools
 import os
-from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateSyntaxError
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.model_cards import markdown, tables
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.limits import limits
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
+from neuromerge_hf.storage.documents import read_text, reason_of
+from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.text import readable_size
 from neuromerge_hf.version import __version__
 
@@ -32,7 +33,7 @@ def render(card: MergeCard, template: str | os.PathLike[str] | None = None) -> s
         if template is None:
             chosen = environment.get_template(TEMPLATE)
         else:
-            chosen = environment.from_string(Path(template).read_text(encoding="utf-8"))
+            chosen = environment.from_string(read_text(user_path(template, "template")))
         return chosen.render(
             card=card,
             report=card.report,
@@ -42,11 +43,13 @@ def render(card: MergeCard, template: str | os.PathLike[str] | None = None) -> s
             picture=PICTURE,
             version=__version__,
         )
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
+    except MergeError:
+        raise
+    except Exception as error:  # a template can call anything that it is given
         if template is None:
             raise
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-        raise MergeError(f"The template {os.fspath(template)}{line} cannot be used: {error}") from error
+        raise MergeError(f"The template {os.fspath(template)}{line} cannot be used: {reason_of(error)}.") from error
 
 
 @functools.cache

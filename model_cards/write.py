@@ -17,6 +17,7 @@ from neuromerge_hf.model_cards.metadata import combined, metadata
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.picture import draw
 from neuromerge_hf.model_cards.render import render
+from neuromerge_hf.storage.documents import read_text
 from neuromerge_hf.storage.writing import write_file
 
 CARD_NAME = "README.md"
@@ -56,7 +57,7 @@ def write_card(
     check_own_files(folder)
     path = folder / CARD_NAME
     if previous is None and path.is_file():
-        previous = path.read_text(encoding="utf-8-sig")
+        previous = read_text(path, encoding="utf-8-sig")
     card = MergeCard.of(folder, repo_id, name, recipe)
     card = dataclasses.replace(card, has_picture=_draw(card, folder / PICTURE))
     new = metadata(card).to_dict()
@@ -105,6 +106,6 @@ def _parts(text: str) -> tuple[dict[str, object], str]:
     """The metadata and the body of a card. The metadata are empty if they cannot be read."""
     try:
         card = ModelCard(text, ignore_metadata_errors=True)
-    except (ValueError, TypeError, yaml.YAMLError):
+    except Exception:  # YAML fails in many ways
         return {}, text
     return card.data.to_dict(), card.text

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuromerge_hf.folder.assets import check_own_files
@@ -14,6 +13,7 @@ from neuromerge_hf.options import check_names, pick, with_options
 from neuromerge_hf.planning.preflight import check_settings
 from neuromerge_hf.planning.resolve import Resolved, resolve
 from neuromerge_hf.spec import RUNTIME_NAMES, MergeOptions, MergeSpec, ModelId, Runtime, RuntimeOptions, read_options
+from neuromerge_hf.storage.paths import user_path
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,7 +73,7 @@ def merge_recipe(
         'neuro_iso'
     """
     check_names("merge_recipe", options, RUNTIME_NAMES)
-    recipe = load_recipe(Path(path))
+    recipe = load_recipe(user_path(path, "path"))
     recipe.check_files()
     return merge_spec(recipe.spec, output_dir, pick(Runtime, options))
 
@@ -126,7 +126,7 @@ def plan_recipe(
         **options: the fields of `Runtime`.
     """
     check_names("plan_recipe", options, RUNTIME_NAMES)
-    return plan_spec(load_recipe(Path(path)).spec, output_dir, pick(Runtime, options))
+    return plan_spec(load_recipe(user_path(path, "path")).spec, output_dir, pick(Runtime, options))
 
 
 def add_results(folder: str | os.PathLike[str], results: Iterable[Result | Mapping[str, Any]]) -> MergeReport:
@@ -151,8 +151,9 @@ def add_results(folder: str | os.PathLike[str], results: Iterable[Result | Mappi
     """
     from neuromerge_hf.model_cards import write_card
 
-    check_own_files(Path(folder).expanduser())
-    report = load_report(Path(folder).expanduser()).with_results(results)
+    path = user_path(folder, "folder")
+    check_own_files(path)
+    report = load_report(path).with_results(results)
     report.save(report.output_dir)
     write_card(report.output_dir)
     return report
@@ -162,7 +163,7 @@ def merge_spec(
     spec: MergeSpec, output_dir: str | os.PathLike[str], runtime: Runtime, resolved: Resolved | None = None
 ) -> MergeReport:
     """Merge what a spec describes; see `merge`. Models that are resolved already are not resolved again."""
-    target = Path(output_dir).expanduser().absolute()
+    target = user_path(output_dir, "output_dir").absolute()
     problems = check_settings(spec, runtime, target, resolved.problems if resolved else None)
     resolved = resolved or resolve(spec, runtime.token, problems)
     with InputHasher(resolved.base, [expert.location for expert in resolved.experts]) as inputs:
@@ -177,6 +178,6 @@ def plan_spec(spec: MergeSpec, output_dir: str | os.PathLike[str] | None, runtim
     """Plan the merge that a spec describes; see `plan_merge`."""
     from neuromerge_hf.planning.planner import make_plan  # loads transformers, which takes seconds
 
-    target = None if output_dir is None else Path(output_dir).expanduser().absolute()
+    target = None if output_dir is None else user_path(output_dir, "output_dir").absolute()
     problems = check_settings(spec, runtime, target)
     return make_plan(spec, runtime, resolve(spec, runtime.token, problems), target)

@@ -168,4 +168,6 @@ def check_weights(name: str, weights: object) -> tuple[float, ...]:
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether a value is a finite int or float."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # no float holds it
+        return False
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from neuromerge_hf.config import FIRST_METHOD, MergeConfig, config_class, default_config
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import check_names, option, pick
+from neuromerge_hf.typed import check_fields
 from neuromerge_hf.version import __version__
 
 if TYPE_CHECKING:
     import torch
+
+OWN_CHECKS = ("config", "dtype", "max_shard_size")
+"""Fields of a `MergeSpec` whose types are checked with their values."""
+
+MOST_THREADS = 1024
 
 ModelId = str | os.PathLike[str]
 """A folder, or an id on the Hub: ``owner/name`` or ``owner/name/subfolder``, optionally followed by ``@revision``."""
@@ -85,8 +91,9 @@ class MergeSpec:
             raise MergeError(f"config must be a NeuroMergingConfig, or that of another method, not {self.config!r}.")
         object.__setattr__(self, "models", tuple(os.fspath(each) for each in models))
         object.__setattr__(self, "dtype", _name_of_dtype(self.dtype))
-        if self.base_model is not None:
+        if isinstance(self.base_model, os.PathLike):
             object.__setattr__(self, "base_model", os.fspath(self.base_model))
+        check_fields(self, without=OWN_CHECKS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain Python objects, in the order of ``recipe.yaml``."""
@@ -156,6 +163,9 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.device is not None and not isinstance(self.device, int):  # torch takes an index for an accelerator
             object.__setattr__(self, "device", str(self.device))
+        check_fields(self)
+        if self.threads is not None and not 0 < self.threads <= MOST_THREADS:
+            raise MergeError(f"threads must be a number from 1 to {MOST_THREADS}, not {self.threads}.")
 
 
 class RuntimeOptions(TypedDict, total=False):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuromerge_hf.planning.plan import MergePlan
+from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
 from neuromerge_hf.vocabulary.token_ids import renumbered, with_ids_of, with_vocabulary_size
 from neuromerge_hf.vocabulary.tokenizer import extended_tokenizer
@@ -98,7 +99,7 @@ def _rewrite_tokenizer_config(folder: Path, without: tuple[str, ...]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = load_json(path)
     return settings
 
 

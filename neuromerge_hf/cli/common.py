@@ -22,16 +22,6 @@ COMMAND_OPTIONS = ("method", "tune", "tune_density")
 
 
 @contextmanager
-def errors_on_stderr() -> Iterator[None]:
-    """Print a `MergeError` as one message, and exit with status 1."""
-    try:
-        yield
-    except MergeError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
 def exit_on_signals() -> Iterator[None]:
     """Let the signals that end a process raise `SystemExit`, so that temporary files are removed as after Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():  # only that one may handle signals

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import errors_on_stderr
 from neuromerge_hf.cli.options import Models, takes_options
 from neuromerge_hf.config import config_class
 from neuromerge_hf.tuning.comparison import NOT_COMPARED
@@ -29,7 +28,6 @@ def compare_command(
     from neuromerge_hf.tuning.compare import compare_methods
     from neuromerge_hf.tuning.evaluation import load_function
 
-    with errors_on_stderr():
-        methods = [config_class(name)() for name in method or ()]
-        function = load_function(evaluate)
-        typer.echo(compare_methods(models, function, methods=methods, output_dir=output, **options))
+    methods = [config_class(name)() for name in method or ()]
+    function = load_function(evaluate)
+    typer.echo(compare_methods(models, function, methods=methods, output_dir=output, **options))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import errors_on_stderr, is_recipe, merge_options, runtime_options
+from neuromerge_hf.cli.common import is_recipe, merge_options, runtime_options
 from neuromerge_hf.cli.options import Method, Models, takes_options
 from neuromerge_hf.errors import MergeError
 
@@ -31,16 +31,15 @@ def merge_command(
     """Merge fine-tunes and adapters into their base, or reproduce a merge from its recipe."""
     from neuromerge_hf.api import merge, merge_recipe
 
-    with errors_on_stderr():
-        if tune_density and not tune:
-            raise MergeError("--tune-density says what to try: give --tune module:function to score it.")
-        if is_recipe(context, models):
-            report = merge_recipe(models[0], output, **runtime_options(context))
-        elif tune:
-            report = _tuned(models, output, tune, tune_density, merge_options(context))
-        else:
-            report = merge(models, output, **merge_options(context))
-        typer.echo(report)
+    if tune_density and not tune:
+        raise MergeError("--tune-density says what to try: give --tune module:function to score it.")
+    if is_recipe(context, models):
+        report = merge_recipe(models[0], output, **runtime_options(context))
+    elif tune:
+        report = _tuned(models, output, tune, tune_density, merge_options(context))
+    else:
+        report = merge(models, output, **merge_options(context))
+    typer.echo(report)
 
 
 def _tuned(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import errors_on_stderr, is_recipe, merge_options, runtime_options
+from neuromerge_hf.cli.common import is_recipe, merge_options, runtime_options
 from neuromerge_hf.cli.options import Method, Models, takes_options
 
 
@@ -22,9 +22,8 @@ def plan_command(
     """Show what a merge will do and need, or everything that is wrong with it, without downloading the weights."""
     from neuromerge_hf.api import plan_merge, plan_recipe
 
-    with errors_on_stderr():
-        if is_recipe(context, models):
-            plan = plan_recipe(models[0], output_dir=output, **runtime_options(context))
-        else:
-            plan = plan_merge(models, output_dir=output, **merge_options(context))
-        typer.echo(plan)
+    if is_recipe(context, models):
+        plan = plan_recipe(models[0], output_dir=output, **runtime_options(context))
+    else:
+        plan = plan_merge(models, output_dir=output, **merge_options(context))
+    typer.echo(plan)

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from neuromerge_hf.cli.common import errors_on_stderr
 from neuromerge_hf.cli.options import Token
 
 
@@ -24,10 +23,9 @@ def card_command(
     from neuromerge_hf.folder.results import load_results
     from neuromerge_hf.model_cards import write_card
 
-    with errors_on_stderr():
-        if results:
-            add_results(folder, load_results(results))
-        typer.echo(f"The card is in {write_card(folder, repo_id, template=template)}")
+    if results:
+        add_results(folder, load_results(results))
+    typer.echo(f"The card is in {write_card(folder, repo_id, template=template)}")
 
 
 def push_command(
@@ -47,17 +45,16 @@ def push_command(
     """Upload a merged model with its card, as one commit. Files that are there already are not sent again."""
     from neuromerge_hf.hub.push import push
 
-    with errors_on_stderr():
-        commit = push(
-            folder,
-            repo_id,
-            private=private or None,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            template=template,
-            tags=tag or (),
-        )
-        typer.echo(commit.pr_url or commit.commit_url)
+    commit = push(
+        folder,
+        repo_id,
+        private=private or None,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        template=template,
+        tags=tag or (),
+    )
+    typer.echo(commit.pr_url or commit.commit_url)

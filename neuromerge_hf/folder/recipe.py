@@ -10,10 +10,15 @@ import yaml
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.spec import MergeSpec
+from neuromerge_hf.storage.documents import load_yaml, reason_of
 from neuromerge_hf.storage.hashing import file_hash
+from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.storage.writing import write_file
+from neuromerge_hf.typed import fits
 
 RECIPE_NAME = "recipe.yaml"
+
+NO_RECIPE = "is not a recipe that `neuromerge merge` wrote"
 
 PACKAGES = ("neuromerge-hf", "torch", "transformers", "peft", "safetensors")
 """The packages whose versions the recipe records."""
@@ -39,7 +44,7 @@ class ModelRecord:
     sha256: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not isinstance(self.sha256, dict):
+        if not (isinstance(self.id, str) and fits(self.revision, str | None) and fits(self.sha256, dict[str, str])):
             raise TypeError(f"{self.to_dict()} describes no model")
         for name in self.sha256:
             if not name or Path(str(name)).name != name or name == ".." or "\0" in name:
@@ -89,7 +94,7 @@ class Recipe:
         problems = []
         for model in (self.base_model, *self.models):
             for name, expected in model.sha256.items():
-                path = Path(model.id).expanduser() / name
+                path = user_path(model.id, "The model") / name
                 if not path.is_file():
                     problems.append(
                         f"{path} is missing, but the recipe needs it (relative paths start at the current folder)."
@@ -109,8 +114,8 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         MergeError: if the file is missing or is not a recipe.
     """
+    content = load_yaml(path, NO_RECIPE)
     try:
-        content = yaml.safe_load(path.read_text())
         base = ModelRecord(**content["base_model"])
         models = tuple(ModelRecord(**model) for model in content["models"])
         references = {"base_model": base.reference, "models": [model.reference for model in models]}
@@ -118,13 +123,10 @@ def load_recipe(path: Path) -> Recipe:
         if "versions" not in content:  # the last entry: without it, the file may have been cut off
             raise KeyError("versions")
         return Recipe(spec, base, models)
-    except OSError as error:
-        raise MergeError(f"The recipe {path} cannot be read: {error}") from error
     except MergeError as error:
         raise MergeError([f"{path}: {problem}" for problem in error.problems]) from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise MergeError(f"{path} is not a recipe that `neuromerge merge` wrote: {reason}") from error
+    except (KeyError, TypeError) as error:
+        raise MergeError(f"{path} {NO_RECIPE}: {reason_of(error)}.") from error
 
 
 def published_recipe(folder: Path, names: Sequence[str]) -> str:
@@ -134,7 +136,7 @@ def published_recipe(folder: Path, names: Sequence[str]) -> str:
         folder: the folder of the merged model.
         names: the names of the base and then of the experts.
     """
-    content = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8"))
+    content = load_yaml(folder / RECIPE_NAME, NO_RECIPE)
     renamed = {}
     for model, name in zip([content["base_model"], *content["models"]], names, strict=True):
         if "revision" not in model:

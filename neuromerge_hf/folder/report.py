@@ -13,8 +13,10 @@ from neuromerge_hf.folder.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.folder.parents import Parent
 from neuromerge_hf.folder.results import Result, check_results
 from neuromerge_hf.folder.rounding import Rounding, load_rounding
+from neuromerge_hf.storage.documents import load_json, reason_of
 from neuromerge_hf.storage.writing import write_file
 from neuromerge_hf.text import different_names, readable_size
+from neuromerge_hf.typed import check_fields
 
 REPORT_NAME = "merge_report.json"
 
@@ -250,8 +252,10 @@ def load_report(folder: Path) -> MergeReport:
     path = folder / REPORT_NAME
     lists = {"experts": ExpertReport, "parents": Parent, "results": Result}
     single = ("by_matrix", "by_neuron", "by_entry", "from_base")
+    if not path.is_file():
+        raise MergeError(f"{path} cannot be read: there is no such file. Give a directory that `neuromerge merge` wrote.")
+    content = load_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         made: dict[str, Any] = {key: [kind(**entry) for entry in content.pop(key)] for key, kind in lists.items()}
         made |= {key: ParameterReport(**content.pop(key)) for key in single if key in content}  # by_matrix is new
         vocabulary = content.pop("vocabulary")
@@ -260,10 +264,9 @@ def load_report(folder: Path) -> MergeReport:
         made["diagnostics"] = load_diagnostics(diagnostics) if diagnostics else None
         rounding = content.pop("rounding", None)
         made["rounding"] = load_rounding(rounding) if rounding else None
-        return MergeReport(output_dir=folder, **made, **content)
-    except OSError as error:
-        raise MergeError(
-            f"{path} cannot be read ({error.strerror}). Give a directory that `neuromerge merge` wrote."
-        ) from error
+        report = MergeReport(output_dir=folder, **made, **content)
+        check_fields(report)
+        return report
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MergeError(f"{path} is not a report that `neuromerge merge` wrote ({error!r}).") from error
+        reason = reason_of(error)
+        raise MergeError(f"{path} is not a report that `neuromerge merge` wrote: {reason}.") from error

@@ -1,6 +1,5 @@
 """Measurements of a merged model, its base and its experts."""
 
-import json
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.storage.documents import load_json
+from neuromerge_hf.typed import check_fields
 
 MERGED, BASE = "merged", "base"
 
@@ -53,7 +54,7 @@ def check_results(results: Iterable[Result | Mapping[str, Any]], experts: Sequen
     Raises:
         MergeError: if an entry is incomplete, its value is not a finite number, or its model is not in the merge.
     """
-    if isinstance(results, Mapping | str):
+    if isinstance(results, Mapping | str) or not isinstance(results, Iterable):
         raise MergeError("The results must be a list: of Result, or of dictionaries with its fields.")
     checked, problems = [], []
     for result in results:
@@ -72,12 +73,8 @@ def load_results(path: Path) -> list[Any]:
     Raises:
         MergeError: if the file cannot be read or is not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MergeError(f"The results {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise MergeError(f"The results {path} are not JSON: {error}.") from error
+    results: list[Any] = load_json(path, list)
+    return results
 
 
 def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Result:
@@ -94,7 +91,7 @@ def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Resu
         raise MergeError(
             f"{result} is of a model that is not in this merge. Its models are: {', '.join([MERGED, BASE, *experts])}."
         )
-    return Result(
+    checked = Result(
         **texts,
         value=float(value),
         task_type=result.task_type,
@@ -102,6 +99,8 @@ def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Resu
         split=result.split,
         greater_is_better=bool(result.greater_is_better),
     )
+    check_fields(checked)
+    return checked
 
 
 def _from_mapping(entry: Any) -> Result:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard, ModelInfo, hf_hub_download
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.model_cards import hand_written
+from neuromerge_hf.storage.documents import read_text
 from neuromerge_hf.storage.files import CARD
 from neuromerge_hf.storage.writing import write_file
 
@@ -20,7 +21,7 @@ def read_card(api: HfApi, found: ModelInfo) -> str | None:
     """Download the card of a repository; None if it has none."""
     if CARD not in paths_in(found):
         return None
-    return Path(hf_hub_download(found.id, CARD, revision=found.sha, token=api.token)).read_text(encoding="utf-8")
+    return read_text(Path(hf_hub_download(found.id, CARD, revision=found.sha, token=api.token)))
 
 
 def paths_in(found: ModelInfo) -> list[str]:
@@ -42,7 +43,7 @@ def card_to_continue(path: Path, theirs: str | None) -> str | None:
     """
     if theirs is None or not path.is_file():
         return theirs
-    card = path.read_text(encoding="utf-8-sig")
+    card = read_text(path, encoding="utf-8-sig")
     ours = hand_written(card)
     if ours in hand_written(theirs):
         return theirs

@@ -24,6 +24,7 @@ from neuromerge_hf.hub.card import add_tags, card_to_continue, paths_in, read_ca
 from neuromerge_hf.hub.errors import hub_errors_as_merge_errors
 from neuromerge_hf.model_cards import write_card
 from neuromerge_hf.storage.files import CARD
+from neuromerge_hf.storage.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def push(
         MergeError: if the folder is not a complete merge, the Hub rejects the card's metadata, or the push fails. The
             message says whether anything was published, and a failed push's gives the command to resume.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = user_path(folder, "folder").absolute()
     files_to_push(folder)
     for link in links_inside(folder):
         logger.warning("%s is not uploaded, because it is or lies behind a link.", printable(link))

@@ -26,6 +26,7 @@ from neuromerge_hf.spec import OPTION_NAMES, MergeSpec, ModelId, Runtime, read_o
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.finite import is_finite, name_of
 from neuromerge_hf.storage.location import Location, locate
+from neuromerge_hf.storage.paths import user_path
 
 NOT_FOR_LOADING = ("dtype", "max_shard_size", "tuned_on", "overwrite")
 """Merge options that loading does not take. Its `dtype` is transformers' own: the dtype of the loaded model."""
@@ -78,7 +79,7 @@ class AutoMergedModel:
             >>> type(model).__name__
             'LlamaForCausalLM'
         """
-        cache = Path(cache_dir or Path(constants.HF_HOME, "neuromerge")).expanduser().absolute()
+        cache = user_path(cache_dir or Path(constants.HF_HOME, "neuromerge"), "cache_dir").absolute()
         if isinstance(models, str | os.PathLike):
             _check_options_of_one(models, options)
             merging: dict[str, Any] = {}

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.skeleton import model_class_of
+from neuromerge_hf.skeleton.config import read_config
 
 
 def class_of_files(folder: Path, auto_class: Any = None, *, trust_remote_code: bool = False) -> type[PreTrainedModel]:
@@ -27,7 +28,7 @@ def class_of_files(folder: Path, auto_class: Any = None, *, trust_remote_code: b
     """
     if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
         return auto_class
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     if auto_class is None:
         return model_class_of(config, folder, trust_remote_code)
     if not (isinstance(auto_class, type) and issubclass(auto_class, _BaseAutoModelClass)):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.directory import atomic_directory
 from neuromerge_hf.loading.classes import class_of_files
+from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import CHECKPOINT_FILES, HEAD_WEIGHTS, find_weights, weight_files
 
 INDEX = "model.safetensors.index.json"
@@ -118,7 +119,7 @@ def _link(main: Path, head: Path, made: Path) -> None:
         with safe_open(path, "pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
     (made / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = json.loads((head / "config.json").read_text())
-    merged = json.loads((folder / "config.json").read_text())
+    config = load_json(head / "config.json")
+    merged = load_json(folder / "config.json")
     config["dtype"] = merged.get("dtype", merged.get("torch_dtype"))
     (made / "config.json").write_text(json.dumps(config))

@@ -1,6 +1,5 @@
 """The merge that a model was loaded from, and its files that are saved with the model."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from neuromerge_hf.folder.assets import BESIDE_CARD, hash_weights, merged_files,
 from neuromerge_hf.folder.recipe import RECIPE_NAME
 from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.loading.heads import folder_with_head
+from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import CARD, COMPANIONS, HEADS, companion_files, tokenizer_files
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.writing import copy_file, write_file
@@ -93,7 +93,7 @@ def settings_of(model: PreTrainedModel) -> list[str]:
 
 def _dtype_notes(source: Path, folder: Path) -> list[str]:
     """A note for the report if the weights in `folder` have another dtype than the merge in `source`."""
-    configs = [json.loads((each / "config.json").read_text(encoding="utf-8")) for each in (source, folder)]
+    configs = [load_json(each / "config.json") for each in (source, folder)]
     merged, saved = [config.get("dtype", config.get("torch_dtype")) for config in configs]
     if not merged or not saved or merged == saved:
         return []

@@ -1,12 +1,12 @@
 """Checks of a model's JSON files before anything is made of them."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from neuromerge_hf.errors import MergeError
+from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.storage.documents import load_json, read_text, reading
 from neuromerge_hf.storage.files import companion_files
 from neuromerge_hf.storage.location import Location
 
@@ -15,6 +15,8 @@ COUNT = re.compile(r"^(num|n)_|(layer|expert|label|block|head|depth|stage)s?$")
 
 LARGEST_COUNT = 2_000_000
 """The largest number of layers, labels, or the like."""
+
+GENERATION = "generation_config.json"
 
 LARGE = ("tokenizer.json", "vocab.json")
 """Files of megabytes, which take a tenth of a second to check."""
@@ -26,15 +28,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 def check_config_file(path: Path) -> None:
     """Raise a `MergeError` if a configuration has a number that no model has, or text that acts on a terminal.
 
-    A file that is no JSON passes, because whoever reads it says what is wrong with it.
+    It cannot be read either if it is no JSON.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise MergeError(f"{path} cannot be read: it is nested too deeply. Download it again.") from error
-    except (OSError, ValueError):
-        return
-    for name, value in _settings(content):
+    for name, value in _settings(load_json(path)):
         if isinstance(value, int) and value > LARGEST_COUNT and COUNT.search(name):
             raise MergeError(
                 f"{path} says that {name} is {str(value)[:20]}, more than any model has (at most {LARGEST_COUNT:,}). "
@@ -54,19 +50,19 @@ def check_companions(location: Location, *, copied: bool) -> None:
         location: the model.
         copied: whether the model gives the tokenizer, so that its vocabulary is checked, too.
     """
-    problems = []
+    problems = Problems()
     for path in companion_files(location.folder):
-        try:
+        with problems:
             if path.suffix == ".jinja":
-                path.read_text(encoding="utf-8")
+                read_text(path)
             elif path.suffix == ".json" and (copied or path.name not in LARGE):
-                content = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(content, dict):
-                    raise ValueError("it is no JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            problems.append(f"{path} cannot be read ({error}). Save or download the model again.")
-    if problems:
-        raise MergeError(problems)
+                load_json(path)
+            if copied and path.name == GENERATION:
+                from transformers import GenerationConfig  # takes seconds, and `resolve` does without it
+
+                with reading(path):
+                    GenerationConfig.from_pretrained(path.parent)
+    problems.report()
 
 
 def _settings(content: Any) -> Iterator[tuple[str, Any]]:

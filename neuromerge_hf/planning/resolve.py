@@ -1,7 +1,6 @@
 """Finds the models of a merge: the experts, and the base that they share."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.planning.configs import check_config_file
 from neuromerge_hf.spec import MergeSpec
+from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import ADAPTER_FILES
 from neuromerge_hf.storage.location import Location, locate
 
@@ -112,21 +112,14 @@ def load_config(location: Location, trust_remote_code: bool = False) -> "Pretrai
             raise MergeError(f"{location} is an adapter, not a base. Give the model that it was trained on.")
         raise MergeError(f"{location} is no model: there is neither a config.json nor an adapter_config.json in it.")
     check_config_file(location.folder / "config.json")
-    from transformers import AutoConfig
+    from neuromerge_hf.skeleton.config import read_config  # imports transformers, which takes seconds
 
-    try:
-        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the classes of configurations document no exceptions
-        if "trust_remote_code=True" in str(error):
-            raise MergeError(
-                f"{location} has a class of its own, whose code lies beside its weights. Read that code; if you trust "
-                "it, let it run with trust_remote_code=True (--trust-remote-code)."
-            ) from error
-        raise MergeError(f"{location.folder / 'config.json'} cannot be read: {error}") from error
+    config = read_config(location.folder, trust_remote_code)
     config._attn_implementation = None  # it can name code on the Hub, and no merge computes attention
     quantization = getattr(config, "quantization_config", None)
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        settings = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = settings.get("quant_method")
         raise MergeError(
             f"{location} is quantised ({method}). Give the model in float32, float16 or bfloat16 instead; if it is the "
             "base that an adapter names, pass the model that it was made from as base_model= (--base-model)."
@@ -142,10 +135,10 @@ def quantised_base_notes(expert: ResolvedExpert, base: Location) -> list[str]:
     location = expert.location
     try:
         trained_on = locate(named[0], revision=named[1], token=location.token)
-        quantization = json.loads((trained_on.folder / "config.json").read_text()).get("quantization_config")
-    except (MergeError, OSError, ValueError):  # the named base is gone or private; the merge does not need it
+        quantization = load_json(trained_on.folder / "config.json").get("quantization_config")
+    except MergeError:  # the named base is gone or private; the merge does not need it
         return []
-    if not quantization:
+    if not isinstance(quantization, dict) or not quantization:
         return []
     how = quantization.get("quant_method")
     return [

@@ -27,7 +27,8 @@ def model_class_of(
         MergeError: if the name is that of something else in transformers.
     """
     architecture = (config.architectures or [""])[0]
-    remote = {reference.rpartition(".")[2]: reference for reference in getattr(config, "auto_map", {}).values()}
+    references = (getattr(config, "auto_map", None) or {}).values()
+    remote = {reference.rpartition(".")[2]: reference for reference in references if isinstance(reference, str)}
     if architecture in remote and trust_remote_code:
         return get_class_from_dynamic_module(remote[architecture], folder)
     named = getattr(transformers, architecture, None)

@@ -10,10 +10,11 @@ from pathlib import Path
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.skeleton import auto_model_class, skeleton_of
+from neuromerge_hf.skeleton.config import read_config
 from neuromerge_hf.storage.files import HEAD_WEIGHTS
 from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.tensors import StoredTensor, read_whole
@@ -94,7 +95,7 @@ def task_config(
     the number of labels that fits the head. `architectures` is None in it if the adapter does not name its task.
     """
     if (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(folder)
+        return read_config(folder)
     config = copy.deepcopy(base_config)
     config.architectures = [model_class.__name__] if model_class else None
     if model_class is None:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.storage.files import CARD, CHECKPOINT_FILES, COMPANIONS, LICENCE_FILES, weight_files
 from neuromerge_hf.storage.formats import open_file, open_weights
+from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.storage.remote import list_sizes, open_remote, repository_sizes
 from neuromerge_hf.storage.small_files import LARGEST_CARD, check_sizes, check_small_files
 from neuromerge_hf.storage.tensors import StoredTensor
@@ -213,7 +214,7 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
     text = os.fspath(model)
     if "\0" in text or not _is_unicode(text):
         raise MergeError(f"The path {text!r} is not valid UTF-8, so that a recipe cannot name it. Rename the folder.")
-    folder = Path(text).expanduser()
+    folder = user_path(text, "The model")
     if folder.is_dir():
         check_small_files(folder)
         return Location(text, folder)

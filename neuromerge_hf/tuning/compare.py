@@ -28,9 +28,10 @@ from neuromerge_hf.planning.preflight import check_output, check_settings
 from neuromerge_hf.planning.resolve import ResolvedExpert, resolve
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
+from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.tuning.bootstrap import Interval, differences
 from neuromerge_hf.tuning.comparison import FILES, NOT_COMPARED, Comparison
-from neuromerge_hf.tuning.evaluation import Evaluate, Scores, name_of, run_evaluation
+from neuromerge_hf.tuning.evaluation import Evaluate, Scores, check_evaluation, name_of, run_evaluation
 
 
 @with_options(MergeSpec, Runtime, without=NOT_COMPARED, takes_others=True)
@@ -78,7 +79,10 @@ def compare_methods(
     for name in options:
         if name in NOT_COMPARED:
             raise TypeError(f"compare_methods has no argument {name!r}: {NOT_COMPARED[name]}.")
-    target = None if output_dir is None else Path(output_dir).expanduser().absolute()
+    check_evaluation(evaluate)
+    if not isinstance(methods, Sequence | None) or not all(isinstance(each, MergeConfig) for each in methods or ()):
+        raise MergeError(f"methods must be a list of configurations such as [AverageConfig()], not {methods!r:.200}.")
+    target = None if output_dir is None else user_path(output_dir, "output_dir")
     configs = {label_of(config): config for config in methods or [config() for config in config_classes()]}
     unmerged = TaskArithmeticConfig(scale=0.0)
     spec, runtime, others = split_options(models, {**options, "config": unmerged})

@@ -1,10 +1,12 @@
 """The user's own evaluation function, and the scores that it returns."""
 
+import functools
 import importlib
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -85,11 +87,35 @@ def load_function(place: str) -> Evaluate:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise MergeError(f"{place} cannot be imported: {error}. It is looked for in {os.getcwd()} as well.") from error
-    if not callable(function) and not isinstance(function, Mapping):
-        raise MergeError(f"{place} is not a function, but {function!r:.100}.")
-    return function
+    except Exception as error:  # the user's own module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise MergeError(f"{place} cannot be imported: {reason}. It is looked for in {os.getcwd()} as well.") from error
+    check_evaluation(function, place)
+    if isinstance(function, Mapping):
+        return {name: _with_name_of(place, each) for name, each in function.items()}
+    return _with_name_of(place, function)
+
+
+def check_evaluation(evaluate: object, name: str = "evaluate") -> None:
+    """Raise a `MergeError` unless the argument is a function, or a dictionary of functions by expert."""
+    functions = evaluate.values() if isinstance(evaluate, Mapping) else [evaluate]
+    if not functions or not all(map(callable, functions)):
+        raise MergeError(f"{name} must be a function, or a dictionary of functions by expert, not {evaluate!r:.100}.")
+
+
+def _with_name_of(place: str, function: Function) -> Function:
+    """The function, with its own errors as a `MergeError`: on the command line they would look like this library's."""
+
+    @functools.wraps(function)
+    def named(model: Any) -> Any:
+        try:
+            return function(model)
+        except MergeError:
+            raise
+        except Exception as error:
+            raise MergeError(f"{place} failed with {type(error).__name__}: {error}.") from error
+
+    return named
 
 
 def name_of(evaluate: Evaluate) -> str:
@@ -102,7 +128,9 @@ def name_of(evaluate: Evaluate) -> str:
 
 def _number(value: Any) -> float:
     """A number, or a tensor or array without dimensions, as float; NaN for anything else."""
-    return float(value) if isinstance(value, Real) or getattr(value, "shape", None) == () else math.nan
+    with suppress(OverflowError):
+        return float(value) if isinstance(value, Real) or getattr(value, "shape", None) == () else math.nan
+    return math.nan
 
 
 def _is_list(value: object) -> bool:

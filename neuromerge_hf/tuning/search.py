@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from transformers import PreTrainedModel
 
+from neuromerge_hf.config import is_number
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.methods.neuromerging import NeuroMerging
 from neuromerge_hf.tuning.components import LambdaComponents
@@ -39,6 +40,12 @@ class TuningGrid:
     rounds: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("parallel", "orthogonal"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(map(is_number, values)):
+                raise MergeError(f"{name} of a TuningGrid must be a list of finite numbers, not {values!r:.200}.")
+        if not isinstance(self.rounds, int):
+            raise MergeError(f"rounds of a TuningGrid must be a whole number, not {self.rounds!r:.200}.")
         if not self.parallel or not self.orthogonal or self.rounds < 0:
             raise MergeError(f"{self} has no candidates: give at least one value of each lambda, and rounds >= 0.")
 

@@ -30,9 +30,10 @@ from neuromerge_hf.planning.preflight import check_settings
 from neuromerge_hf.planning.resolve import resolve
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
+from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.text import readable_size
 from neuromerge_hf.tuning.components import LambdaComponents
-from neuromerge_hf.tuning.evaluation import Evaluate, Scores, name_of, run_evaluation
+from neuromerge_hf.tuning.evaluation import Evaluate, Scores, check_evaluation, name_of, run_evaluation
 from neuromerge_hf.tuning.search import Search, TuningGrid
 from neuromerge_hf.tuning.trials import Trial, save_table
 
@@ -128,9 +129,14 @@ def tune_lambdas(
     )
     if type(spec.config) is not NeuroMergingConfig:
         raise MergeError(f"Lambdas are NeuroMerging's: config must be a NeuroMergingConfig, not {spec.config!r}.")
+    check_evaluation(evaluate)
+    if not isinstance(grid, TuningGrid | None):
+        raise MergeError(f"grid must be a TuningGrid, not {grid!r:.200}.")
+    if not isinstance(densities, Sequence | None) or isinstance(densities, str):
+        raise MergeError(f"densities must be a list of numbers, not {densities!r:.200}.")
     for density in densities or ():
         dataclasses.replace(spec.config, density=density)  # raises if it is out of range
-    target = None if output_dir is None else Path(output_dir).expanduser().absolute()
+    target = None if output_dir is None else user_path(output_dir, "output_dir").absolute()
     problems = check_settings(spec, runtime, target)
     plan = plan_with_weights(spec, runtime, resolve(spec, runtime.token, problems), target)
     tuning = tune_plan(
@@ -227,7 +233,7 @@ def tune_plan(
 def _work_parent(work_dir: str | os.PathLike[str] | None, target: Path | None, plan: MergePlan) -> Path:
     """The folder for temporary files. Its disk has enough space for the parts."""
     parent = next(path for path in target.parents if path.exists()) if target else Path(tempfile.gettempdir())
-    parent = parent if work_dir is None else Path(work_dir).expanduser()
+    parent = parent if work_dir is None else user_path(work_dir, "work_dir")
     entries = sum(unit.entries for unit in plan.units)
     needed = 16 * entries + sum(unit.nbytes for unit in plan.units) + plan.costs.disk
     usage = shutil.disk_usage(parent)

@@ -1,7 +1,6 @@
 """The choice of the merged model's tokenizer, and the comparison of the models' vocabularies."""
 
 import filecmp
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, PretrainedConfig
 
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.storage.documents import load_json, read_text
 from neuromerge_hf.storage.files import tokenizer_files
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.vocabulary.vocabulary import Alignment, Vocabulary, vocabulary_size
@@ -151,9 +151,9 @@ def read_chat_template(location: Location) -> str:
     """
     path = location.folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text()
+        return read_text(path)
     path = location.folder / "tokenizer_config.json"
-    template = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
+    template = load_json(path).get("chat_template") if path.is_file() else None
     if not isinstance(template, str):
         raise MergeError(
             f"{location} has {'several chat templates' if template else 'no chat template'} in chat_template.jinja or "

@@ -128,7 +128,7 @@ def test_overwrite_replaces(models, tmp_path):
     ("options", "message"),
     [
         (["./missing"], "Error: ./missing is not a folder on this machine"),
-        (["missing.yaml"], "Error: The recipe missing.yaml cannot be read"),
+        (["missing.yaml"], "Error: missing.yaml cannot be read: No such file"),
         (["{math}"], "Error: No base model"),
         (["{code}", "--density", "2"], "Error: density must be a number with 0 < density <= 1, not 2.0."),
         (

@@ -50,10 +50,13 @@ TryCase = Callable[[int, Path], Case]
 """Tries the case of a seed, in an empty folder that is deleted afterwards."""
 
 CAMPAIGNS: dict[str, str] = {
+    "hostile": "hostile",
     "headers": "headers",
     "pickles": "pickles",
     "values": "values",
-    "hostile": "hostile",
+    "configs": "configs",
+    "recipes": "recipes",
+    "arguments": "arguments",
 }
 """The module of each campaign, by its name."""
 

@@ -98,7 +98,7 @@ def test_the_command_lists_all_problems(models, tmp_path):
     for part in ("is a file", "./gone is not a folder", "is a bert model"):
         assert part in done.stderr
     for arguments, message in (
-        (["missing.yaml"], "The recipe missing.yaml cannot be read"),
+        (["missing.yaml"], "missing.yaml cannot be read"),
         ([models / "code", "--density", "2"], "density must be a number"),
         (["x.yaml", "--density", "0.5"], "leave --density out"),
     ):

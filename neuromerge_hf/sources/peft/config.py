@@ -1,17 +1,47 @@
 """The configuration of an adapter, and the check that it can be merged, without reading its weights."""
 
-import json
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
+from typing import Any
 
 import peft
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from peft import LoraConfig, PeftConfig
 
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.sources.peft.patterns import problems_of
 from neuromerge_hf.sources.peft.tuner import AnyConfig, type_of
+from neuromerge_hf.storage.documents import load_json, reading
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.typed import fits, words
+
+Names = list[str] | str
+
+TYPES: dict[str, Any] = {
+    "base_model_name_or_path": str,
+    "revision": str,
+    "task_type": str,
+    "peft_type": str,
+    "peft_version": str,
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern": dict[str, Any],
+    "alpha_pattern": dict[str, float],
+    "use_rslora": bool,
+    "lora_bias": bool,
+    "use_dora": bool,
+    "target_modules": Names,
+    "exclude_modules": Names,
+    "feedforward_modules": Names,
+    "modules_to_save": list[str],
+    "target_parameters": list[str],
+    "layers_to_transform": list[int] | int,
+    "layers_pattern": Names,
+    "token_indices": list[int],
+    "trainable_token_indices": list[int] | dict[str, list[int]],
+}
+"""The types of the options that this library reads itself, besides None. PEFT does not check them."""
 
 NO_WEIGHT_CHANGES = {
     "ADAPTION_PROMPT": "adds to what the attention layers read",
@@ -41,15 +71,19 @@ def load_adapter_config(location: Location) -> AnyConfig:
         MergeError: if it is damaged, or describes an adapter that cannot be merged.
     """
     path = location.folder / "adapter_config.json"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice on training, and the options that _unknown_options reports
-            config = PeftConfig.from_pretrained(str(location.folder))
-    except ImportError as error:
-        raise MergeError(f"{path} needs a package that is not installed here: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MergeError(f"{path} is not an adapter configuration that this PEFT understands: {error}") from error
-    unknown = _unknown_options(path, config)
+    settings = load_json(path)
+    wrong = [
+        f"{path}: {name} must be {words(annotation)}, not {settings[name]!r:.200}."
+        for name, annotation in TYPES.items()
+        if not fits(settings.get(name), annotation | None)
+    ]
+    wrong += [f"{path}: {problem}" for problem in problems_of(settings)]
+    if wrong:
+        raise MergeError(wrong)
+    with reading(path, "is not an adapter configuration that this PEFT understands"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on training, and the options that _unknown_options reports
+        config = PeftConfig.from_pretrained(str(location.folder))
+    unknown = _unknown_options(settings, config)
     if unknown:
         raise MergeError(
             f"{path} was written by a newer PEFT and uses {', '.join(unknown)}, which PEFT {peft.__version__} does not "
@@ -61,12 +95,12 @@ def load_adapter_config(location: Location) -> AnyConfig:
     return config
 
 
-def _unknown_options(path: Path, config: AnyConfig) -> list[str]:
+def _unknown_options(written: dict[str, Any], config: AnyConfig) -> list[str]:
     """The options that a newer PEFT has written and the installed one ignores."""
-    written = json.loads(path.read_text())
-    version = str(written.get("peft_version") or "0").partition("@")[0]
-    if Version(version) <= Version(peft.__version__):
-        return []
+    version = (written.get("peft_version") or "0").partition("@")[0]
+    with suppress(InvalidVersion):  # of a branch: it may be newer
+        if Version(version) <= Version(peft.__version__):
+            return []
     return sorted(option for option, value in written.items() if value and not hasattr(config, option))
 
 
