@@ -13,6 +13,8 @@ TYPES: dict[str, Any] = {
     "architectures": list[str] | None,
     "auto_map": dict[str, Any] | None,
     "quantization_config": dict[str, Any] | None,
+    "dtype": str | dict[str, Any] | None,
+    "torch_dtype": str | dict[str, Any] | None,
 }
 """The types of settings that this library reads itself. transformers checks them for few models."""
 

@@ -145,7 +145,7 @@ def _tried(seed: int, folder: Path, experts: list[str], victim: Path, what: str)
             warnings.simplefilter("ignore")
             plan_merge(models, base_model=folder / "base")
             merge(models, folder / "merged", base_model=folder / "base", config=AverageConfig(), threads=1)
-            problem = not_loaded(folder / "merged")
+            problem = not_loaded(folder / "merged", folder / "base")
     except MergeError as error:
         if str(victim) not in str(error):
             return Case(seed, Outcome.WRONG, f"{what}: the file is not named: {error}")
@@ -157,12 +157,19 @@ def _tried(seed: int, folder: Path, experts: list[str], victim: Path, what: str)
     return Case(seed, Outcome.WRONG if problem else Outcome.CORRECT, f"{what}: {problem}")
 
 
-def not_loaded(folder: Path) -> str:
-    """Why transformers does not load a folder; empty if it does."""
+def not_loaded(folder: Path, base: Path | None = None) -> str:
+    """Why transformers does not load a folder; empty if it does.
+
+    Args:
+        base: a folder with the same class, which may lack parameters that its files have.
+    """
     try:
         model_class = model_class_of(AutoConfig.from_pretrained(folder), folder)
         _, info = model_class.from_pretrained(folder, output_loading_info=True)
     except Exception as error:
         return f"the merge does not load: {type(error).__name__}: {error}"
-    wrong = {name: found for name, found in info.items() if found and name != "error_msgs"}
+    wrong = {name: found for name, found in info.items() if found}
+    if base and wrong.keys() == {"unexpected_keys"}:  # of a class without the head that the files have
+        _, theirs = model_class.from_pretrained(base, output_loading_info=True)
+        wrong = {} if theirs["unexpected_keys"] == wrong["unexpected_keys"] else wrong
     return f"the merge does not load: {wrong}" if wrong else ""

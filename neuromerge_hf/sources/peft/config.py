@@ -77,7 +77,7 @@ def load_adapter_config(location: Location) -> AnyConfig:
         for name, annotation in TYPES.items()
         if not fits(settings.get(name), annotation | None)
     ]
-    wrong += [f"{path}: {problem}" for problem in problems_of(settings)]
+    wrong = wrong or [f"{path}: {problem}" for problem in problems_of(settings)]
     if wrong:
         raise MergeError(wrong)
     with reading(path, "is not an adapter configuration that this PEFT understands"), warnings.catch_warnings():
