@@ -253,7 +253,9 @@ def load_report(folder: Path) -> MergeReport:
     lists = {"experts": ExpertReport, "parents": Parent, "results": Result}
     single = ("by_matrix", "by_neuron", "by_entry", "from_base")
     if not path.is_file():
-        raise MergeError(f"{path} cannot be read: there is no such file. Give a directory that `neuromerge merge` wrote.")
+        raise MergeError(
+            f"{path} cannot be read: there is no such file. Give a directory that `neuromerge merge` wrote."
+        )
     content = load_json(path)
     try:
         made: dict[str, Any] = {key: [kind(**entry) for entry in content.pop(key)] for key, kind in lists.items()}

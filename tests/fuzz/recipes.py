@@ -70,7 +70,9 @@ def try_case(seed: int, folder: Path) -> Case:
                 problem = not_loaded(folder / "again")
                 return Case(seed, Outcome.WRONG if problem else Outcome.CORRECT, f"{what}: {problem}")
     except MergeError as error:
-        named = any(str(each) in str(error) for each in (path, *(_merged() / name for name in ("math", "code", "base"))))
+        named = any(
+            str(each) in str(error) for each in (path, *(_merged() / name for name in ("math", "code", "base")))
+        )
         by_name = "is neither a folder" in str(error) or "is not a folder" in str(error) or "must be" in str(error)
         return Case(seed, Outcome.REFUSED if named or by_name else Outcome.WRONG, f"{what}: {error}")
     except Hung as error:

@@ -105,7 +105,12 @@ def test_the_command_refreshes_the_card_with_results(merged, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("[1,", "cannot be read: Expecting value"), ('{"a": 1}', "is no list"), ("[1]", "it needs model")],
+    [
+        (None, "cannot be read"),
+        ("[1,", "cannot be read: Expecting value"),
+        ('{"a": 1}', "is no list"),
+        ("[1]", "it needs model"),
+    ],
 )
 def test_the_command_refuses_results_that_it_cannot_read(content, message, merged, tmp_path):
     if content is not None:
