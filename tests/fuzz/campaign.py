@@ -57,6 +57,7 @@ CAMPAIGNS: dict[str, str] = {
     "configs": "configs",
     "recipes": "recipes",
     "arguments": "arguments",
+    "kills": "kills",
 }
 """The module of each campaign, by its name."""
 

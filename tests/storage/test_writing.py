@@ -227,8 +227,7 @@ def test_a_full_disk_is_reported_whatever_library_wrote(tmp_path, number, said, 
                 raise OSError(number, os.strerror(number))
             raise RuntimeError(f"{os.strerror(number)} (os error {number})")  # as tokenizers and safetensors say
 
-    with pytest.raises(
-        MergeError, match=f"{said}.*" if number == errno.EFBIG else f"{said}.*{re.escape(str(tmp_path))}"
-    ):
+    with pytest.raises(MergeError, match=said) as caught:
         make()
+    assert str(tmp_path) in str(caught.value)
     assert os.listdir(tmp_path) == []
