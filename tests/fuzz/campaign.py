@@ -58,6 +58,8 @@ CAMPAIGNS: dict[str, str] = {
     "recipes": "recipes",
     "arguments": "arguments",
     "kills": "kills",
+    "disks": "disks",
+    "races": "races",
 }
 """The module of each campaign, by its name."""
 

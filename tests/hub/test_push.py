@@ -232,6 +232,10 @@ def test_what_was_written_into_the_folders_card_is_published_or_kept(hub, merged
     assert "Written on the website." in card_of("push/written")
     assert "Written here." in (merged / "README.before-push.md").read_text()
     assert "README.before-push.md" not in hub.files("push/written")
+    card.write_text(card.read_text().replace("Written on the website.", "Written here later."))
+    push(merged, "push/written")
+    assert "Written here." in (merged / "README.before-push.md").read_text()
+    assert "Written here later." in (merged / "README.before-push-2.md").read_text()
 
 
 def test_metadata_that_the_hub_refuses_are_refused_before_anything_is_made(hub, merged):

@@ -266,3 +266,27 @@ def test_an_adapter_that_was_added_is_saved_alone(model, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert {path.name for path in (tmp_path / "saved").iterdir()} >= {"adapter_model.safetensors"}
     assert not (tmp_path / "saved" / "merge_report.json").exists()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_model_is_saved_whole_or_not_at_all(load_merged, tmp_path, monkeypatch, changed):
+    model = load_merged()
+    if changed:
+        next(model.parameters()).data.add_(1)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neuromerge_hf.loading.merged_model.write_card", fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_model_is_a_merge_that_another_may_replace(load_merged, models, tmp_path):
+    model = load_merged()
+    next(model.parameters()).data.add_(1)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert set(load_report(tmp_path / "saved").files) == {path.name for path in (tmp_path / "saved").iterdir()}
+    merge([models / "math"], tmp_path / "saved", base_model=models / "base", overwrite=True)
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 1

@@ -137,3 +137,16 @@ def test_a_merge_of_a_merge_cites_each_paper_once(models, finished, tmp_path):
     merge([models / "code"], tmp_path / "merged", base_model=finished)
     cited = "".join(code_blocks(card_of(tmp_path / "merged")[1], "bibtex"))
     assert [cited.count(key) for key in ("{fang2025neuromerging,", "{marczak2025notaskleftbehind,")] == [1, 1]
+
+
+def test_no_two_licences_share_a_name(models, tmp_path):
+    """Not even where file systems ignore case."""
+    texts = {"base": {}, "math": {"LICENSE": "one", "license": "two"}, "Math": {"LICENSE": "three"}}
+    for name, licences in texts.items():
+        shutil.copytree(models / name.lower(), tmp_path / "parents" / name)
+        for file, text in licences.items():
+            (tmp_path / "parents" / name / file).write_text(text)
+    parents = tmp_path / "parents"
+    merge([parents / "math", parents / "Math"], tmp_path / "merged", base_model=parents / "base")
+    kept = {path.name: path.read_text() for path in (tmp_path / "merged").iterdir() if "ICE" in path.name.upper()}
+    assert kept == {"LICENSE-math": "one", "license-math-2": "two", "LICENSE-Math-3": "three"}

@@ -5,11 +5,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from forks import Forks, forks
+from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder import directory
 
 BY_HAND = "Words that somebody wrote."
@@ -17,7 +19,11 @@ BY_HAND = "Words that somebody wrote."
 
 WRITING = os.O_WRONLY | os.O_RDWR
 
-RENAMES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink")
+GROWING = ("open", "os.mkdir", "os.rename", "os.symlink", "os.truncate", "fsync", "pwrite", "_exchange")
+"""Steps that a full disk refuses."""
+
+STEPS = (*GROWING, "os.remove", "os.rmdir")
+"""Steps that change a file or a folder."""
 
 
 def score(model: Any) -> float:
@@ -43,11 +49,22 @@ def make_models() -> None:
         try:
             work(root, root / "warm")
         except SystemExit as error:
-            assert not error.code, name
+            if error.code:
+                raise RuntimeError(f"{name} failed") from error
         if name == "compare":
             shutil.copytree(root / "warm" / "table", root / "table")
             (root / "table" / "comparison.md").write_text("an earlier table")
         shutil.rmtree(root / "warm")
+
+
+@contextmanager
+def errors_reported() -> Iterator[None]:
+    """Print a `MergeError` as the command line does, and exit with status 1."""
+    try:
+        yield
+    except MergeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def models() -> Path:
@@ -134,18 +151,25 @@ WORKS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def run(name: str, folder: Path, exchange: bool = True, before_step: Callable[[], None] | None = None) -> None:
+def run(
+    name: str,
+    folder: Path,
+    exchange: bool = True,
+    before_step: Callable[[], None] | None = None,
+    steps: tuple[str, ...] = STEPS,
+) -> None:
     """Do one of `WORKS` in a folder, which also takes its temporary folders.
 
     Args:
         exchange: Whether the system can exchange two folders in one step.
-        before_step: Called before each step that changes a file or a folder there.
+        before_step: Called before each of these steps there.
+        steps: The steps.
     """
     tempfile.tempdir = str(folder)
     if not exchange:
         directory._exchange = lambda one, other: False
     if before_step:
-        _watch_steps(folder, before_step)
+        _watch_steps(folder, before_step, steps)
     WORKS[name](models(), folder)
 
 
@@ -158,12 +182,12 @@ def count_steps(name: str, folder: Path, exchange: bool) -> None:
         folder.with_suffix(".steps").write_text(str(len(steps)))
 
 
-def _watch_steps(folder: Path, action: Callable[[], None]) -> None:
+def _watch_steps(folder: Path, action: Callable[[], None], steps: tuple[str, ...]) -> None:
     inside = os.fspath(folder)
 
     def listen(event: str, arguments: tuple[Any, ...]) -> None:
-        is_step = event in RENAMES or (event == "open" and (arguments[2] or 0) & WRITING)
-        if is_step and str(arguments[0]).startswith(inside):
+        writes = event != "open" or (arguments[2] or 0) & WRITING
+        if event in steps and writes and str(arguments[0]).startswith(inside):
             action()
 
     sys.addaudithook(listen)

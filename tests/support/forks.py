@@ -58,6 +58,9 @@ def forks(prepare: Callable[..., object], *arguments: Any) -> Forks:
 
 def _serve(connection: Connection, prepare: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server outlives Ctrl-C in the terminal until the parent ends
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(silence, stream.fileno())
     prepare(*arguments)
     connection.send(None)
     while True:

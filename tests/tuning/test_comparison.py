@@ -162,6 +162,39 @@ def test_the_table_is_written(models: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "table" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_table_replaces_an_earlier_one_and_nothing_else(models: list[Path], tmp_path: Path) -> None:
+    base, *experts = models
+    table = tmp_path / "table"
+
+    def compare() -> None:
+        compare_methods(experts, output_score, base_model=base, methods=[AverageConfig()], output_dir=table, **CPU)
+
+    compare()
+    (table / "comparison.md").write_text("old")
+    compare()
+    assert "average" in (table / "comparison.md").read_text()
+    (table / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in table.iterdir()}
+    with pytest.raises(MergeError, match=r"no comparison wrote: notes\.txt"):
+        compare()
+    assert {path.name: path.read_bytes() for path in table.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]
+
+
+def test_a_table_that_cannot_be_completed_does_not_appear(models: list[Path], tmp_path: Path, monkeypatch) -> None:
+    base, *experts = models
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr("neuromerge_hf.tuning.comparison.draw_bars", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        compare_methods(
+            experts, output_score, base_model=base, methods=[AverageConfig()], output_dir=tmp_path / "table", **CPU
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_compares_by_a_function_of_the_user(models: list[Path], tmp_path: Path, monkeypatch) -> None:
     base, *experts = models
     (tmp_path / "my_comparison.py").write_text("def score(model):\n    return float(model.lm_head.weight.norm())\n")

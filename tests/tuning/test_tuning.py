@@ -227,6 +227,29 @@ def test_the_best_merge_is_written_with_a_table_and_a_picture(models: list[Path]
     assert_same_change(load_file(output / "model.safetensors"), state(found.model), state(load(base)))
 
 
+def test_a_tuned_merge_appears_with_its_table_or_not_at_all(models: list[Path], tmp_path: Path, monkeypatch) -> None:
+    base, *experts = models
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr("neuromerge_hf.tuning.trials.draw_surface", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        tune_lambdas(experts, Recorder(), base_model=base, grid=SMALL, output_dir=tmp_path / "merged", **CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tuned_merge_replaces_an_earlier_one_with_its_table(models: list[Path], tmp_path: Path) -> None:
+    base, *experts = models
+    for _ in range(2):
+        tune_lambdas(
+            experts, Recorder(), base_model=base, grid=SMALL, output_dir=tmp_path / "merged", overwrite=True, **CPU
+        )
+    files = json.loads((tmp_path / "merged" / "merge_report.json").read_text())["files"]
+    assert sorted(files) == sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert {"tuning.json", "tuning.md", "tuning.png", "recipe.yaml"} <= set(files)
+
+
 def test_the_surface_is_drawn(models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
     tune_lambdas(
