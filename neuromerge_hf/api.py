@@ -31,7 +31,8 @@ def merge(
         models: the experts: full checkpoints and PEFT adapters, mixed freely. Each is a folder or an id on the Hub.
             An id may include a subfolder and end in ``@revision``.
         output_dir: the directory for the merged model: weights, configuration, tokenizer, the experts' heads, the
-            recipe that reproduces it, the report and the model card. It appears once it is complete.
+            recipe that reproduces it, the report and the model card. It appears once it is complete. With `overwrite`
+            it may hold an earlier merge, whose card's hand-written text is kept, but no other files.
         **options: the fields of `MergeSpec` and `Runtime`.
 
     Returns:

@@ -150,7 +150,7 @@ class Runtime:
     threads: int | None = option(
         None, "the number of threads to compute with", shown="all processors", command_line={"min": 1}
     )
-    overwrite: bool = option(False, "replace an output directory that is not empty")
+    overwrite: bool = option(False, "replace the earlier merge in the output directory, and nothing else")
     token: str | bool | None = option(
         None,
         "the token for private and gated models",

@@ -57,7 +57,8 @@ def compare_methods(
             task, or a dictionary of lists of scores by example, always in the same order. Greater is better. Or a
             dictionary of such functions by expert name, each of which gets every model with that expert's own head.
         methods: the methods' configurations; by default every method with its default settings.
-        output_dir: the folder for ``comparison.json``, ``.md`` and ``.png``. By default nothing is written.
+        output_dir: the folder for ``comparison.json``, ``.md`` and ``.png``, which appears once they are complete. It
+            may hold those of an earlier comparison, but no other files. By default nothing is written.
         auto_class: the Auto class or model class of transformers to load the models with.
         work_dir: the folder for each merge while it is evaluated; by default the system's temporary folder.
         **options: any other argument of `from_pretrained`.

@@ -101,8 +101,8 @@ def tune_lambdas(
         densities: the densities to try; by default only that of `config`. Each costs about as much as a merge.
         metric: the task whose score counts; by default the mean over all tasks.
         greater_is_better: whether the largest score is the best.
-        output_dir: the folder for the best merge, with a table and a picture of all candidates. By default nothing is
-            written.
+        output_dir: the folder for the best merge, with a table and a picture of all candidates. It appears once it is
+            complete. By default nothing is written.
         auto_class: the Auto class or model class of transformers to load the model with; by default the experts' class,
             or the base's class if the experts' classes differ or have heads of their own.
         work_dir: the folder for temporary files, which take three to four times the size of the model in float32. The
