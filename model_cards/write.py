@@ -18,7 +18,9 @@ from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.model_cards.picture import draw
 from neuromerge_hf.model_cards.render import render
 from neuromerge_hf.storage.documents import read_text
+from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.storage.writing import write_file
+from neuromerge_hf.typed import check_value
 
 CARD_NAME = "README.md"
 
@@ -54,6 +56,8 @@ def write_card(
     Raises:
         MergeError: if the folder was not written by a merge, or the template cannot be used.
     """
+    folder = user_path(folder, "folder")
+    check_value("repo_id", repo_id, str | None)
     check_own_files(folder)
     path = folder / CARD_NAME
     if previous is None and path.is_file():

@@ -27,8 +27,14 @@ def check_fields(instance: Any, without: Collection[str] = ()) -> None:
     """Raise a `MergeError` that names the first field of a dataclass whose value is of another type than declared."""
     for name, annotation in _annotations(type(instance)).items():  # type: ignore[arg-type]
         value = getattr(instance, name)
-        if name not in without and not fits(value, annotation):
-            raise MergeError(f"{name} must be {words(annotation)}, not {value!r:.200}.")
+        if name not in without:
+            check_value(name, value, annotation)
+
+
+def check_value(name: str, value: object, annotation: Any) -> None:
+    """Raise a `MergeError` if the value of an argument or a field is of another type than the annotation says."""
+    if not fits(value, annotation):
+        raise MergeError(f"{name} must be {words(annotation)}, not {value!r:.200}.")
 
 
 def fits(value: object, annotation: Any) -> bool:

@@ -17,10 +17,13 @@ def find_device(device: str | int | torch.device | None) -> torch.device:
     if device is None:
         return PartialState().device
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without this kind of device
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # the last one: torch is built without it
         name = device if isinstance(device, int) else repr(str(device))
         raise MergeError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if found.type == "meta":
+        raise MergeError("device='meta' cannot be used here: nothing is computed on it.")
+    return found
 
 
 def default_threads() -> int:

@@ -85,7 +85,7 @@ def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Resu
         if not isinstance(text, str) or not text.strip():
             raise MergeError(f"{result} needs a text as its {name}.")
     value = getattr(result.value, "item", lambda: result.value)()  # scalars of numpy and torch
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _is_finite(value):
         raise MergeError(f"The value of {result} is not a finite number. Leave it out.")
     if result.model not in (MERGED, BASE, *experts):
         raise MergeError(
@@ -101,6 +101,13 @@ def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Resu
     )
     check_fields(checked)
     return checked
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _from_mapping(entry: Any) -> Result:

@@ -25,6 +25,7 @@ from neuromerge_hf.hub.errors import hub_errors_as_merge_errors
 from neuromerge_hf.model_cards import write_card
 from neuromerge_hf.storage.files import CARD
 from neuromerge_hf.storage.paths import user_path
+from neuromerge_hf.typed import check_value
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,15 @@ def push(
         MergeError: if the folder is not a complete merge, the Hub rejects the card's metadata, or the push fails. The
             message says whether anything was published, and a failed push's gives the command to resume.
     """
+    texts = {"revision": revision, "commit_message": commit_message, "commit_description": commit_description}
+    for name, value in texts.items():
+        check_value(name, value, str | None)
+    check_value("tags", tags, Sequence[str])
+    check_value("private", private, bool | None)
+    check_value("create_pr", create_pr, bool)
+    check_value("token", token, str | bool | None)
+    if template is not None:
+        template = user_path(template, "template")
     folder = user_path(folder, "folder").absolute()
     files_to_push(folder)
     for link in links_inside(folder):

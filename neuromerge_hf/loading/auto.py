@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -79,6 +80,7 @@ class AutoMergedModel:
             >>> type(model).__name__
             'LlamaForCausalLM'
         """
+        _check_dtype(options.get("dtype"))
         cache = user_path(cache_dir or Path(constants.HF_HOME, "neuromerge"), "cache_dir").absolute()
         if isinstance(models, str | os.PathLike):
             _check_options_of_one(models, options)
@@ -127,6 +129,13 @@ def _check_held(model: PreTrainedModel) -> None:
                 f"{name} of the merged model is not finite in {name_of(parameter.dtype)}: its values are too large "
                 'for that, or not finite in the files. Leave dtype= out, or pass "bfloat16" or "float32".'
             )
+
+
+def _check_dtype(dtype: object) -> None:
+    """Raise a `MergeError` if transformers will not take this dtype once everything is merged."""
+    is_name = isinstance(dtype, str) and (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype))
+    if not is_name and not isinstance(dtype, torch.dtype | dict | None):
+        raise MergeError(f'dtype must be a dtype of torch, its name, or "auto", not {dtype!r:.200}.')
 
 
 def _check_options_of_one(model: ModelId, options: dict[str, Any]) -> None:

@@ -3,10 +3,8 @@
 import dataclasses
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from neuromerge_hf.planning.preflight import check_output, check_settings
 from neuromerge_hf.planning.resolve import ResolvedExpert, resolve
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
-from neuromerge_hf.storage.paths import user_path
+from neuromerge_hf.storage.paths import user_folder, user_path
 from neuromerge_hf.tuning.bootstrap import Interval, differences
 from neuromerge_hf.tuning.comparison import FILES, NOT_COMPARED, Comparison
 from neuromerge_hf.tuning.evaluation import Evaluate, Scores, check_evaluation, name_of, run_evaluation
@@ -81,6 +79,7 @@ def compare_methods(
         if name in NOT_COMPARED:
             raise TypeError(f"compare_methods has no argument {name!r}: {NOT_COMPARED[name]}.")
     check_evaluation(evaluate)
+    parent = None if work_dir is None else user_folder(work_dir, "work_dir")
     if not isinstance(methods, Sequence | None) or not all(isinstance(each, MergeConfig) for each in methods or ()):
         raise MergeError(f"methods must be a list of configurations such as [AverageConfig()], not {methods!r:.200}.")
     target = None if output_dir is None else user_path(output_dir, "output_dir")
@@ -96,8 +95,7 @@ def compare_methods(
     resolved = resolve(spec, runtime.token, problems)
     progress = tqdm(total=1 + len(spec.models) + len(configs), desc="Comparing", name="neuromerge_hf.comparison")
 
-    work_dir = Path(tempfile.gettempdir() if work_dir is None else work_dir).expanduser()
-    with work_folder(work_dir) as folder, progress:
+    with work_folder(parent) as folder, progress:
         heads = folder / HEADS
 
         def evaluated(plan: MergePlan) -> Scores:

@@ -30,7 +30,7 @@ from neuromerge_hf.planning.preflight import check_settings
 from neuromerge_hf.planning.resolve import resolve
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
-from neuromerge_hf.storage.paths import user_path
+from neuromerge_hf.storage.paths import user_folder, user_path
 from neuromerge_hf.text import readable_size
 from neuromerge_hf.tuning.components import LambdaComponents
 from neuromerge_hf.tuning.evaluation import Evaluate, Scores, check_evaluation, name_of, run_evaluation
@@ -233,7 +233,7 @@ def tune_plan(
 def _work_parent(work_dir: str | os.PathLike[str] | None, target: Path | None, plan: MergePlan) -> Path:
     """The folder for temporary files. Its disk has enough space for the parts."""
     parent = next(path for path in target.parents if path.exists()) if target else Path(tempfile.gettempdir())
-    parent = parent if work_dir is None else user_path(work_dir, "work_dir")
+    parent = parent if work_dir is None else user_folder(work_dir, "work_dir")
     entries = sum(unit.entries for unit in plan.units)
     needed = 16 * entries + sum(unit.nbytes for unit in plan.units) + plan.costs.disk
     usage = shutil.disk_usage(parent)
