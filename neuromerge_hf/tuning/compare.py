@@ -95,7 +95,7 @@ def compare_methods(
     resolved = resolve(spec, runtime.token, problems)
     progress = tqdm(total=1 + len(spec.models) + len(configs), desc="Comparing", name="neuromerge_hf.comparison")
 
-    with work_folder(parent) as folder, progress:
+    with work_folder(parent or Path(tempfile.gettempdir())) as folder, progress:
         heads = folder / HEADS
 
         def evaluated(plan: MergePlan) -> Scores:
