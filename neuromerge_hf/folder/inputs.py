@@ -31,10 +31,11 @@ def input_files(location: Location, *, is_base: bool = False) -> list[Path]:
     return list(dict.fromkeys([*configs, *weights, *companions]))
 
 
-def watch_inputs(location: Location, *, is_base: bool = False) -> None:
-    """Watch the files of a local model that planning reads besides weights. `Location` watches weights itself."""
-    if not location.commit:
-        location.watch(chain(*_small_files(location, is_base)))
+def watch_inputs(base: Location, *models: Location) -> None:
+    """Watch the files of local models that planning reads besides weights. `Location` watches weights itself."""
+    for location in (base, *models):
+        if not location.commit:
+            location.watch(chain(*_small_files(location, location is base)))
 
 
 @contextmanager
@@ -62,14 +63,13 @@ def unchanged_inputs(locations: Sequence[Location]) -> Iterator[None]:
 
 
 def identity_of(location: Location, *, is_base: bool = False) -> tuple[object, ...]:
-    """A key that identifies a model without reading its weights: its commit, or the states of its local files."""
+    """A key that identifies a model without reading its weights: its commit, or sizes and times of local files."""
     if location.commit:
         return location.id, location.commit
     files = input_files(location, is_base=is_base)
     location.watch(files)
     stats = [(path.name, path.stat()) for path in files]
-    seen = ((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
-    return str(location.folder.resolve()), *seen
+    return str(location.folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _small_files(location: Location, is_base: bool) -> tuple[list[Path], list[Path]]:

@@ -62,7 +62,7 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
         MergeError: if the models cannot be merged. It lists all problems, including those of `resolved`.
     """
     problems, trust_remote_code = resolved.problems, runtime.trust_remote_code
-    watch_inputs(resolved.base, is_base=True)
+    watch_inputs(*resolved.locations)
     dtype = problems.attempt(partial(resolve_dtype, spec.dtype))
     problems.attempt(partial(Method.of, spec.config))
     problems.attempt(partial(spec.config.expert_weights, len(spec.models)))

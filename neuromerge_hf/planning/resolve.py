@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neuromerge_hf.errors import MergeError, Problems
-from neuromerge_hf.folder.inputs import watch_inputs
 from neuromerge_hf.planning.configs import check_config_file
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.documents import load_json
@@ -155,12 +154,10 @@ def _resolve_expert(location: Location) -> ResolvedExpert:
         MergeError: if it is an adapter that cannot be merged.
     """
     if not (location.folder / "adapter_config.json").is_file():
-        watch_inputs(location)
         return ResolvedExpert(location.name, location)
     from neuromerge_hf.sources.peft.config import load_adapter_config  # imports PEFT, which only adapters need
 
     location = dataclasses.replace(location, weight_names=ADAPTER_FILES)
-    watch_inputs(location)
     return ResolvedExpert(location.name, location, load_adapter_config(location))
 
 

@@ -249,15 +249,12 @@ def _is_unicode(text: str) -> bool:
 
 
 def _state(file: Path) -> tuple[int, ...] | None:
-    """What changes when a file is written again or replaced; None if there is no such file.
-
-    The time of the last change of the status tells of writers that set the time of the last modification back.
-    """
+    """What changes when a file is written again or replaced; None if there is no such file."""
     try:
         status = file.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _split(model_id: str) -> tuple[str, str]:

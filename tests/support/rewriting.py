@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 
-WAYS = ("in-place", "renamed", "in-place, with its size and time")
+WAYS = ("in-place", "renamed")
 
 
 def rewrite(path: Path, way: str, factor: float = 1.01) -> None:
@@ -13,18 +13,11 @@ def rewrite(path: Path, way: str, factor: float = 1.01) -> None:
 
     Args:
         path: the file.
-        way: "in-place" writes into the file, "renamed" puts another file in its place. The third way leaves the size
-            of the file and the time of its last modification as they were.
+        way: "in-place" writes into the file, "renamed" puts another file in its place.
         factor: the factor.
     """
-    new, before = path.with_suffix(".new"), path.stat()
+    new = path.with_suffix(".new")
     tensors = {name: tensor * factor for name, tensor in load_file(path).items()}
-    if way == WAYS[2]:
-        with path.open("r+b") as file:
-            file.write(save(tensors, metadata={"format": "pt"}))
-        assert path.stat().st_size == before.st_size
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        return
     save_file(tensors, new, metadata={"format": "pt", "comment": "b" * 1000})
     if way == "renamed":
         os.replace(new, path)
