@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuromerge_hf.folder.assets import check_own_files
 from neuromerge_hf.folder.inputs import InputHasher
-from neuromerge_hf.folder.recipe import load_recipe
+from neuromerge_hf.folder.recipe import Recipe, load_recipe
 from neuromerge_hf.folder.report import MergeReport, load_report
 from neuromerge_hf.folder.results import Result
 from neuromerge_hf.options import check_names, pick, with_options
@@ -76,7 +76,7 @@ def merge_recipe(
     check_names("merge_recipe", options, RUNTIME_NAMES)
     recipe = load_recipe(user_path(path, "path"))
     recipe.check_files()
-    return merge_spec(recipe.spec, output_dir, pick(Runtime, options))
+    return merge_spec(recipe.spec, output_dir, pick(Runtime, options), recipe=recipe)
 
 
 @with_options(MergeSpec, Runtime)
@@ -161,13 +161,22 @@ def add_results(folder: str | os.PathLike[str], results: Iterable[Result | Mappi
 
 
 def merge_spec(
-    spec: MergeSpec, output_dir: str | os.PathLike[str], runtime: Runtime, resolved: Resolved | None = None
+    spec: MergeSpec,
+    output_dir: str | os.PathLike[str],
+    runtime: Runtime,
+    resolved: Resolved | None = None,
+    recipe: Recipe | None = None,
 ) -> MergeReport:
-    """Merge what a spec describes; see `merge`. Models that are resolved already are not resolved again."""
+    """Merge what a spec describes; see `merge`.
+
+    Args:
+        resolved: the models, if they are resolved already.
+        recipe: the recipe that gives the spec. The bytes that are merged must have its hashes.
+    """
     target = user_path(output_dir, "output_dir").absolute()
     problems = check_settings(spec, runtime, target, resolved.problems if resolved else None)
     resolved = resolved or resolve(spec, runtime.token, problems)
-    with InputHasher(resolved.base, [expert.location for expert in resolved.experts]) as inputs:
+    with InputHasher(resolved.base, [expert.location for expert in resolved.experts], recipe) as inputs:
         # Imported here, because loading transformers takes seconds, in which the inputs are hashed.
         from neuromerge_hf.assembly.assemble import assemble
         from neuromerge_hf.planning.planner import plan_with_weights

@@ -4,11 +4,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
-from neuromerge_hf.errors import Problems
-from neuromerge_hf.folder.recipe import ModelRecord
+from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.folder.recipe import ModelRecord, Recipe
 from neuromerge_hf.storage.files import (
     ADAPTER_FILES,
     CHECKPOINT_FILES,
@@ -21,6 +20,7 @@ from neuromerge_hf.storage.files import (
 )
 from neuromerge_hf.storage.hashing import file_hash
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.small_files import read_files
 
 
 def input_files(location: Location, *, is_base: bool = False) -> list[Path]:
@@ -31,16 +31,9 @@ def input_files(location: Location, *, is_base: bool = False) -> list[Path]:
     return list(dict.fromkeys([*configs, *weights, *companions]))
 
 
-def watch_inputs(base: Location, *models: Location) -> None:
-    """Watch the files of local models that planning reads besides weights. `Location` watches weights itself."""
-    for location in (base, *models):
-        if not location.commit:
-            location.watch(chain(*_small_files(location, location is base)))
-
-
 @contextmanager
 def unchanged_inputs(locations: Sequence[Location]) -> Iterator[None]:
-    """Make sure that the block reads the files that were opened.
+    """Make sure that the block reads the files that were found when the models were located.
 
     Raises:
         MergeError: before or after the block, if a file of the models has changed since. It replaces an error of the
@@ -63,13 +56,19 @@ def unchanged_inputs(locations: Sequence[Location]) -> Iterator[None]:
 
 
 def identity_of(location: Location, *, is_base: bool = False) -> tuple[object, ...]:
-    """A key that identifies a model without reading its weights: its commit, or sizes and times of local files."""
+    """A key that identifies a model without reading its weights: its commit, or the state of its local files.
+
+    A file that is written again can have the size and the time of the old one, but not its time of change or its inode.
+    The number of the device is no part of the key, because it may be another one after a restart.
+    """
     if location.commit:
         return location.id, location.commit
-    files = input_files(location, is_base=is_base)
+    files = list(dict.fromkeys([*input_files(location, is_base=is_base), *read_files(location.folder)]))
     location.watch(files)
     stats = [(path.name, path.stat()) for path in files]
-    return str(location.folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return str(location.folder.resolve()), *(
+        (name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats
+    )
 
 
 def _small_files(location: Location, is_base: bool) -> tuple[list[Path], list[Path]]:
@@ -87,13 +86,16 @@ class InputHasher:
     Args:
         base: the location of the base.
         models: the locations of the experts.
+        recipe: a recipe whose hashes the files must have; None if any files may be merged.
     """
 
-    def __init__(self, base: Location, models: Sequence[Location]):
+    def __init__(self, base: Location, models: Sequence[Location], recipe: Recipe | None = None):
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, "hash")
-        self._base = self._pool.submit(self._record, base, is_base=True)
-        self._models = [self._pool.submit(self._record, model) for model in models]
+        self._base = self._pool.submit(self._record, base, recipe and recipe.base_model, is_base=True)
+        # A recipe has more models if one of them was not found. Planning reports that.
+        expected = recipe.models[: len(models)] if recipe else [None] * len(models)
+        self._models = [self._pool.submit(self._record, *pair) for pair in zip(models, expected, strict=True)]
 
     def __enter__(self) -> "InputHasher":
         return self
@@ -112,9 +114,13 @@ class InputHasher:
         """The records of the experts. Waits until their files are hashed."""
         return tuple(model.result() for model in self._models)
 
-    def _record(self, location: Location, *, is_base: bool = False) -> ModelRecord:
+    def _record(self, location: Location, expected: ModelRecord | None, *, is_base: bool = False) -> ModelRecord:
         if location.commit:
             return ModelRecord(location.id, revision=location.commit)
         files = input_files(location, is_base=is_base)
         location.watch(files)
-        return ModelRecord(location.id, sha256={path.name: file_hash(path, self._stopped) for path in files})
+        record = ModelRecord(location.id, sha256={path.name: file_hash(path, self._stopped) for path in files})
+        problems = expected.differences(record.sha256) if expected else []
+        if problems:
+            raise MergeError(problems)
+        return record

@@ -1,6 +1,6 @@
 """The recipe of a merge. Every merge writes one, and it reproduces the merge byte for byte."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +60,26 @@ class ModelRecord:
         """The model as `merge` takes it: the folder, or ``id@revision``."""
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
+    def differences(self, found: Mapping[str, str | None]) -> list[str]:
+        """The files that differ from this record, as error messages.
+
+        Args:
+            found: the hashes of the files that are there, by name; None for a file that is missing.
+        """
+        problems = []
+        for name, expected in self.sha256.items():
+            path = user_path(self.id, "The model") / name
+            if found.get(name) is None:
+                problems.append(
+                    f"{path} is missing, but the recipe needs it (relative paths start at the current folder)."
+                )
+            elif found[name] != expected:
+                problems.append(
+                    f"{path} has changed since the recipe was written: its sha256 is {found[name]}, not {expected}. "
+                    "Bring the old file back, or merge the models themselves for a new recipe."
+                )
+        return problems
+
     def to_dict(self) -> dict[str, Any]:
         """The record as plain Python objects."""
         return {"id": self.id, **({"revision": self.revision} if self.revision else {"sha256": self.sha256})}
@@ -93,17 +113,9 @@ class Recipe:
         """Raise a `MergeError` if a local file is missing, or has changed since the recipe was written."""
         problems = []
         for model in (self.base_model, *self.models):
-            for name, expected in model.sha256.items():
-                path = user_path(model.id, "The model") / name
-                if not path.is_file():
-                    problems.append(
-                        f"{path} is missing, but the recipe needs it (relative paths start at the current folder)."
-                    )
-                elif (found := file_hash(path)) != expected:
-                    problems.append(
-                        f"{path} has changed since the recipe was written: its sha256 is {found}, not {expected}. "
-                        "Bring the old file back, or merge the models themselves for a new recipe."
-                    )
+            paths = {name: user_path(model.id, "The model") / name for name in model.sha256}
+            found = {name: file_hash(path) if path.is_file() else None for name, path in paths.items()}
+            problems += model.differences(found)
         if problems:
             raise MergeError(problems)
 

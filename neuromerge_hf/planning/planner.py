@@ -12,7 +12,7 @@ from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.engine.device import default_threads
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.errors import MergeError, Problems
-from neuromerge_hf.folder.inputs import watch_inputs
+from neuromerge_hf.folder.inputs import unchanged_inputs
 from neuromerge_hf.planning.configs import check_companions
 from neuromerge_hf.planning.costs import companion_bytes, estimate
 from neuromerge_hf.planning.named_base import other_base_notes
@@ -61,8 +61,12 @@ def make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pat
     Raises:
         MergeError: if the models cannot be merged. It lists all problems, including those of `resolved`.
     """
+    with unchanged_inputs(resolved.locations):
+        return _make_plan(spec, runtime, resolved, target)
+
+
+def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Path | None) -> MergePlan:
     problems, trust_remote_code = resolved.problems, runtime.trust_remote_code
-    watch_inputs(*resolved.locations)
     dtype = problems.attempt(partial(resolve_dtype, spec.dtype))
     problems.attempt(partial(Method.of, spec.config))
     problems.attempt(partial(spec.config.expert_weights, len(spec.models)))

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.folder.inputs import unchanged_inputs
 from neuromerge_hf.planning.configs import check_config_file
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.documents import load_json
@@ -158,7 +159,8 @@ def _resolve_expert(location: Location) -> ResolvedExpert:
     from neuromerge_hf.sources.peft.config import load_adapter_config  # imports PEFT, which only adapters need
 
     location = dataclasses.replace(location, weight_names=ADAPTER_FILES)
-    return ResolvedExpert(location.name, location, load_adapter_config(location))
+    with unchanged_inputs([location]):
+        return ResolvedExpert(location.name, location, load_adapter_config(location))
 
 
 def _with_unique_names(experts: Sequence[ResolvedExpert]) -> tuple[ResolvedExpert, ...]:

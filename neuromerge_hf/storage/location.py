@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 from huggingface_hub import hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
@@ -24,8 +25,11 @@ from neuromerge_hf.storage.files import CARD, CHECKPOINT_FILES, COMPANIONS, LICE
 from neuromerge_hf.storage.formats import open_file, open_weights
 from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.storage.remote import list_sizes, open_remote, repository_sizes
-from neuromerge_hf.storage.small_files import LARGEST_CARD, check_sizes, check_small_files
+from neuromerge_hf.storage.small_files import LARGEST_CARD, check_sizes, check_small_files, read_files
 from neuromerge_hf.storage.tensors import StoredTensor
+
+State: TypeAlias = tuple[tuple[int, ...], ...]
+"""The device, inode, size and times of a file, and of each link on the way to it."""
 
 METADATA = ["*.json", *COMPANIONS, *LICENCE_FILES, CARD, "recipe.yaml"]
 """Patterns of the small files: configurations, tokenizers, indexes, recipes, licences."""
@@ -55,7 +59,10 @@ class Location:
     weight_names: tuple[str, ...] = CHECKPOINT_FILES
     notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     listed: dict[str, int] | None = field(default=None, repr=False, compare=False)
-    _watched: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # The state of each watched file, None for one that does not exist; and the files that were there at first. Copies
+    # of a location, which differ in `weight_names`, share both.
+    _watched: dict[Path, State | None] = field(default_factory=dict, repr=False, compare=False)
+    _found: set[Path] = field(default_factory=set, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.id}@{self.commit[:8]}" if self.commit else self.id
@@ -158,14 +165,22 @@ class Location:
         for file in files:
             self._watched.setdefault(file, _state(file))
 
+    def watch_folder(self) -> None:
+        """Watch the files in the folder that a merge reads or copies, but for shards: opening weights watches them."""
+        self._found.update(read_files(self.folder))
+        self.watch(self._found)
+
     def check_unchanged(self) -> None:
-        """Raise a `MergeError` if a watched file has changed. Every weight file on this machine is watched."""
+        """Raise a `MergeError` if a watched file has changed, or a file that a merge would read was added."""
         changed = [file for file, state in self._watched.copy().items() if _state(file) != state]
+        what = "has changed since it was opened for"
+        if not (changed or self.commit):  # files of one commit may be downloaded later
+            changed = [file for file in read_files(self.folder) if file not in self._found]
+            what = "was added since the start of"
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise MergeError(
-                f"{changed[0]}{more} has changed since it was opened for this merge. "
-                "Run it again, and leave the files as they are while it runs."
+                f"{changed[0]}{more} {what} this merge. Run it again, and leave the files as they are while it runs."
             )
 
     @cached_property
@@ -216,8 +231,9 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
         raise MergeError(f"The path {text!r} is not valid UTF-8, so that a recipe cannot name it. Rename the folder.")
     folder = user_path(text, "The model")
     if folder.is_dir():
+        location = _watched(Location(text, folder))
         check_small_files(folder)
-        return Location(text, folder)
+        return location
     if folder.exists():
         raise MergeError(
             f"{text} is a file. Give the folder that holds the model's config.json or adapter_config.json."
@@ -238,9 +254,10 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
             f"{name} is not a folder on this machine, and the model {repo} on the Hub (at {snapshot.name[:8]}) has no "
             f"model in a folder {prefix.rstrip('/')}. Check the spelling and the revision."
         )
-    check_small_files(snapshot / prefix, is_cached=True)
     listed = sizes if commit == snapshot.name else None
-    return Location(name, snapshot / prefix, commit=snapshot.name, token=token, listed=listed)
+    location = _watched(Location(name, snapshot / prefix, commit=snapshot.name, token=token, listed=listed))
+    check_small_files(location.folder, is_cached=True)
+    return location
 
 
 def _is_unicode(text: str) -> bool:
@@ -248,13 +265,22 @@ def _is_unicode(text: str) -> bool:
     return text.encode(errors="replace").decode() == text
 
 
-def _state(file: Path) -> tuple[int, ...] | None:
-    """What changes when a file is written again or replaced; None if there is no such file."""
+def _watched(location: Location) -> Location:
+    location.watch_folder()
+    return location
+
+
+def _state(file: Path) -> State | None:
+    """What changes when a file is written again or replaced, or a link on its path is; None if there is no such file.
+
+    Nobody can set the time of a file's last change (ctime) back, as copying tools do with the time of its content.
+    """
     try:
-        status = file.stat()
+        links = [path.lstat() for path in (file, *file.parents) if path.is_symlink()]
+        found = [file.stat(), *links]
     except OSError:
         return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
 def _split(model_id: str) -> tuple[str, str]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.storage.files import (
     ADAPTER_FILES,
+    CARD,
     CHECKPOINT_FILES,
     COMPANIONS,
     CONFIGS,
     LICENCE_FILES,
     LICENCE_SUFFIXES,
+    companion_files,
+    licence_files,
 )
 from neuromerge_hf.text import readable_size
 
@@ -86,6 +89,13 @@ def check_sizes(model: str, sizes: Mapping[str, int]) -> None:
     problems = [problem for name, size in sizes.items() if (problem := _too_large(name, size, f"{model}/{name}"))]
     if problems:
         raise MergeError(problems)
+
+
+def read_files(folder: Path) -> list[Path]:
+    """The files in a model's folder that a merge reads or copies, but for the shards that an index lists."""
+    names = (*CONFIGS, *CHECKPOINT_FILES, *ADAPTER_FILES, *COMPANIONS, CARD)
+    templates = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    return list(dict.fromkeys([*companion_files(folder, names), *licence_files(folder), *templates]))
 
 
 def _small_files(folder: Path) -> Iterator[Path]:

@@ -182,8 +182,9 @@ def tune_plan(
         return model_class.from_pretrained(folder, **arguments)
 
     with work_folder(_work_parent(work_dir, target, plan)) as folder:
-        compute_adapters(plan, folder / "computed")
-        save_heads(plan, folder / HEADS)
+        with unchanged_inputs(plan.locations):
+            compute_adapters(plan, folder / "computed")
+            save_heads(plan, folder / HEADS)
         (folder / "parts").mkdir()
         parts = LambdaComponents(plan, folder / "parts", load, device, runtime.trust_remote_code)
 

@@ -1,4 +1,4 @@
-"""Rewrites weight files as a training does that saves again into the same folder."""
+"""Rewrites files as a training does that saves again into the same folder, or as an editor does unseen."""
 
 import os
 from pathlib import Path
@@ -25,3 +25,15 @@ def rewrite(path: Path, way: str, factor: float = 1.01) -> None:
         with path.open("r+b") as file:
             file.write(new.read_bytes())
         new.unlink()
+
+
+def edit_unseen(path: Path) -> None:
+    """Change a byte of a file in place, and keep its size and the time of its content."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (before.st_ino, before.st_size, before.st_mtime_ns) == (after.st_ino, after.st_size, after.st_mtime_ns)
