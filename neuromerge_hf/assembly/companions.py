@@ -65,6 +65,8 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     config = _without_path(_read(plan.base.location.folder / "config.json"))
     if plan.base.copies:
         config["tie_word_embeddings"] = False
+    if plan.base.config.architectures:  # found by the names of the tensors, if config.json names none
+        config["architectures"] = plan.base.config.architectures
     if plan.architecture:
         config["architectures"] = [plan.architecture]
     if plan.dtype != "auto":

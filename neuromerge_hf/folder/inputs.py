@@ -92,7 +92,7 @@ class InputHasher:
     def __init__(self, base: Location, models: Sequence[Location], recipe: Recipe | None = None):
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, "hash")
-        self._base = self._pool.submit(self._record, base, recipe and recipe.base_model, is_base=True)
+        self._base = self._pool.submit(self._record, base, recipe.base_model if recipe else None, is_base=True)
         # A recipe has more models if one of them was not found. Planning reports that.
         expected = recipe.models[: len(models)] if recipe else [None] * len(models)
         self._models = [self._pool.submit(self._record, *pair) for pair in zip(models, expected, strict=True)]

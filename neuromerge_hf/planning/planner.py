@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.engine.device import default_threads
@@ -25,6 +25,7 @@ from neuromerge_hf.sources.base import Base, open_base
 from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.full import check_architecture, has_untied_embeddings, open_full
 from neuromerge_hf.sources.merged_head import merge_heads
+from neuromerge_hf.sources.unnamed_class import name_class, names_class
 from neuromerge_hf.sources.untying import untied
 from neuromerge_hf.spec import MergeSpec, Runtime
 from neuromerge_hf.storage.location import Location
@@ -80,11 +81,15 @@ def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pa
     base_config = problems.attempt(partial(load_config, resolved.base, trust_remote_code))
     if base_config is None:
         raise problems.error
+    downloaded = _name_class(resolved.base, base_config, None, trust_remote_code, problems)
     skeleton = problems.attempt(partial(_base_skeleton, resolved.base, base_config, trust_remote_code))
     if skeleton is None:
         raise problems.error
+    for each in experts:
+        if each.config and each.config.model_type == base_config.model_type:
+            downloaded += _name_class(each.location, each.config, skeleton.model_class, trust_remote_code, problems)
     accepted = [each for each in experts if _config_fits(each, skeleton, resolved.base, trust_remote_code, problems)]
-    downloaded = [name for location in resolved.locations for name in _download_headerless(location, problems)]
+    downloaded += [name for location in resolved.locations for name in _download_headerless(location, problems)]
     base = problems.attempt(partial(open_base, resolved.base, base_config, skeleton))
     if base is None:
         raise problems.error
@@ -153,6 +158,25 @@ def with_config(plan: MergePlan, config: MergeConfig, tuned_on: str | None = Non
     units = for_method(plan.units, config)
     costs = estimate(units, plan.experts, config, plan.threads, plan.costs.bytes_to_download, plan.costs.bytes_beside)
     return dataclasses.replace(plan, spec=spec, units=units, costs=costs)
+
+
+def _name_class(
+    location: Location,
+    config: PretrainedConfig,
+    assumed: type[PreTrainedModel] | None,
+    trust_remote_code: bool,
+    problems: Problems,
+) -> list[str]:
+    """Name the class of a model whose configuration names none, and return the model if it was downloaded for that.
+
+    Several possible classes of a base are no problem, unless an expert has the tensors that they have.
+    """
+    with suppress(MergeError):  # it names something else, which is reported later
+        if names_class(location, config, trust_remote_code):
+            return []
+    downloaded = _download_headerless(location, problems)
+    (problems if assumed else Problems()).attempt(partial(name_class, location, config, assumed))
+    return downloaded
 
 
 def _base_skeleton(base: Location, config: PretrainedConfig, trust_remote_code: bool) -> Skeleton:

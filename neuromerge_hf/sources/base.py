@@ -54,6 +54,18 @@ class Base:
             if not set(parameters).isdisjoint(ref.parameters)
         }
 
+    def has_unplaced(self, name: str) -> bool:
+        """Whether the base stores a tensor of this name that its class lacks, and its config.json names no class."""
+        named = self.skeleton.model_class.__name__ in (self.config.architectures or ())
+        return not named and name in self.refs and self.refs[name] is None
+
+    def unplaced_message(self, location: Location, name: str) -> str:
+        """The error message for an expert's tensor that a base without a class stores as well."""
+        return (
+            f"{location} and the base {self.location} both hold {name}, but the base's config.json names no class "
+            'that has it ("architectures"). Name the class that the base was saved as there.'
+        )
+
     def is_tied(self, ref: ParameterRef) -> bool:
         """Whether other parameters of the model share the weights of this one."""
         return ref.parameter in self.skeleton.ties.values()

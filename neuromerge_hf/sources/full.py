@@ -119,8 +119,15 @@ def open_full(
         found = base.at(ref)
         if own is None:
             ignored.append(key)
+        elif base.has_unplaced(key):
+            problems.append(base.unplaced_message(location, key))
         elif ref is None or found is None or (base.skeleton.is_head(ref.parameter) and found[0].shape != tensor.shape):
             head[own.piece or own.parameter] = tensor
+            if skeleton.other_shape({key: (own, tensor.shape)}):
+                problems.append(
+                    f"{key} is {tensor.shape} in {tensor.path}, but {skeleton.shapes[own.parameter]} by the sizes in "
+                    "the config.json beside it. Save or download the model again."
+                )
         elif found[0].shape != tensor.shape:
             problems.append(mismatch(key, found[0], tensor, base.skeleton, ref))
         elif is_mergeable(found[0]) != is_mergeable(tensor):

@@ -60,6 +60,7 @@ CAMPAIGNS: dict[str, str] = {
     "kills": "kills",
     "disks": "disks",
     "races": "races",
+    "changes": "changing",
 }
 """The module of each campaign, by its name."""
 

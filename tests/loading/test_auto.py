@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from neuromerge_hf import AutoMergedModel, MergeError, NeuroIsoConfig, NeuroMergingConfig, merge
-from rewriting import rewrite
+from rewriting import edit_unseen
 from tiny_models import (
     contents,
     load,
@@ -186,7 +186,7 @@ def test_changed_inputs_make_another_merge(llamas, tmp_path):
     weights = math / "model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1_000_000))
     assert count(math, code, base_model=base) == 6
-    rewrite(weights, "in-place, with its size and time")
+    edit_unseen(weights)
     assert count(math, code, base_model=base) == 7
     save_llama(base, seed=8)  # found from the adapter, and changed
     assert count(code) == 8

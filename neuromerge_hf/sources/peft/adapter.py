@@ -155,6 +155,8 @@ def open_adapter(name: str, location: Location, config: tuner.AnyConfig, base: B
                 f"{adapter.file} holds {key}, which is neither a parameter of the base {base.location} nor known of an "
                 f"adapter of type {tuner.type_of(config)}. Check base_model, or upgrade: pip install -U peft."
             )
+        elif base.has_unplaced(key):
+            problems.append(base.unplaced_message(location, key))
         elif ref is None or found is None:
             head[key] = tensor
         elif found[0].shape != tensor.shape:
