@@ -19,7 +19,7 @@ from neuromerge_hf.version import __version__
 if TYPE_CHECKING:
     import torch
 
-OWN_CHECKS = ("config", "dtype", "max_shard_size")
+OWN_CHECKS = ("models", "config", "dtype", "max_shard_size")
 """Fields of a `MergeSpec` whose types are checked with their values."""
 
 MOST_THREADS = 1024

@@ -50,6 +50,8 @@ def fits(value: object, annotation: Any) -> bool:
         return type(value) is annotation and all(
             fits(getattr(value, name), each) for name, each in _annotations(type(value)).items()
         )
+    if annotation is str:
+        return isinstance(value, str) and (value.isascii() or _is_unicode(value))
     if origin is None:
         is_kind = isinstance(value, ABSTRACT.get(annotation, annotation))
         return is_kind and (annotation in (bool, object) or not isinstance(value, bool))
@@ -73,6 +75,14 @@ def words(annotation: Any) -> str:
         return f"a dictionary, each value of which is {words(inner[1])}"
     kind = origin or annotation
     return WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: one from the command line may hold half of a surrogate pair."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 @functools.cache

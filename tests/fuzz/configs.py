@@ -27,18 +27,26 @@ from tiny_models import save_adapter, save_bert, save_fine_tune, save_llama, sav
 FILES = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
 
 MODEL_KEYS = (
-    "architectures", "auto_map", "quantization_config", "rope_scaling", "rope_parameters", "rope_theta", "num_labels", "id2label",
-    "label2id", "dtype", "torch_dtype", "model_type", "tie_word_embeddings", "layer_types", "text_config", "vocab_size",
-    "transformers_version", "is_encoder_decoder", "problem_type", "attn_implementation", "_name_or_path", "pad_token_id",
-    "eos_token_id", "name_or_path", "sub_configs", "attribute_map", "use_cache", "output_attentions", "base_model_tp_plan",
-    "generation_config", "max_length", "num_experts", "sliding_window", "tokenizer_class", "__class__", "keys_to_ignore",
+    "architectures", "auto_map", "quantization_config", "rope_scaling", "rope_parameters", "rope_theta",
+    "num_labels", "id2label",
+    "label2id", "dtype", "torch_dtype", "model_type", "tie_word_embeddings", "layer_types", "text_config",
+    "vocab_size",
+    "transformers_version", "is_encoder_decoder", "problem_type", "attn_implementation", "_name_or_path",
+    "pad_token_id",
+    "eos_token_id", "name_or_path", "sub_configs", "attribute_map", "use_cache", "output_attentions",
+    "base_model_tp_plan",
+    "generation_config", "max_length", "num_experts", "sliding_window", "tokenizer_class", "__class__",
+    "keys_to_ignore",
 )  # fmt: skip
 
 ADAPTER_KEYS = (
     "peft_version", "revision", "task_type", "alpha_pattern", "rank_pattern", "modules_to_save", "layers_to_transform",
-    "layers_pattern", "exclude_modules", "target_parameters", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
-    "eva_config", "corda_config", "layer_replication", "trainable_token_indices", "megatron_config", "bias", "auto_mapping",
-    "fan_in_fan_out", "peft_type", "r", "lora_alpha", "target_modules", "arrow_config", "loftq_config", "token_indices",
+    "layers_pattern", "exclude_modules", "target_parameters", "use_rslora", "use_dora", "lora_bias",
+    "init_lora_weights",
+    "eva_config", "corda_config", "layer_replication", "trainable_token_indices", "megatron_config", "bias",
+    "auto_mapping",
+    "fan_in_fan_out", "peft_type", "r", "lora_alpha", "target_modules", "arrow_config", "loftq_config",
+    "token_indices",
 )  # fmt: skip
 
 SLOW = 20

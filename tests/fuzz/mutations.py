@@ -11,8 +11,10 @@ from typing import Any
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 64, 2**31, 2**63, 10**20, 10**320, -(10**320), 0.0, -0.5, 1.5, 1e300,
-    float("nan"), float("inf"), float("-inf"), "", " ", "64", "none", "null", "auto", "x" * 5000, "\ud800", "\x00", "é", "../x",
-    "(", "(a+)+$", "(a|a)*b", ".*.*.*.*.*.*.*.*x", [], [None], [1], ["x"], [[]], [0] * 3, [{}], {}, {"a": 1}, {"": None},
+    float("nan"), float("inf"), float("-inf"), "", " ", "64", "none", "null", "auto", "x" * 5000, "\ud800", "\x00",
+    "é", "../x",
+    "(", "(a+)+$", "(a|a)*b", ".*.*.*.*.*.*.*.*x", [], [None], [1], ["x"], [[]], [0] * 3, [{}], {}, {"a": 1},
+    {"": None},
     {"x": {"y": []}}, {"0": "a", "1": 2}, "main", "2024-01-01", "bfloat16", "float8", "silu", "~nouser/x",
 )  # fmt: skip
 """Values of every type, out of range, and in none of the forms that settings have."""

@@ -23,17 +23,24 @@ from neuromerge_hf.api import plan_recipe
 from neuromerge_hf.methods.ties import TIESConfig
 from tiny_models import save_llamas
 
-KEYS = ("models", "base_model", "method", "config", "dtype", "tokenizer", "chat_template", "merge_heads", "max_shard_size",
+KEYS = ("models", "base_model", "method", "config", "dtype", "tokenizer", "chat_template", "merge_heads",
+"max_shard_size",
         "tuned_on", "versions", "weights", "x", "exclude", "threads", "trust_remote_code", "output_dir")  # fmt: skip
 
 LINES = (
-    "density: 2024-01-01", "density: 2024-13-45", "density: 0x" + "f" * 5000, "density: 1" + "0" * 5000, "density: 1e999",
-    "density: .nan", "density: .inf", "density: 12:30:45", "density: 1_0", "density: !!float x", "density: !!python/name:os.system ",
-    "density: !!python/object/apply:os.mkdir [ran]", "density: !!binary zzz", "density: !!set {a, b}", "density: !!omap [a: 1]",
-    "density: !!timestamp 2001", "density: &a [*a]", "density: *nothing", "? [a, b]\n: c", "density: !x y", "density: \x07",
-    "<<: {method: x}", "<<: [1]", "models: &m [*m]", "density: |\n  text", "density: =", "density: ~", "density: yes", "%YAML 9.9",
+    "density: 2024-01-01", "density: 2024-13-45", "density: 0x" + "f" * 5000, "density: 1" + "0" * 5000,
+    "density: 1e999",
+    "density: .nan", "density: .inf", "density: 12:30:45", "density: 1_0", "density: !!float x",
+    "density: !!python/name:os.system ",
+    "density: !!python/object/apply:os.mkdir [ran]", "density: !!binary zzz", "density: !!set {a, b}",
+    "density: !!omap [a: 1]",
+    "density: !!timestamp 2001", "density: &a [*a]", "density: *nothing", "? [a, b]\n: c", "density: !x y",
+    "density: \x07",
+    "<<: {method: x}", "<<: [1]", "models: &m [*m]", "density: |\n  text", "density: =", "density: ~",
+    "density: yes", "%YAML 9.9",
     "---", "...", "density: 'open", "\tdensity: 0.3", "density: {{}: 1}", "density: {[1]: 1}", "density: [[[[" * 30,
-    "density: " + "[" * 5000, "density: " + "{a: " * 200, "dtype: !!int 3", "dtype: 2024-01-01", "method: 2001-12-14t21:59:43.10-05:00",
+    "density: " + "[" * 5000, "density: " + "{a: " * 200, "dtype: !!int 3", "dtype: 2024-01-01",
+    "method: 2001-12-14t21:59:43.10-05:00",
 )  # fmt: skip
 """Lines of YAML that mean something else than they seem to, or nothing."""
 

@@ -56,7 +56,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     for name, reason in (("pipe", "it is a pipe"), ("folder", "it is a folder"), ("loop", "symbolic links")):
         with pytest.raises(MergeError, match=f"{name} cannot be read: .*{reason}"):
             read_text(tmp_path / name)
-    with pytest.raises(MergeError, match="/dev/null cannot be read: it is a device or a socket"):
+    with pytest.raises(MergeError, match=r"/dev/null cannot be read: it is a device or a socket"):
         read_text(type(tmp_path)("/dev/null"))
 
 
@@ -79,5 +79,5 @@ def test_errors_of_other_libraries_name_the_file_and_keep_their_cause(tmp_path):
 
 @pytest.mark.parametrize("value", [None, 3, b"x", "", "~nouser/x", "x" * 256, "a/" + "x" * 256, "a\0b", "\ud800", []])
 def test_what_is_no_path_is_refused_by_the_name_of_the_argument(value):
-    with pytest.raises(MergeError, match="^output_dir"):
+    with pytest.raises(MergeError, match=r"^output_dir"):
         user_path(value, "output_dir")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-"""Options that are regular expressions if they are a text. So are the keys of ``rank_pattern`` and ``alpha_pattern``."""
+"""Options that are regular expressions if they are a text. The keys of ``*_pattern`` always are."""
 
 LONGEST = 100_000
 """The length in characters up to which an expression is used. One that lists all modules of a model is shorter."""
