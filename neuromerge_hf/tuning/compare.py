@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
