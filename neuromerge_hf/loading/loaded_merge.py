@@ -67,7 +67,8 @@ class LoadedMerge:
             head = self.head or report.loaded_head
             notes = [*report.notes, *_dtype_notes(self.folder, folder)]
             is_changed, weights = report.changed or changed, hash_weights(folder)
-            files = sorted({*report.files, *merged_files(folder)})
+            earlier = {name for name in report.files if (folder / name).is_file()}
+            files = sorted({*earlier, *merged_files(folder), REPORT_NAME})
             saved = replace(report, changed=is_changed, loaded_head=head, notes=notes, weights=weights, files=files)
             saved.save(folder)
 

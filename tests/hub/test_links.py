@@ -72,7 +72,7 @@ def test_the_card_that_a_push_sets_aside_does_not_overwrite_what_a_link_points_t
     (merged / "README.before-push.md").symlink_to(secret)
     push(merged, "links/aside")
     assert secret.read_text() == "private"
-    assert "Ours." in (merged / "README.before-push.md").read_text()
+    assert "Ours." in (merged / "README.before-push-2.md").read_text()
 
 
 @pytest.mark.parametrize("changed", [False, True])

@@ -216,11 +216,12 @@ def test_tied_embeddings_that_an_adapter_stores_unchanged_are_left_alone(dtype, 
 
 
 def test_a_link_to_the_weights_is_followed(relatives_of, tmp_path: Path) -> None:
-    # The Hub's cache holds links.
+    # Large weights often lie on another disk.
     relatives = relatives_of("llama")
-    for path in relatives.full(0).iterdir():
-        (tmp_path / "linked").mkdir(exist_ok=True)
-        os.symlink(path, tmp_path / "linked" / path.name)
+    shutil.copytree(relatives.full(0), tmp_path / "linked")
+    for path in (tmp_path / "linked").glob("*.safetensors"):
+        path.unlink()
+        os.symlink(relatives.full(0) / path.name, path)
     merge([relatives.full(0)], tmp_path / "want", base_model=relatives.base, **CPU)
     merge([tmp_path / "linked"], tmp_path / "got", base_model=relatives.base, **CPU)
     assert contents(tmp_path / "got")["model.safetensors"] == contents(tmp_path / "want")["model.safetensors"]
