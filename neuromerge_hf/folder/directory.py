@@ -125,7 +125,8 @@ def _system_error(error: BaseException) -> int | None:
 
 def _replace(target: Path, folder: Path) -> None:
     """Replace the directory `target` by `folder`, in one step where the system can."""
-    shutil.copymode(target, folder)
+    with suppress(OSError):  # not every file system has permissions
+        shutil.copymode(target, folder)
     if _exchange(target, folder):
         return
     old = old_path(folder)

@@ -58,8 +58,8 @@ def check_replaceable(folder: Path, files: Collection[str], kind: str = "merge")
     named = ", ".join(others[:LISTED]) + (f" and {len(others) - LISTED} more" if len(others) > LISTED else "")
     if not files:
         raise MergeError(
-            f"The output directory {folder} is no earlier {kind}, and nothing else is replaced. It holds {named}. "
-            "Choose another directory, or empty this one yourself."
+            f"The output directory {folder} is not replaced, because it is no earlier {kind} whose report lists its "
+            f"files. It holds {named}. Choose another directory, or empty this one yourself."
         )
     raise MergeError(
         f"The output directory {folder} is not replaced, because it holds what no {kind} wrote: {named}. "

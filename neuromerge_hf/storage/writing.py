@@ -3,6 +3,7 @@
 Each is written to a temporary file beside its place, synced to the disk, and renamed.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system syncs folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -70,4 +74,5 @@ def _take_permissions(file: BinaryIO, old: Path) -> None:
     found = old.stat()
     with suppress(OSError):  # only root may give files away
         os.fchown(file.fileno(), found.st_uid, found.st_gid)
-    os.fchmod(file.fileno(), found.st_mode & 0o7777)
+    with suppress(OSError):  # not every file system has permissions
+        os.fchmod(file.fileno(), found.st_mode & 0o7777)

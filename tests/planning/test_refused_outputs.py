@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_merge_is_not_replaced(earlier, damage):
     before = contents(output)
     with pytest.raises(MergeError) as caught:
         again()
-    assert says(str(caught.value), output, "no earlier merge", "README.md")
+    assert says(str(caught.value), output, "no earlier merge whose report lists its files", "README.md")
     assert contents(output) == before
 
 
