@@ -12,7 +12,7 @@ import faults
 from campaign import Case, Outcome
 from kills import IN_PLACE, half_written, leftovers, prepare, undisturbed
 
-CASES = 2
+CASES = 1
 """How many cases the sample of the test suite has."""
 
 PROCESSES = 8
