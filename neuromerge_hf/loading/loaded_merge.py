@@ -67,8 +67,7 @@ class LoadedMerge:
             head = self.head or report.loaded_head
             notes = [*report.notes, *_dtype_notes(self.folder, folder)]
             is_changed, weights = report.changed or changed, hash_weights(folder)
-            earlier = {name for name in report.files if (folder / name).is_file()}
-            files = sorted({*earlier, *merged_files(folder), REPORT_NAME})
+            files = sorted({CARD, REPORT_NAME, *merged_files(folder)})
             saved = replace(report, changed=is_changed, loaded_head=head, notes=notes, weights=weights, files=files)
             saved.save(folder)
 
