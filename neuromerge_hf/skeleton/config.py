@@ -13,6 +13,8 @@ TYPES: dict[str, Any] = {
     "architectures": list[str] | None,
     "auto_map": dict[str, Any] | None,
     "quantization_config": dict[str, Any] | None,
+    "base_model_tp_plan": dict[str, Any] | None,
+    "base_model_pp_plan": dict[str, Any] | None,
     "dtype": str | dict[str, Any] | None,
     "torch_dtype": str | dict[str, Any] | None,
 }

@@ -107,6 +107,11 @@ def load_yaml(path: Path, problem: str = UNREADABLE) -> Any:
 class _Loader(yaml.SafeLoader):
     """Reads plain values. An alias could stand for any number of them, so that nine lines fill the memory."""
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= DEEPEST:  # the time that it takes grows with the square of the depth
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        super().fetch_flow_collection_start(token)
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise ValueError(f"{self.peek_event().start_mark} has an alias (*). Write the value itself there")

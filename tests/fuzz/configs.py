@@ -31,7 +31,7 @@ MODEL_KEYS = (
     "num_labels", "id2label",
     "label2id", "dtype", "torch_dtype", "model_type", "tie_word_embeddings", "layer_types", "text_config",
     "vocab_size",
-    "transformers_version", "is_encoder_decoder", "problem_type", "attn_implementation", "_name_or_path",
+    "transformers_version", "is_encoder_decoder", "problem_type", "_name_or_path",
     "pad_token_id",
     "eos_token_id", "name_or_path", "sub_configs", "attribute_map", "use_cache", "output_attentions",
     "base_model_tp_plan",
@@ -177,7 +177,7 @@ def not_loaded(folder: Path, base: Path | None = None) -> str:
     except Exception as error:
         return f"the merge does not load: {type(error).__name__}: {error}"
     wrong = {name: found for name, found in info.items() if found}
-    if base and wrong.keys() == {"unexpected_keys"}:  # of a class without the head that the files have
+    if base and wrong:  # the configuration may name a class without the head that the files have
         _, theirs = model_class.from_pretrained(base, output_loading_info=True)
-        wrong = {} if theirs["unexpected_keys"] == wrong["unexpected_keys"] else wrong
+        wrong = {} if theirs == info else wrong
     return f"the merge does not load: {wrong}" if wrong else ""

@@ -37,7 +37,7 @@ YAML = {
     "no date": ("a: 2024-13-45", "month must be in 1..12"),
     "a huge number": ("a: 0x" + "f" * 5000, "300 digits"),
     "code": ("a: !!python/object/apply:os.mkdir [ran]", "could not determine a constructor"),
-    "nested": ("a: " + "[" * 5000, "nested too deeply"),
+    "nested": ("a: " + "[" * 50_000, "nested more than 64 levels"),
 }
 
 
