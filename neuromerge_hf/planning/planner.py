@@ -171,9 +171,8 @@ def _name_class(
 
     Several possible classes of a base are no problem, unless an expert has the tensors that they have.
     """
-    with suppress(MergeError):  # it names something else, which is reported later
-        if names_class(location, config, trust_remote_code):
-            return []
+    if names_class(location, config, trust_remote_code):
+        return []
     downloaded = _download_headerless(location, problems)
     (problems if assumed else Problems()).attempt(partial(name_class, location, config, assumed))
     return downloaded

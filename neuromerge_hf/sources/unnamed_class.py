@@ -21,12 +21,12 @@ from neuromerge_hf.storage.tensors import StoredTensor
 
 
 def names_class(location: Location, config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
-    """Whether a configuration names a model class that is known.
-
-    Raises:
-        MergeError: if it names something else in transformers.
-    """
-    return model_class_of(config, location.folder, trust_remote_code, default=PreTrainedModel) is not PreTrainedModel
+    """Whether a configuration names a class that is known, or something else in transformers, which is refused later."""
+    try:
+        named = model_class_of(config, location.folder, trust_remote_code, default=PreTrainedModel)
+    except MergeError:
+        return True
+    return named is not PreTrainedModel
 
 
 def name_class(location: Location, config: PretrainedConfig, assumed: type[PreTrainedModel] | None = None) -> None:

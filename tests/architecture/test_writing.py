@@ -63,7 +63,7 @@ IN_THE_USERS_WAY = {
     "cli/failures.py": {"open"},
     "loading/merged_model.py": {"save_pretrained"},
 }
-"""`save_pretrained` adds to a folder that has files already, as it does in transformers; the command line opens null."""
+"""`save_pretrained` adds to a folder with files in it, as transformers does; the command line opens the null device."""
 
 
 def writers(path: Path) -> Iterator[str]:

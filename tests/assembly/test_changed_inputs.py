@@ -161,7 +161,7 @@ def test_a_link_that_is_switched_is_noticed_even_if_it_is_switched_back(models, 
         (models / "link").symlink_to(target)
         os.replace(models / "link", models / link)
 
-    at_moment("after the plan", lambda: switch(new))
+    at_moment("before a pass", lambda: switch(new))
     if back:
         at_moment("after the hashes", lambda: switch(old))
     with pytest.raises(MergeError, match=r"math.* has changed since it was opened"):

@@ -122,6 +122,11 @@ def _link(path: Path, content: bytes) -> None:
     os.replace(path.with_name(".link"), path)
 
 
+def _append(path: Path, content: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(b" ")
+
+
 WAYS: dict[str, Callable[[Path, bytes], object]] = {
     "rename over": _put,
     "edit": _edit,
@@ -130,7 +135,7 @@ WAYS: dict[str, Callable[[Path, bytes], object]] = {
     "link": _link,
     "truncate": lambda path, content: os.truncate(path, len(content) // 2),
     "delete": lambda path, content: path.unlink(),
-    "append": lambda path, content: path.open("ab").write(b" "),
+    "append": _append,
 }
 
 
