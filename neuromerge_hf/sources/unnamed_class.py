@@ -21,7 +21,7 @@ from neuromerge_hf.storage.tensors import StoredTensor
 
 
 def names_class(location: Location, config: PretrainedConfig, trust_remote_code: bool = False) -> bool:
-    """Whether a configuration names a class that is known, or something else in transformers, which is refused later."""
+    """Whether a configuration names a known class, or something else in transformers, which is refused later."""
     try:
         named = model_class_of(config, location.folder, trust_remote_code, default=PreTrainedModel)
     except MergeError:
