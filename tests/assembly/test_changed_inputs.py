@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from neuromerge_hf import AutoMergedModel, MergeError, api, merge, merge_recipe
 from neuromerge_hf.assembly import assemble
@@ -167,6 +168,22 @@ def test_a_link_that_is_switched_is_noticed_even_if_it_is_switched_back(models, 
     with pytest.raises(MergeError, match=r"math.* has changed since it was opened"):
         merge([models / "math"], tmp_path / "out" / "merged", base_model=models / "base", **CPU)
     assert contents(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_in_the_hubs_cache_that_is_switched_is_noticed(hub, models, tmp_path, at_moment, name):
+    hub.add_folder("switched/math", models / "math")
+
+    def switch():
+        (link,) = Path(constants.HF_HUB_CACHE, "models--switched--math", "snapshots").glob(f"*/{name}")
+        link.unlink()
+        link.symlink_to(models / "code" / name)
+
+    at_moment("before a pass", switch)
+    with pytest.raises(MergeError, match=f"{name} has changed since it was opened"):
+        merge(["switched/math"], tmp_path / "out" / "merged", base_model=models / "base", **CPU)
+    assert contents(tmp_path / "out") == {}
+    shutil.rmtree(Path(constants.HF_HUB_CACHE, "models--switched--math"))
 
 
 @pytest.mark.parametrize("name", ["base/vocab.txt", "math/adapter_config.json", "base/model.safetensors"])
