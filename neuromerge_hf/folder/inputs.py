@@ -9,13 +9,10 @@ from pathlib import Path
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.folder.recipe import ModelRecord, Recipe
 from neuromerge_hf.storage.files import (
-    ADAPTER_FILES,
-    CHECKPOINT_FILES,
     COMPANIONS,
     CONFIGS,
     TOKENIZER_FILES,
     companion_files,
-    find_weights,
     weight_files,
 )
 from neuromerge_hf.storage.hashing import file_hash
@@ -25,7 +22,7 @@ from neuromerge_hf.storage.small_files import read_files
 
 def input_files(location: Location, *, is_base: bool = False) -> list[Path]:
     """The files of a local model that determine a merge: configurations, weights, tokenizer, the base's companions."""
-    main = find_weights(location.folder, ADAPTER_FILES + CHECKPOINT_FILES)
+    main = location.find_weights()  # what is merged: a full model's folder can also hold an adapter
     weights = [main, *weight_files(main)] if main else []
     configs, companions = _small_files(location, is_base)
     return list(dict.fromkeys([*configs, *weights, *companions]))

@@ -219,3 +219,49 @@ def test_the_cache_has_no_merge_of_an_older_file_of_the_same_size_and_time(model
     edit_unseen(models / "math" / "model.safetensors")
     assert merged() == (2, True)
     assert merged() == (2, True)
+
+
+# An adapter beside a full model's weights
+
+
+@pytest.fixture
+def models_with_adapters(models):
+    """A base of two shards and fine-tunes, each with an adapter in its folder that is not part of the merge."""
+    save_adapter(models / "base", models / "adapter", seed=3)
+    for name in ("base", "math"):
+        shutil.copy(models / "adapter" / "adapter_model.safetensors", models / name)
+    return models
+
+
+@pytest.mark.parametrize("name", ["base", "math"])
+def test_the_recipe_has_the_weights_of_a_full_model_whose_folder_holds_an_adapter(models_with_adapters, tmp_path, name):
+    models, output = models_with_adapters, tmp_path / "merged"
+    merge([models / "math"], output, base_model=models / "base", **CPU)
+    content = yaml.safe_load((output / "recipe.yaml").read_text())
+    recorded = {"base": content["base_model"], "math": content["models"][0]}[name]["sha256"]
+    weights = {path.name: file_hash(path) for path in (models / name).glob("model*.safetensors")}
+    assert weights.items() <= recorded.items()
+    assert "adapter_model.safetensors" not in recorded
+
+
+@pytest.mark.parametrize("name", ["base", "math"])
+def test_a_recipe_refuses_other_weights_of_a_model_whose_folder_holds_an_adapter(models_with_adapters, tmp_path, name):
+    models, output = models_with_adapters, tmp_path / "merged"
+    merge([models / "math"], output, base_model=models / "base", **CPU)
+    file = sorted((models / name).glob("model*.safetensors"))[-1]
+    edit_unseen(file)
+    with pytest.raises(MergeError, match=f"{file.name} has changed since the recipe was written"):
+        merge_recipe(output / "recipe.yaml", tmp_path / "again", **CPU)
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_cache_knows_the_shards_of_a_base_whose_folder_holds_an_adapter(models_with_adapters, tmp_path):
+    models = models_with_adapters
+
+    def merged():
+        AutoMergedModel.from_pretrained([models / "math"], base_model=models / "base", cache_dir=tmp_path / "cache")
+        return len(list((tmp_path / "cache").glob("*/recipe.yaml")))
+
+    assert merged() == 1
+    edit_unseen(sorted((models / "base").glob("model-*.safetensors"))[-1])
+    assert merged() == 2
