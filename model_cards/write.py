@@ -78,15 +78,17 @@ def write_card(
 
 
 def _draw(card: MergeCard, path: Path) -> bool:
-    """Draw the picture if there is something to draw, and return whether that succeeded. The card does without it."""
+    """Draw the picture if there is something to draw, and return whether there is one. The card does without it.
+
+    An earlier picture stays if a new one cannot be drawn: it shows the same merge.
+    """
     if card.report.diagnostics is None:
         return False
     try:
         draw(card.report.diagnostics, path)
     except Exception as error:  # the libraries that draw document no exceptions
         logger.warning("The picture of the card was not drawn: %s", printable(error))
-        path.unlink(missing_ok=True)
-        return False
+        return path.is_file()
     return True
 
 
