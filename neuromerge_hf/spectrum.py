@@ -9,7 +9,7 @@ as fast as a float32 SVD, and accurate for singular values down to 1e-6 of the l
 The functions are pure, run on any device and need torch alone. Inputs and results are float32.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +39,6 @@ class Factors:
 
     left: Tensor
     right: Tensor
-
-    @staticmethod
-    def stacked(factors: Sequence["Factors"]) -> "Factors":
-        """Return the sum of matrices in factors."""
-        return Factors(torch.cat([each.left for each in factors], 1), torch.cat([each.right for each in factors]))
 
     @property
     def shape(self) -> tuple[int, int]:

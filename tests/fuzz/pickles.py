@@ -93,6 +93,11 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return rng.randbytes(rng.randint(0, 99))
 
 
+def truth(tensor: Tensor) -> Tensor:
+    """A tensor as it is; of a bool, whether each byte is 0, since a damaged one may be neither 0 nor 1."""
+    return tensor.contiguous().view(torch.uint8) != 0 if tensor.dtype == torch.bool else tensor
+
+
 def torch_tensors(path: Path) -> dict[str, Tensor] | None:
     """The tensors that torch maps from a file; None if it refuses the file, or not all are plain."""
     state = None
@@ -162,6 +167,6 @@ def _try_case(seed: int, folder: Path) -> Case:
         want = state
     if want is None:
         return Case(seed, Outcome.WRONG, f"{what}: accepted, though torch refuses it")
-    if got.keys() != want.keys() or not all(same(got[name], want[name].detach()) for name in got):
+    if got.keys() != want.keys() or not all(same(truth(got[name]), truth(want[name].detach())) for name in got):
         return Case(seed, Outcome.WRONG, f"{what}: other tensors than those of torch")
     return Case(seed, Outcome.CORRECT, what)

@@ -51,7 +51,7 @@ def test_a_full_checkpoint_whose_metadata_names_another_base_gets_a_note(models:
         {"config": "/home/them/models/base"},
         {"config": "C:\\models\\Base\\"},
         {"config": "some/base@v1.0"},
-        {"config": "/root/.cache/hub/models--some--Base/snapshots/0123abcd"},
+        {"config": "/home/them/.cache/hub/models--some--Base/snapshots/0123abcd"},
         {"config": "/gone/runs/checkpoint-500"},
         {"config": "output"},
         {"config": "me/math"},
