@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from neuromerge_hf.callbacks.common.callback import MergingCallback
 from neuromerge_hf.callbacks.common.settings import NOT_TAKEN, CallbackOptions, CallbackSettings
 from neuromerge_hf.callbacks.lightning_package import Callback
-from neuromerge_hf.callbacks.lightning_trainer import LightningTraining
+from neuromerge_hf.callbacks.lightning_trainer import CheckpointFiles, LightningTraining
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import with_options
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
@@ -21,18 +21,17 @@ logger = logging.getLogger(__name__)
 class NeuroMergeCallback(MergingCallback, Callback):
     """Merges the model of a LightningModule when training ends, as `neuromerge_hf.NeuroMergeCallback` does.
 
-    The models are saved in ``trained`` and ``merged`` in ``<trainer.default_root_dir>``. The module's validation loop
-    evaluates both. The merged model's metrics are logged as ``merged_...``.
+    The models are saved in ``trained`` and ``merged`` in ``<trainer.default_root_dir>/_neuromerge``. The module's
+    validation loop evaluates both. The merged model's metrics are logged as ``merged_...``; they are also in
+    ``trainer.callback_metrics``.
 
     Example:
         >>> callback = NeuroMergeCallback(["math"], base_model="base")
         >>> trainer = Trainer(max_steps=1, callbacks=[callback])
         >>> trainer.fit(module, texts)
-        >>> type(AutoMergedModel.from_pretrained("merged")).__name__
+        >>> type(AutoMergedModel.from_pretrained(callback.merged_dir)).__name__
         'LlamaForCausalLM'
     """
-
-    _saved_step: int | None = None
 
     @with_options(CallbackSettings, MergeSpec, Runtime, without=NOT_TAKEN)
     def __init__(
@@ -60,12 +59,15 @@ class NeuroMergeCallback(MergingCallback, Callback):
         super().__init__(models, **options)
         self._attribute = attribute
         self._best_weights = best_weights
+        self._saved_step: int | None = None
+        self._files = CheckpointFiles()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._files = CheckpointFiles()
         training = self._training(trainer)
         if self._best_weights and not getattr(trainer.checkpoint_callback, "monitor", None):
             raise MergeError("best_weights=True needs a ModelCheckpoint(monitor=...) that tells what is best.")
-        self._run.plan(training)
+        self._plan(training, trainer.callbacks)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         self._saved_step = trainer.global_step
@@ -75,25 +77,22 @@ class NeuroMergeCallback(MergingCallback, Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._run.when == "epoch":
-            training = self._training(trainer)
-            self._run.run_during_training(training, training.save())
+            self._run.run_during_training(self._training(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._merge_saved(trainer)
-        if self._run.when == "train_end":
-            best = trainer.checkpoint_callback.best_model_path if self._best_weights else None
-            if best == "":
-                logger.warning("The ModelCheckpoint has saved nothing: the last weights are merged, not the best.")
-            training = self._training(trainer, best)
-            self._run.run(training, training.save())
-        self._run.raise_failures()
+        best = trainer.checkpoint_callback.best_model_path if self._best_weights else None
+        if best == "":
+            logger.warning("The ModelCheckpoint has saved nothing: the last weights are merged, not the best.")
+        self._run.end(self._training(trainer, best))
 
     def _merge_saved(self, trainer: Any) -> None:
         """Merge if a checkpoint was saved since the last step. During the save, a validation may be running."""
+        if self._saved_step is not None:
+            self._files.note(trainer.checkpoint_callbacks, self._saved_step)
         if self._run.when == "save" and self._saved_step == trainer.global_step:
-            training = self._training(trainer)
-            self._run.run_during_training(training, training.save())
+            self._run.run_during_training(self._training(trainer))
         self._saved_step = None
 
     def _training(self, trainer: Any, best: str | None = None) -> LightningTraining:
-        return LightningTraining(trainer, self._attribute, best)
+        return LightningTraining(trainer, self._attribute, self._files, best)

@@ -2,22 +2,40 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from neuromerge_hf.callbacks.common.places import ROOT
 from neuromerge_hf.callbacks.common.processes import on_first_process
 from neuromerge_hf.callbacks.common.sharded import is_sharded
 from neuromerge_hf.callbacks.common.trained_model import expert_folder, replaced_model, save_task_config
-from neuromerge_hf.callbacks.common.training import TRAINED
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, replaced
 from neuromerge_hf.callbacks.lightning_package import DummyLogger
 from neuromerge_hf.errors import MergeError
+
+
+class CheckpointFiles:
+    """The files that `ModelCheckpoint` saved in this training, with their steps. One name may be saved again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def note(self, callbacks: Sequence[Any], step: int) -> None:
+        """Record the files that were saved since the last call, at a step."""
+        for path in {path for each in callbacks for path in (*each.best_k_models, each.best_model_path)}:
+            if os.path.exists(path) and (changed := os.stat(path).st_mtime_ns) != self._seen.get(path, (0, 0))[0]:
+                self._seen[path] = changed, step
+
+    def kept(self) -> dict[str, int]:
+        """The steps of the files that are still there, by their paths."""
+        return {path: step for path, (_, step) in self._seen.items() if os.path.exists(path)}
 
 
 class LightningTraining:
@@ -26,15 +44,20 @@ class LightningTraining:
     trial: str | None = None
     not_evaluated: str | None = None
 
-    def __init__(self, trainer: Any, attribute: str | None, best: str | None = None):
+    def __init__(self, trainer: Any, attribute: str | None, files: CheckpointFiles, best: str | None = None):
         attribute = attribute or _find_model(trainer.lightning_module)
         self.trainer = trainer
         self.push_options: dict[str, Any] = {}
         self.prefix = f"{attribute}."
         self.best = best
+        self.files = files
         self.model: HuggingFaceModel = trainer.lightning_module.get_submodule(attribute)
         self.folder = Path(trainer.default_root_dir).absolute()
         self.name = self.folder.name
+        self.written: Sequence[Path] = [
+            self.folder,
+            *(Path(callback.dirpath) for callback in trainer.checkpoint_callbacks if callback.dirpath),
+        ]
         self.step = trainer.global_step
         attributes = vars(trainer.lightning_module).values()
         self.tokenizer = next((value for value in attributes if isinstance(value, PreTrainedTokenizerBase)), None)
@@ -47,20 +70,24 @@ class LightningTraining:
         numbers = [callback.save_top_k for callback in trainer.checkpoint_callbacks]
         self.kept = None if -1 in numbers else sum(numbers)
 
-    def save(self) -> Path:
-        """Save the model and return its folder. Every process must call this."""
-        folder = self.folder / TRAINED
+    def pushes(self, folder: Path) -> bool:
+        return False
+
+    def save(self, folder: Path) -> None:
         weights = {} if self.best else self.trainer.strategy.lightning_module_state_dict()
         on_first_process(lambda: self._save(folder, self._read(self.best)["state_dict"] if self.best else weights))
-        return folder
+
+    def kept_steps(self) -> list[int]:
+        return list(self.files.kept().values())
 
     def checkpoints(self) -> Iterator[Path]:
         """Convert the files that ModelCheckpoint keeps to folders in the format of transformers and PEFT."""
-        paths = {path for callback in self.trainer.checkpoint_callbacks for path in callback.best_k_models}
+        restored = {path for callback in self.trainer.checkpoint_callbacks for path in callback.best_k_models}
+        paths = restored | self.files.kept().keys()
         for path in sorted(filter(os.path.isfile, paths - {self.best}), key=os.path.getmtime, reverse=True):
             checkpoint = self._read(path)
             if checkpoint["global_step"] != self.step or self.best:
-                folder = self.folder / f"checkpoint-{checkpoint['global_step']}"
+                folder = self.folder / ROOT / f"checkpoint-{checkpoint['global_step']}"
                 self._save(folder, checkpoint["state_dict"])
                 yield expert_folder(self.model, folder)
 
@@ -90,6 +117,7 @@ class LightningTraining:
             return self.evaluate()
 
     def log(self, metrics: Mapping[str, float]) -> None:
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(metrics), step=self.step)
             logger.save()

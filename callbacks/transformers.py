@@ -51,32 +51,31 @@ class NeuroMergeCallback(MergingCallback, TrainerCallback):
         # Loggers come before the user's callbacks and close when training ends. This callback must log before that.
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         self._has_ended = False
-        training = TrainerTraining(trainer, self._steps)
-        self._steps = training.steps_on_disk() if state.global_step else []  # otherwise they belong to an earlier run
-        self._run.plan(training)
+        training = TrainerTraining(trainer, [])
+        if state.global_step:  # otherwise the checkpoints belong to an earlier run
+            training.steps = training.steps_on_disk()
+        self._steps = training.steps
+        self._plan(training, handler.callbacks)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps = [*self._steps, state.global_step]
         if self._run.when == "save":
             training = TrainerTraining(self._find_trainer(state), self._steps)
-            saved = training.checkpoint(state.global_step) if training.saves_itself else training.save()
+            saved = training.checkpoint(state.global_step) if training.saves_itself else None
             self._run.run_during_training(training, saved)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._run.when == "epoch":
-            training = TrainerTraining(self._find_trainer(state), self._steps)
-            self._run.run_during_training(training, training.save())
+            self._run.run_during_training(TrainerTraining(self._find_trainer(state), self._steps))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         # The Trainer logs this when training ends, but not when a search prunes a trial.
         self._has_ended |= "train_runtime" in logs
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._has_ended and self._run.when == "train_end":
+        if self._has_ended:
             best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
-            training = TrainerTraining(self._find_trainer(state), self._steps, best)
-            self._run.run(training, training.save())
-        self._run.raise_failures()
+            self._run.end(TrainerTraining(self._find_trainer(state), self._steps, best))
 
     def _find_trainer(self, state: TrainerState) -> Trainer:
         """Find the trainer that sent the event.

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, sort_checkpoints
 
 from neuromerge_hf.callbacks.common.processes import is_distributed
 from neuromerge_hf.callbacks.common.sharded import check_zero
@@ -18,7 +18,6 @@ from neuromerge_hf.callbacks.common.trained_model import (
     replaced_model,
     save_task_config,
 )
-from neuromerge_hf.callbacks.common.training import TRAINED
 from neuromerge_hf.errors import MergeError
 
 
@@ -32,6 +31,7 @@ class TrainerTraining:
         self.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         _check(trainer, self.model)
         self.folder = Path(str(trainer._get_output_dir(getattr(trainer, "_trial", None)))).absolute()
+        self.written: Sequence[Path] = [self.folder]
         self.trial = self.folder.name if trainer.state.is_hyper_param_search else None
         self.name = trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name
         self.tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
@@ -54,6 +54,16 @@ class TrainerTraining:
         self.greater_is_better = bool(metric and trainer.args.greater_is_better)
         self.not_evaluated = _why_reference_is_wrong(trainer) if adapter_config(self.model) else None
 
+    def pushes(self, folder: Path) -> bool:
+        """As `Trainer.push_to_hub` and `Trainer._push_from_checkpoint` do."""
+        output, args = Path(str(self.trainer.args.output_dir)).resolve(), self.trainer.args
+        if not args.push_to_hub or not folder.is_relative_to(output):
+            return False
+        path = folder.relative_to(output).as_posix()
+        if path.startswith(PREFIX_CHECKPOINT_DIR):
+            return args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        return not path.startswith("_")
+
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
@@ -61,14 +71,15 @@ class TrainerTraining:
         steps = [int(path.rpartition("-")[2]) for path in sort_checkpoints(str(self.folder))]
         return [step for step in steps if step <= self.step]
 
+    def kept_steps(self) -> list[int]:
+        return [step for step in self.steps if self.checkpoint(step).is_dir()]
+
     def checkpoints(self) -> Iterator[Path]:
-        for step in sorted(self.steps, reverse=True):
-            if step != self.step and self.checkpoint(step).is_dir():
+        for step in sorted(self.kept_steps(), reverse=True):
+            if step != self.step:
                 yield expert_folder(self.model, self.checkpoint(step))
 
-    def save(self) -> Path:
-        """Save the model and return its folder. Every process must call this."""
-        folder = self.folder / TRAINED
+    def save(self, folder: Path) -> None:
         trainer = self.trainer
         with replaced_model(folder) if trainer.args.should_save else nullcontext(folder) as made:
             if self.saves_itself:
@@ -78,7 +89,6 @@ class TrainerTraining:
                 trainer._save(str(made), state_dict=trainer.accelerator.get_state_dict(parts))
             if trainer.args.should_save:
                 save_task_config(self.model, expert_folder(self.model, made))
-        return folder
 
     def evaluate(self) -> dict[str, float]:
         trainer = self.trainer

@@ -10,9 +10,6 @@ from neuromerge_hf.methods.average import AverageConfig
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.files import tokenizer_files
 
-AVERAGED = "averaged"
-"""The name of the average's folder, and so its name in the report and the card."""
-
 Window = int | tuple[float, ...]
 """How many of the last models are averaged, or the weight of each, oldest first. The trained model is the last."""
 

@@ -1,6 +1,7 @@
 """The arguments that the callbacks of all frameworks share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neuromerge_hf.callbacks.common.run import MergeRun
@@ -10,6 +11,8 @@ from neuromerge_hf.callbacks.common.settings import (
     CallbackOptions,
     CallbackSettings,
 )
+from neuromerge_hf.callbacks.common.training import Training
+from neuromerge_hf.folder.report import MergeReport
 from neuromerge_hf.methods.neuromerging import NeuroMergingConfig
 from neuromerge_hf.options import check_names, pick, with_options
 from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
@@ -22,14 +25,21 @@ class MergingCallback:
     """Merges the trained model with other experts of its base when training ends.
 
     Experts are validated before training starts, so that a wrong expert stops a run at once. When training ends, the
-    trained model is saved in ``<args.output_dir>/trained``, then merged, evaluated and, if asked, pushed. The trainer
-    and its model are left unchanged.
+    trained model is saved in ``<args.output_dir>/_neuromerge/trained``, then merged, evaluated and, if asked, pushed.
+    The trainer and its model are left unchanged.
+
+    Attributes:
+        report: the report on the last merge; None before it.
+        metrics: the metrics of its evaluation, by the names under which they are logged.
+        merged_dir: the folder of the merged model.
 
     Example:
         >>> callback = NeuroMergeCallback(["math"], base_model="base")
         >>> trainer = Trainer(model, args, train_dataset=texts, callbacks=[callback])
         >>> output = trainer.train()
         {'train_runtime': ...
+        >>> callback.merged_dir.name
+        'merged'
 
         Or, like the callbacks of TRL:
 
@@ -57,3 +67,20 @@ class MergingCallback:
         if settings.tune and options.get("config") is None:
             options["config"] = NeuroMergingConfig()  # the method that has lambdas
         self._run = MergeRun(pick(MergeSpec, options, models=models), pick(Runtime, options), settings)
+
+    @property
+    def report(self) -> MergeReport | None:
+        return self._run.outcome.report if self._run.outcome else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return dict(self._run.outcome.metrics) if self._run.outcome else {}
+
+    @property
+    def merged_dir(self) -> Path | None:
+        return self._run.outcome.places.merged if self._run.outcome else None
+
+    def _plan(self, training: Training, callbacks: Iterable[object]) -> None:
+        """Check everything before training starts, also against the other callbacks of the training."""
+        others = [each._run for each in callbacks if isinstance(each, MergingCallback) and each is not self]
+        self._run.plan(training, others)

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 
 from neuromerge_hf.api import add_results
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.report import MergeReport, load_report
 from neuromerge_hf.folder.results import Result
 from neuromerge_hf.hub.push import check_repo_id, push
 
@@ -37,8 +38,11 @@ def check_access(repo_id: str, token: str | bool | None) -> None:
 
 def publish(
     folder: Path, metrics: Mapping[str, Mapping[str, float]], repo_id: str | None, push_options: dict[str, Any]
-) -> None:
+) -> MergeReport:
     """Add metrics, by the name of the model, to the report and card of a merge, and push it if `repo_id` is given.
+
+    Returns:
+        The report on the merge.
 
     Raises:
         MergeError: if the push fails.
@@ -54,10 +58,10 @@ def publish(
         for model, measured in metrics.items()
         for name, value in quality(measured).items()
     ]
-    if results:
-        add_results(folder, results)
+    report = add_results(folder, results) if results else load_report(folder)
     if repo_id:
         push(folder, repo_id, **push_options)
+    return report
 
 
 def quality(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,17 +1,24 @@
 """The settings of a callback in any framework."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from neuromerge_hf.callbacks.common.average import Window, check_window
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import option
 from neuromerge_hf.spec import OPTION_NAMES, MergeOptions
 from neuromerge_hf.tuning.search import TuningGrid
+from neuromerge_hf.typed import check_value
 
 When = Literal["train_end", "save", "epoch"]
+
+TRAINED, AVERAGED = "trained", "averaged"
+"""The names of the folders of the models that a training gives, and so their names in the report and the card."""
+
+PREFIX = re.compile(r"[A-Za-z]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +32,28 @@ class CallbackSettings:
     when: When = option(
         "train_end",
         "when to merge: at the end of the training (train_end), for each checkpoint (save) or for the model after each "
-        "epoch (epoch). The last two write to ``step-N`` in `output_dir`. Their failures do not stop training, but are "
-        "raised when it ends",
+        "epoch (epoch). The last two write to folders ``step-N``. Their failures do not stop training, but are raised "
+        "when it ends. The merge of a checkpoint is deleted when training deletes the checkpoint (save_total_limit)",
     )
     output_dir: str | Path | None = option(
-        None, "the folder of the merged model. An earlier merge there is replaced", shown="<args.output_dir>/merged"
+        None,
+        "the folder of the merged model. An earlier merge there is replaced. `Trainer.push_to_hub` uploads what is in "
+        "``args.output_dir``, but for names that start with an underscore",
+        shown="<args.output_dir>/_neuromerge/merged",
     )
     evaluate: bool = option(
         True,
         "evaluate the merged model, with the trained model's own head, on the trainer's `eval_dataset`. Its metrics "
         "``merged_eval_*`` appear beside ``eval_*`` in the log history, in every logger and in the card. The trained "
         "model is evaluated as well if it was not when training ended",
+    )
+    metric_prefix: str = option(
+        "merged",
+        "the first word of the merged model's metrics, and the name of its folder unless `output_dir` names another. "
+        "Two callbacks of one training need two",
+    )
+    in_checkpoints: bool = option(
+        False, 'with when="save": write each merge into the folder of its checkpoint (``checkpoint-N/merged``)'
     )
     push_to_hub: bool = option(False, "push the merged model with its card")
     hub_model_id: str | None = option(
@@ -49,9 +67,9 @@ class CallbackSettings:
     average_checkpoints: int | Sequence[float] | None = option(
         None,
         "merge the average of the last models of this training instead of the trained model: how many (the trained "
-        "model and the checkpoints before it), or their weights, oldest first. The average is saved in "
-        "``<args.output_dir>/averaged``, as a full model in float32, and evaluated (``averaged_eval_*``). Without "
-        "other experts it is itself the result, in `output_dir`",
+        "model and the checkpoints before it), or their weights, oldest first. The average is saved in ``averaged``, "
+        "beside ``trained``, as a full model in float32, and evaluated (``averaged_eval_*``). Without other experts it "
+        "is itself the result",
     )
     tune: bool | TuningGrid = option(
         False,
@@ -62,6 +80,15 @@ class CallbackSettings:
     )
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "evaluate", "metric_prefix", "in_checkpoints", "push_to_hub", "hub_model_id"):
+            check_value(name, getattr(self, name), get_type_hints(CallbackSettings)[name])
+        if not PREFIX.fullmatch(self.metric_prefix) or self.metric_prefix in (TRAINED, AVERAGED):
+            raise MergeError(
+                "metric_prefix must be a word of letters, digits and underscores, other than trained and averaged, not "
+                f"{self.metric_prefix!r}."
+            )
+        if self.in_checkpoints and (self.when != "save" or self.output_dir is not None):
+            raise MergeError('in_checkpoints=True needs when="save", and no output_dir.')
         if not isinstance(self.tune, bool | TuningGrid):
             raise MergeError(f"tune must be True, False or a TuningGrid, not {self.tune!r}.")
         if self.when not in ("train_end", "save", "epoch"):
@@ -90,6 +117,8 @@ class CallbackOptions(MergeOptions, total=False):
     when: When
     output_dir: str | Path | None
     evaluate: bool
+    metric_prefix: str
+    in_checkpoints: bool
     push_to_hub: bool
     hub_model_id: str | None
     checkpoints: Literal["all"] | int | None

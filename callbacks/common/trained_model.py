@@ -1,7 +1,6 @@
 """The base of a model in training, its adapter, and the files that describe it."""
 
 import copy
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from neuromerge_hf.callbacks.common.places import CHECKPOINT
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel, class_of, network_of, own_weights
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.directory import atomic_directory
@@ -25,9 +25,6 @@ from neuromerge_hf.storage.formats import make_header
 
 MODEL_FILES = ("config.json", "adapter_config.json", *ADAPTER_FILES, *CHECKPOINT_FILES, *SHARDS)
 """The files of a model that another model in the same folder may lack."""
-
-SAVED_BY_RUN = re.compile(r"checkpoint-\d+|trained|averaged")
-"""The names of the folders in which training saves models."""
 
 COMPARED_ENTRIES = 1 << 20
 """The number of entries of one weight that are compared with the base's."""
@@ -60,8 +57,7 @@ def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) 
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
-    is_in_run = folder.resolve().parent == run_folder.resolve()
-    if given is None and is_in_run and SAVED_BY_RUN.fullmatch(folder.name):
+    if given is None and folder.resolve().parent == run_folder.resolve() and CHECKPOINT.fullmatch(folder.name):
         raise MergeError(f"The model in training was loaded from {folder}, which this training saved itself. {REMEDY}")
     return str(folder.absolute())
 

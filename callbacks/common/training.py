@@ -1,13 +1,10 @@
 """The interface of training in any framework, as the callbacks use it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from neuromerge_hf.callbacks.common.weights import HuggingFaceModel
-
-TRAINED = "trained"
-"""The name of the trained model's folder, and so its name in the report and the card."""
 
 
 class Training(Protocol):
@@ -21,6 +18,8 @@ class Training(Protocol):
     """The name from which the name of the merged model's repository is made, if the user gives none."""
     folder: Path
     """The folder in which training saves checkpoints."""
+    written: Sequence[Path]
+    """The folders to which training writes, `folder` among them. No other model can take their place."""
     trial: str | None
     """The name of this trial in a hyper-parameter search; None outside a search."""
     step: int
@@ -43,6 +42,15 @@ class Training(Protocol):
     """A sentence that says why the merged model cannot be evaluated in this training; None if it can."""
     push_options: dict[str, Any]
     """The arguments of `push` that follow from the framework's own arguments."""
+
+    def pushes(self, folder: Path) -> bool:
+        """Return whether training itself would upload a folder to the Hub."""
+
+    def save(self, folder: Path) -> None:
+        """Save the model. Every process must call this."""
+
+    def kept_steps(self) -> Iterable[int]:
+        """Return the steps of this training's checkpoints that are still there. One process calls this."""
 
     def checkpoints(self) -> Iterable[Path]:
         """Return the folders of the checkpoints, newest first, without the trained model. One process calls this."""

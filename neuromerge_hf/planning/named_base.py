@@ -8,13 +8,16 @@ names of the base, or a named folder on this machine holds other weights.
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
 from neuromerge_hf.planning.resolve import ResolvedExpert
 from neuromerge_hf.storage.files import CHECKPOINT_FILES
 from neuromerge_hf.storage.location import Location
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 FORMAT = re.compile(r"-(unsloth|bnb|[48]-?bit|int[48]|gptq|awq|fp(16|32)|bf16|hf|safetensors|transformers)$")
 """A word at the end of a name that tells the format of the same weights."""
@@ -31,9 +34,8 @@ COMPARED_BYTES = 1 << 20
 
 def other_base_notes(expert: ResolvedExpert, base: Location) -> list[str]:
     """Return a note if an expert's metadata names other models as its base, and not the base that it is merged into."""
-    known = {name: _is_other(name, base) for name in _named_bases(expert)}
-    others = [name for name, is_other in known.items() if is_other]
-    if not others or False in known.values():
+    others = other_bases(expert, base)
+    if not others:
         return []
     names = " and ".join(map(_public, others))
     return [
@@ -42,15 +44,26 @@ def other_base_notes(expert: ResolvedExpert, base: Location) -> list[str]:
     ]
 
 
-def _named_bases(expert: ResolvedExpert) -> list[str]:
-    """The bases that the metadata names: of an adapter its configuration, else the card and the configuration."""
-    if expert.adapter_config:
-        names: list[Any] = [expert.adapter_config.base_model_name_or_path]
+def other_bases(expert: ResolvedExpert, base: Location) -> list[str]:
+    """Return the models that an expert's metadata names as its base; empty if one of them may be the base."""
+    known = {name: _is_other(name, base) for name in named_bases(expert.location, expert.adapter_config)}
+    return [] if False in known.values() else [name for name, is_other in known.items() if is_other]
+
+
+def named_bases(model: Location, adapter_config: "PeftConfig | None" = None) -> list[str]:
+    """Return the bases that metadata name: of an adapter its configuration, else the card and the configuration."""
+    if adapter_config:
+        names: list[Any] = [adapter_config.base_model_name_or_path]
     else:
-        names = [*_bases_of_card(expert.location.folder), _settings(expert.location.folder).get("_name_or_path")]
-    own = _simplified(expert.location.id)
+        names = [*_bases_of_card(model.folder), _settings(model.folder).get("_name_or_path")]
+    own = _simplified(model.id)
     texts = [_without_cache(name) for name in names if isinstance(name, str) and name.strip()]
     return list(dict.fromkeys(name for name in texts if _simplified(name) != own))  # a model may name itself
+
+
+def same_name(one: str, other: str) -> bool:
+    """Return whether two names of models may mean the same one."""
+    return _simplified(one) == _simplified(other)
 
 
 def _is_other(name: str, base: Location) -> bool | None:

@@ -16,13 +16,13 @@ from neuromerge_hf.callbacks.lightning import NeuroMergeCallback as LightningCal
 from neuromerge_hf.folder.report import load_report
 from tiny_lightning import Classifier, loader
 from tiny_models import load, load_adapted
-from tiny_training import CLASSIFIER, classifier, logged, measure, train
+from tiny_training import AVERAGED, CLASSIFIER, MERGED, TRAINED, classifier, logged, measure, merge_of, merges, train
 from trainer_callbacks import Remover, refused
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
 
 
-def mean(folder: Path, base: Path, weights: dict[str, float], adapter: bool) -> dict[str, torch.Tensor]:
+def mean(folder: Path, base: Path, weights: dict[str | Path, float], adapter: bool) -> dict[str, torch.Tensor]:
     """The weighted mean of saved models by their names, computed directly in float64. Adapters are merged first."""
     total: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
@@ -41,18 +41,18 @@ def test_without_other_experts_the_average_is_the_result(models, tmp_path, adapt
     base, _ = models
     callback = NeuroMergeCallback(average_checkpoints=(1, 2, 5))
     trainer = train(classifier(base, adapter=adapter), tmp_path, callback, **SAVING)
-    report = load_report(tmp_path / "merged")
+    report = load_report(tmp_path / MERGED)
     assert [expert.name for expert in report.experts] == ["checkpoint-2", "checkpoint-3", "trained"]
     assert (report.method, report.settings["weights"]) == ("average", [1, 2, 5])
-    averaged = load(tmp_path / "merged", CLASSIFIER)
-    want = mean(tmp_path, base, {"checkpoint-2": 1, "checkpoint-3": 2, "trained": 5}, adapter)
+    averaged = load(tmp_path / MERGED, CLASSIFIER)
+    want = mean(tmp_path, base, {"checkpoint-2": 1, "checkpoint-3": 2, TRAINED: 5}, adapter)
     assert state(averaged).keys() == want.keys()
     for name, tensor in state(averaged).items():
         torch.testing.assert_close(tensor.double(), want[name], rtol=1e-5, atol=1e-6)
     [entry] = logged(trainer, "merged_eval_loss")
     assert entry["merged_eval_loss"] == pytest.approx(measure(averaged)["loss"], rel=1e-4)
     assert {result.model for result in report.results} == {"merged", "trained"}
-    assert not (tmp_path / "averaged").exists()
+    assert not (tmp_path / AVERAGED).exists()
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -60,18 +60,18 @@ def test_the_average_is_merged_in_place_of_the_trained_model(models, tmp_path, a
     base, other = models
     callback = NeuroMergeCallback([other], average_checkpoints=2, config=TIESConfig())
     trainer = train(classifier(base, adapter=adapter), tmp_path, callback, **SAVING)
-    averaged = load(tmp_path / "averaged", CLASSIFIER)
-    want = mean(tmp_path, base, {"checkpoint-3": 1, "trained": 1}, adapter)
+    averaged = load(tmp_path / AVERAGED, CLASSIFIER)
+    want = mean(tmp_path, base, {"checkpoint-3": 1, TRAINED: 1}, adapter)
     for name, tensor in state(averaged).items():
         torch.testing.assert_close(tensor.double(), want[name], rtol=1e-5, atol=1e-6)
-    merge([tmp_path / "averaged", other], tmp_path / "expected", base_model=base, config=TIESConfig())
+    merge([tmp_path / AVERAGED, other], tmp_path / "expected", base_model=base, config=TIESConfig())
     expected = read_tensors(tmp_path / "expected")
-    for name, tensor in read_tensors(tmp_path / "merged").items():
+    for name, tensor in read_tensors(tmp_path / MERGED).items():
         assert_same_bits(tensor, expected[name], name)
     [entry] = logged(trainer, "averaged_eval_loss")
     assert entry["averaged_eval_loss"] == pytest.approx(measure(averaged)["loss"], rel=1e-4)
     assert logged(trainer, "merged_eval_loss")
-    report = load_report(tmp_path / "merged")
+    report = load_report(tmp_path / MERGED)
     assert [expert.name for expert in report.experts] == ["averaged", "other"]
     assert {result.model for result in report.results} == {"merged", "averaged"}
 
@@ -81,7 +81,7 @@ def test_the_average_of_half_precision_models_is_not_rounded_before_the_merge(mo
     load(base).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     callback = NeuroMergeCallback([other], average_checkpoints=2, evaluate=False)
     train(classifier(tmp_path / "base"), tmp_path / "run", callback, **SAVING)
-    averaged, merged = (read_tensors(tmp_path / "run" / name) for name in ("averaged", "merged"))
+    averaged, merged = (read_tensors(tmp_path / "run" / name) for name in (AVERAGED, MERGED))
     assert {tensor.dtype for tensor in averaged.values() if tensor.is_floating_point()} == {torch.float32}
     assert {tensor.dtype for tensor in merged.values() if tensor.is_floating_point()} == {torch.bfloat16}
 
@@ -90,9 +90,9 @@ def test_with_fewer_checkpoints_the_last_weights_count(models, tmp_path, caplog)
     base, _ = models
     callback = NeuroMergeCallback(average_checkpoints=(9, 9, 9, 1, 3), when="save", evaluate=False)
     train(classifier(base), tmp_path, callback, **SAVING, max_steps=3)
-    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == ["step-2", "step-3"]
-    assert load_report(tmp_path / "merged" / "step-2").settings["weights"] == [1, 3]
-    assert load_report(tmp_path / "merged" / "step-3").settings["weights"] == [9, 1, 3]
+    assert merges(tmp_path) == {2, 3}
+    assert load_report(merge_of(tmp_path, 2)).settings["weights"] == [1, 3]
+    assert load_report(merge_of(tmp_path, 3)).settings["weights"] == [9, 1, 3]
     assert "2 models are averaged: the training saved no more checkpoints." in caplog.text
 
 
@@ -135,8 +135,8 @@ def test_what_cannot_be_averaged_is_refused_before_training(models, tmp_path):
     limited = {**SAVING, "save_total_limit": 2}
     callback = NeuroMergeCallback(average_checkpoints=3)
     refused(model, tmp_path / "b", callback, "averages the last 3 models, and this training keeps 2", **limited)
-    (tmp_path / "c" / "averaged").mkdir(parents=True)
-    (tmp_path / "c" / "averaged" / "mine.txt").write_text("mine")
+    (tmp_path / "c" / AVERAGED).mkdir(parents=True)
+    (tmp_path / "c" / AVERAGED / "mine.txt").write_text("mine")
     callback = NeuroMergeCallback([models[1]], average_checkpoints=2)
     refused(model, tmp_path / "c", callback, "averaged exists and is not empty", **SAVING)
 
@@ -154,10 +154,10 @@ def test_lightnings_checkpoints_are_averaged(models, tmp_path, adapter):
     keeping = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, every_n_epochs=1, monitor="val_loss")
     callback = LightningCallback([other], average_checkpoints=(1, 3))
     fit(Classifier(classifier(base, adapter=adapter)), tmp_path, callback, keeping)
-    want = mean(tmp_path, base, {"checkpoint-8": 1, "trained": 3}, adapter)
-    for name, tensor in state(load(tmp_path / "averaged", CLASSIFIER)).items():
+    want = mean(tmp_path, base, {"_neuromerge/checkpoint-8": 1, TRAINED: 3}, adapter)
+    for name, tensor in state(load(tmp_path / AVERAGED, CLASSIFIER)).items():
         torch.testing.assert_close(tensor.double(), want[name], rtol=1e-5, atol=1e-6)
-    report = load_report(tmp_path / "merged")
+    report = load_report(tmp_path / MERGED)
     assert [expert.name for expert in report.experts] == ["averaged", "other"]
     assert {result.model for result in report.results} == {"merged", "averaged"}
     limited = ModelCheckpoint(tmp_path / "best", save_top_k=1, monitor="val_loss")

@@ -9,7 +9,7 @@ import pytest
 import processes
 from neuromerge_hf import AutoMergedModel, merge
 from tiny_models import save_bert, save_fine_tune
-from tiny_training import classifier, measure
+from tiny_training import MERGED, TRAINED, classifier, measure
 from train_in_two_processes import train_in_turn
 
 
@@ -39,9 +39,9 @@ def check(folder, merges):
     assert (first["merges"], second["merges"]) == (merges, 0)
     assert first["weights"] == second["weights"], "both have the trained weights again"
     assert first["training"] == second["training"]
-    merge([folder / "trained", folder.parent / "other"], folder / "expected", base_model=folder.parent / "base")
+    merge([folder / TRAINED, folder.parent / "other"], folder / "expected", base_model=folder.parent / "base")
     for name in ("model.safetensors", "heads/trained/head.safetensors"):
-        assert (folder / "merged" / name).read_bytes() == (folder / "expected" / name).read_bytes()
+        assert (folder / MERGED / name).read_bytes() == (folder / "expected" / name).read_bytes()
     return first
 
 
@@ -49,9 +49,9 @@ def test_one_process_merges_and_the_others_wait_longer_than_their_time_out(train
     folder = trainings / "ddp"
     *_, trained, merged = check(folder, merges=1)["metrics"]
     assert trained["step"] == merged["step"] == 4
-    expected = measure(AutoMergedModel.from_pretrained(folder / "merged", head="trained"))
+    expected = measure(AutoMergedModel.from_pretrained(folder / MERGED, head="trained"))
     # The Trainer multiplies the loss of an evaluation by the number of processes.
-    factor = trained["eval_loss"] / measure(classifier(folder / "trained"))["loss"]
+    factor = trained["eval_loss"] / measure(classifier(folder / TRAINED))["loss"]
     assert merged["merged_eval_loss"] == pytest.approx(expected["loss"] * factor, abs=1e-5)
 
 
@@ -60,13 +60,13 @@ def test_lightning_on_two_processes(trainings):
     check(folder, merges=2)
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     merged = float(next(row["merged_val_loss"] for row in rows if row["merged_val_loss"]))
-    expected = measure(AutoMergedModel.from_pretrained(folder / "merged", head="trained"))
+    expected = measure(AutoMergedModel.from_pretrained(folder / MERGED, head="trained"))
     assert merged == pytest.approx(expected["loss"], abs=1e-5)
 
 
 def test_the_parts_that_fsdp_makes_of_a_model_are_gathered(trainings):
     folder = trainings / "fsdp"
     seen = check(folder, merges=3)
-    trained = classifier(folder / "trained").state_dict()
+    trained = classifier(folder / TRAINED).state_dict()
     assert sum(tensor.double().sum().item() for tensor in trained.values()) == pytest.approx(seen["weights"])
     assert not seen["metrics"], "the merged model has no place in a model that is spread over processes"

@@ -24,7 +24,18 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import load_recipe
 from neuromerge_hf.folder.report import load_report
 from tiny_models import contents, load_adapted
-from tiny_training import CLASSIFIER, classifier, logged, make_trainer, measure, train
+from tiny_training import (
+    CLASSIFIER,
+    MERGED,
+    TRAINED,
+    classifier,
+    logged,
+    make_trainer,
+    measure,
+    merge_of,
+    merges,
+    train,
+)
 from trainer_callbacks import Dropouts, Recorder
 
 
@@ -32,9 +43,9 @@ from trainer_callbacks import Dropouts, Recorder
 def test_the_merged_model_is_the_merge_of_what_was_trained_and_the_other_experts(models, tmp_path, adapter):
     base, other = models
     trainer = train(classifier(base, adapter=adapter), tmp_path / "run", NeuroMergeCallback([other]))
-    trained = tmp_path / "run" / "trained"
+    trained = tmp_path / "run" / TRAINED
     merge([trained, other], tmp_path / "expected", base_model=base)
-    expected, found = contents(tmp_path / "expected"), contents(tmp_path / "run" / "merged")
+    expected, found = contents(tmp_path / "expected"), contents(tmp_path / "run" / MERGED)
     assert found.keys() == expected.keys()
     assert found["model.safetensors"] == expected["model.safetensors"]
     assert found["heads/trained/head.safetensors"] == expected["heads/trained/head.safetensors"]
@@ -50,7 +61,7 @@ def test_settings_reach_the_merge(models, tmp_path):
     train(classifier(base), tmp_path / "run", callback)
     recipe = load_recipe(tmp_path / "there" / "recipe.yaml")
     assert (recipe.spec.config, recipe.spec.dtype) == (config, "bfloat16")
-    assert not (tmp_path / "run" / "merged").exists()
+    assert not (tmp_path / "run" / MERGED).exists()
 
 
 def test_the_best_model_is_merged_if_it_was_loaded(models, tmp_path):
@@ -68,11 +79,11 @@ def test_the_best_model_is_merged_if_it_was_loaded(models, tmp_path):
         save_steps=1,
     )
     assert trainer.state.best_global_step == 1
-    best, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-1", "trained"))
+    best, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-1", TRAINED))
     assert all(torch.equal(best[name], trained[name]) for name in best)
     losses = {entry["step"]: entry["eval_loss"] for entry in logged(trainer, "eval_loss")}
     assert len(losses) == 4, "the best model was not evaluated again"
-    results = load_report(tmp_path / "merged").results
+    results = load_report(tmp_path / MERGED).results
     assert losses[1] in [result.value for result in results if result.model == "trained"]
 
 
@@ -83,7 +94,7 @@ def test_checkpoints_of_the_run_are_merged_too(models, tmp_path, checkpoints, ex
     (tmp_path / "checkpoint-7").mkdir()
     callback = NeuroMergeCallback([other], checkpoints=checkpoints)
     train(classifier(base), tmp_path, callback, save_strategy="steps", save_steps=1, save_only_model=True)
-    names = [expert.name for expert in load_report(tmp_path / "merged").experts]
+    names = [expert.name for expert in load_report(tmp_path / MERGED).experts]
     assert names == ["trained", *(f"checkpoint-{step}" for step in expected), "other"]
 
 
@@ -95,7 +106,7 @@ def test_a_run_may_be_merged_with_its_own_checkpoints_alone(models, tmp_path):
         save_strategy="steps",
         save_steps=2,
     )
-    assert [expert.name for expert in load_report(tmp_path / "merged").experts] == ["trained", "checkpoint-2"]
+    assert [expert.name for expert in load_report(tmp_path / MERGED).experts] == ["trained", "checkpoint-2"]
 
 
 def test_a_resumed_run_merges_the_checkpoints_that_it_saved_before(models, tmp_path):
@@ -104,7 +115,7 @@ def test_a_resumed_run_merges_the_checkpoints_that_it_saved_before(models, tmp_p
     train(classifier(base), tmp_path, NeuroMergeCallback([other]), **saving, max_steps=2)
     trainer = train(classifier(base), tmp_path, NeuroMergeCallback([other], checkpoints="all"), resume=True, **saving)
     assert trainer.state.global_step == 4
-    names = [expert.name for expert in load_report(tmp_path / "merged").experts]
+    names = [expert.name for expert in load_report(tmp_path / MERGED).experts]
     assert names == ["trained", "checkpoint-1", "checkpoint-2", "checkpoint-3", "other"]
 
 
@@ -113,12 +124,10 @@ def test_each_checkpoint_or_epoch_can_be_merged(models, tmp_path, when):
     base, other = models
     changes = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch"}
     trainer = train(classifier(base), tmp_path, NeuroMergeCallback([other], when=when), **changes)
-    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == ["step-4", "step-8"]
+    assert merges(tmp_path) == {4, 8}
     assert [entry["step"] for entry in logged(trainer, "merged_eval_loss")] == [4, 8]
     merge([tmp_path / "checkpoint-4", other], tmp_path / "expected", base_model=base)
-    found, expected = (
-        load_file(path / "model.safetensors") for path in (tmp_path / "merged/step-4", tmp_path / "expected")
-    )
+    found, expected = (load_file(path / "model.safetensors") for path in (merge_of(tmp_path, 4), tmp_path / "expected"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -189,7 +198,8 @@ def test_pruned_trials_of_a_search_merge_nothing(models, tmp_path):
         def prune(self, study, trial):
             return trial.number == 1
 
-    trainer = make_trainer(None, tmp_path, NeuroMergeCallback([other]), init=lambda trial: classifier(base), **changes)
+    callback = NeuroMergeCallback([other], evaluate=False)  # so that none is known to be the best
+    trainer = make_trainer(None, tmp_path, callback, init=lambda trial: classifier(base), **changes)
     optuna.logging.disable_default_handler()
     trainer.hyperparameter_search(
         lambda trial: {"seed": trial.suggest_int("seed", 1, 9)},
@@ -198,8 +208,7 @@ def test_pruned_trials_of_a_search_merge_nothing(models, tmp_path):
         sampler=optuna.samplers.RandomSampler(seed=0),
         pruner=SecondIsPruned(),
     )
-    merged = sorted(path.parent.name for path in tmp_path.glob("*/merged"))
-    assert merged == ["run-0", "run-2"]
+    assert sorted(path.parent.parent.name for path in tmp_path.rglob("merge_report.json")) == ["run-0", "run-2"]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's compiler uses it itself
@@ -216,10 +225,10 @@ def test_ways_of_training(models, tmp_path, changes):
     base, other = models
     with torch.compiler.set_stance("force_eager"):  # compiling takes time, and is not ours to test
         trainer = train(classifier(base), tmp_path, NeuroMergeCallback([other]), **changes)
-    merge([tmp_path / "trained", other], tmp_path / "expected", base_model=base)
+    merge([tmp_path / TRAINED, other], tmp_path / "expected", base_model=base)
     for name in ("model.safetensors", "heads/trained/head.safetensors"):
-        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
-    expected = measure(AutoMergedModel.from_pretrained(tmp_path / "merged", head="trained"))
+        assert (tmp_path / MERGED / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    expected = measure(AutoMergedModel.from_pretrained(tmp_path / MERGED, head="trained"))
     (merged,) = logged(trainer, "merged_eval_loss")
     assert merged["merged_eval_loss"] == pytest.approx(expected["loss"], abs=2e-2 if "bf16" in changes else 1e-6)
 
@@ -231,7 +240,7 @@ def test_a_model_that_the_user_compiled(models, tmp_path):
     changes = {"remove_unused_columns": False, "label_names": ["labels"]}  # the Trainer cannot look into it
     with torch.compiler.set_stance("force_eager"):  # what matters here are its names, and compiling takes time
         trainer = train(model, tmp_path, NeuroMergeCallback([other]), **changes)
-        assert measure(classifier(tmp_path / "trained")) == pytest.approx(measure(model), abs=1e-6)
+        assert measure(classifier(tmp_path / TRAINED)) == pytest.approx(measure(model), abs=1e-6)
     assert trainer.model is model
     assert logged(trainer, "merged_eval_loss")
 
@@ -242,9 +251,9 @@ def test_the_trainer_can_be_passed_as_to_the_callbacks_of_trl(models, tmp_path, 
     trainer = make_trainer(classifier(base), tmp_path / "run", save_strategy="steps", save_steps=2)
     trainer.add_callback(NeuroMergeCallback([other], checkpoints="all", trainer=trainer))
     trainer.train()
-    experts = [tmp_path / "run" / "trained", tmp_path / "run" / "checkpoint-2", other]
+    experts = [tmp_path / "run" / TRAINED, tmp_path / "run" / "checkpoint-2", other]
     merge(experts, tmp_path / "expected", base_model=base)
-    found, expected = (contents(folder) for folder in (tmp_path / "run" / "merged", tmp_path / "expected"))
+    found, expected = (contents(folder) for folder in (tmp_path / "run" / MERGED, tmp_path / "expected"))
     assert found["model.safetensors"] == expected["model.safetensors"]
 
 

@@ -15,7 +15,7 @@ from neuromerge_hf import (
 from neuromerge_hf.folder.recipe import load_recipe
 from neuromerge_hf.folder.report import load_report
 from tiny_models import load_adapted
-from tiny_training import CLASSIFIER, Texts, classifier, logged, make_trainer, measure, train
+from tiny_training import CLASSIFIER, MERGED, TRAINED, Texts, classifier, logged, make_trainer, measure, train
 from trainer_callbacks import Recorder
 
 
@@ -28,20 +28,20 @@ def test_the_merged_models_metrics_stand_beside_the_trained_models(models, tmp_p
     )
     (trained,), (merged,) = logged(trainer, "eval_loss"), logged(trainer, "merged_eval_loss")
     assert merged["step"] == trained["step"] == 4
-    expected = measure(AutoMergedModel.from_pretrained(tmp_path / "merged", head="trained"))
+    expected = measure(AutoMergedModel.from_pretrained(tmp_path / MERGED, head="trained"))
     assert merged["merged_eval_loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert merged["merged_eval_accuracy"] == expected["accuracy"]
     assert merged["merged_eval_loss"] != pytest.approx(trained["eval_loss"], abs=1e-4)
     assert any("merged_eval_loss" in logs for logs in recorder.logs)
 
-    results = {(result.model, result.metric): result.value for result in load_report(tmp_path / "merged").results}
+    results = {(result.model, result.metric): result.value for result in load_report(tmp_path / MERGED).results}
     assert results == {
         ("merged", "loss"): merged["merged_eval_loss"],
         ("merged", "accuracy"): merged["merged_eval_accuracy"],
         ("trained", "loss"): trained["eval_loss"],
         ("trained", "accuracy"): trained["eval_accuracy"],
     }
-    card = (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / MERGED / "README.md").read_text()
     assert "accuracy" in card
     assert "evaluation set of the training" in card
 
@@ -71,7 +71,7 @@ def test_nothing_is_evaluated_where_it_is_not_wanted_or_there_is_nothing_to_eval
     trainer.train()
     assert not logged(trainer, "merged_")
     assert not logged(trainer, "eval_")
-    assert not load_report(tmp_path / "merged").results
+    assert not load_report(tmp_path / MERGED).results
 
 
 GRID = TuningGrid(parallel=(0.0, 0.5), orthogonal=(0.6, 1.0), rounds=0)
@@ -86,18 +86,18 @@ def test_the_lambdas_are_tuned_by_the_evaluation_of_the_training(models, tmp_pat
     model = classifier(base, adapter=adapter)
     trainer = train(model, tmp_path, NeuroMergeCallback([other], tune=GRID), recorder, **changes)
     (merged,) = logged(trainer, "merged_eval_loss")
-    trials = json.loads((tmp_path / "merged" / "tuning.json").read_text())["trials"]
+    trials = json.loads((tmp_path / MERGED / "tuning.json").read_text())["trials"]
     scores = [trial["score"] for trial in trials]
     assert len(trials) == 4
     assert len(set(scores)) > 1 or metric, "the candidates are what is evaluated"
     best = max(scores) if metric else min(scores)
     assert merged[f"merged_eval_{metric or 'loss'}"] == pytest.approx(best, abs=1e-6)
-    assert load_recipe(tmp_path / "merged" / "recipe.yaml").spec.tuned_on == "evaluation set of the training"
-    saved = load_adapted(base, tmp_path / "trained", CLASSIFIER) if adapter else classifier(tmp_path / "trained")
+    assert load_recipe(tmp_path / MERGED / "recipe.yaml").spec.tuned_on == "evaluation set of the training"
+    saved = load_adapted(base, tmp_path / TRAINED, CLASSIFIER) if adapter else classifier(tmp_path / TRAINED)
     assert measure(model) == pytest.approx(measure(saved), abs=1e-6), "the model has its own weights again"
     assert [len(logged(trainer, name)) for name in ("eval_loss", "merged_eval_loss")] == [1, 1]
     if not adapter:
-        found = AutoMergedModel.from_pretrained(tmp_path / "merged", head="trained")
+        found = AutoMergedModel.from_pretrained(tmp_path / MERGED, head="trained")
         assert measure(found)["loss"] == pytest.approx(merged["merged_eval_loss"], abs=1e-6)
 
 

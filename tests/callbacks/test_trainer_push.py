@@ -10,7 +10,7 @@ from neuromerge_hf import (
     NeuroMergeCallback,
 )
 from neuromerge_hf.callbacks.common import publish
-from tiny_training import classifier, logged, train
+from tiny_training import MERGED, classifier, logged, train
 from trainer_callbacks import refused
 
 
@@ -19,7 +19,7 @@ def test_the_merged_model_is_pushed_with_its_card(models, hub, tmp_path):
     callback = NeuroMergeCallback([other], push_to_hub=True, hub_model_id="callbacks/pushed")
     trainer = train(classifier(base), tmp_path, callback, eval_strategy="epoch")
     pushed = hub.files("callbacks/pushed")
-    assert pushed["model.safetensors"] == (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert pushed["model.safetensors"] == (tmp_path / MERGED / "model.safetensors").read_bytes()
     card = pushed["README.md"].decode()
     assert f"{logged(trainer, 'merged_eval_loss')[0]['merged_eval_accuracy']:.3g}" in card
     assert "evaluation set of the training" in card
@@ -51,7 +51,7 @@ def test_a_push_that_fails_leaves_the_merged_model_and_says_how_to_go_on(models,
     base, other = models
     hub.fail("POST /api/repos/create", 500, times=9)
     callback = NeuroMergeCallback([other], push_to_hub=True, hub_model_id="callbacks/late")
-    with pytest.raises(MergeError, match=rf"neuromerge push {tmp_path / 'merged'} callbacks/late"):
+    with pytest.raises(MergeError, match=rf"neuromerge push {tmp_path / MERGED} callbacks/late"):
         train(classifier(base), tmp_path, callback)
     hub.forget_traffic()
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / MERGED / "model.safetensors").is_file()

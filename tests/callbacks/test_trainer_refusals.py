@@ -19,14 +19,14 @@ from neuromerge_hf.callbacks.common.weights import _check_fit
 from neuromerge_hf.cli import app
 from neuromerge_hf.folder.recipe import load_recipe
 from tiny_models import save_bert
-from tiny_training import classifier, make_trainer, train
+from tiny_training import MERGED, TRAINED, classifier, make_trainer, merges, train
 from trainer_callbacks import Recorder, Remover, refused
 
 
 def test_the_first_checkpoint_waits_for_another_to_be_merged_with(models, tmp_path):
     callback = NeuroMergeCallback(checkpoints="all", when="save", evaluate=False)
     train(classifier(models[0]), tmp_path, callback, save_strategy="steps", save_steps=2)
-    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["step-4"]
+    assert merges(tmp_path) == {4}
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -59,7 +59,7 @@ def test_an_earlier_merge_is_replaced(models, tmp_path):
     for density in (0.2, 1.0):
         callback = NeuroMergeCallback([other], config=NeuroMergingConfig(density=density), evaluate=False)
         train(classifier(base), tmp_path, callback)
-        assert load_recipe(tmp_path / "merged" / "recipe.yaml").spec.config.density == density
+        assert load_recipe(tmp_path / MERGED / "recipe.yaml").spec.config.density == density
 
 
 def test_checkpoints_are_refused_where_none_are_saved(models, tmp_path):
@@ -75,9 +75,9 @@ def test_what_only_the_merge_itself_needs_is_checked_before_training(models, tmp
 
 def test_an_expert_that_the_trained_model_would_overwrite_is_refused(models, tmp_path):
     base, other = models
-    shutil.copytree(other, tmp_path / "trained")
-    refused(classifier(base), tmp_path, NeuroMergeCallback([tmp_path / "trained"]), "would be overwritten")
-    callback = NeuroMergeCallback([other], base_model=tmp_path / "trained")
+    shutil.copytree(other, tmp_path / TRAINED)
+    refused(classifier(base), tmp_path, NeuroMergeCallback([tmp_path / TRAINED]), "would be overwritten")
+    callback = NeuroMergeCallback([other], base_model=tmp_path / TRAINED)
     refused(classifier(base), tmp_path, callback, "would be overwritten")
 
 
@@ -113,15 +113,15 @@ def test_a_merge_that_fails_names_the_trained_model_and_the_command_that_tries_a
     with pytest.raises(MergeError) as raised:
         train(classifier(base), tmp_path / "run", callback, Remover(mine))
     message = str(raised.value)
-    assert str(tmp_path / "run" / "trained") in message
+    assert str(tmp_path / "run" / TRAINED) in message
     assert "hf_secret" not in message
-    assert not (tmp_path / "run" / "merged").exists()
+    assert not (tmp_path / "run" / MERGED).exists()
 
     mine.with_name("hidden").rename(mine)
     program, *words = shlex.split(message.splitlines()[-1])
     assert program == "neuromerge"
     assert CliRunner().invoke(app, words).exit_code == 0
-    recipe = load_recipe(tmp_path / "run" / "merged" / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "run" / MERGED / "recipe.yaml")
     assert (recipe.spec.config, recipe.spec.dtype) == (config, "bfloat16")
 
 
@@ -135,7 +135,7 @@ def test_a_merge_that_fails_in_the_middle_does_not_stop_the_training(models, tmp
     with pytest.raises(MergeError, match="could not be merged"):
         train(classifier(base), tmp_path / "run", callback, Remover(mine), recorder, **saving)
     assert recorder.steps == 4
-    assert [path.name for path in (tmp_path / "run" / "merged").iterdir()] == ["step-1"]
+    assert merges(tmp_path / "run") == {1}
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
 
 
@@ -147,9 +147,9 @@ def test_an_evaluation_that_fails_says_where_the_merged_model_is(models, tmp_pat
         raise RuntimeError("no such metric")
 
     trainer.compute_metrics = fail
-    with pytest.raises(MergeError, match=rf"(?s){tmp_path / 'merged'}.*could not be evaluated.*no such metric"):
+    with pytest.raises(MergeError, match=rf"(?s){tmp_path / MERGED}.*could not be evaluated.*no such metric"):
         trainer.train()
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / MERGED / "model.safetensors").is_file()
     assert trainer.callback_handler.callbacks, "the trainer has its callbacks again"
     assert trainer.optimizer is not None
 

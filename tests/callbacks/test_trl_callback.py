@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from neuromerge_hf import AutoMergedModel, NeuroMergeCallback, merge
 from neuromerge_hf.folder.report import load_report
 from tiny_models import load, save_fine_tune, save_llama, seeded
-from tiny_training import logged
+from tiny_training import MERGED, TRAINED, logged
 
 # TRL calls transformers by old names.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -48,8 +48,8 @@ def models(tmp_path_factory):
 
 
 def check_merged(folder, base, other):
-    merge([folder / "trained", other], folder / "expected", base_model=base)
-    found, expected = ((folder / name / "model.safetensors").read_bytes() for name in ("merged", "expected"))
+    merge([folder / TRAINED, other], folder / "expected", base_model=base)
+    found, expected = ((folder / name / "model.safetensors").read_bytes() for name in (MERGED, "expected"))
     assert found == expected
 
 
@@ -71,7 +71,7 @@ def test_sft_trainer(models, tmp_path, adapter):
     assert {f"merged_{name}" for name in trained if name.startswith("eval_")} <= merged.keys(), "TRL's own, too"
     assert not any(name.startswith("eval_") for name in merged)
     alone = SFTTrainer(
-        AutoMergedModel.from_pretrained(tmp_path / "merged"),
+        AutoMergedModel.from_pretrained(tmp_path / MERGED),
         SFTConfig(str(tmp_path / "alone"), bf16=False, max_length=16, **SETTINGS),
         train_dataset=SENTENCES,
         eval_dataset=SENTENCES,
@@ -139,8 +139,8 @@ def test_seq2seq_trainer(models, tmp_path):
     )
     trainer.train()
     (merged,) = logged(trainer, "merged_eval_loss")
-    model = AutoMergedModel.from_pretrained(tmp_path / "run" / "merged")
+    model = AutoMergedModel.from_pretrained(tmp_path / "run" / MERGED)
     expected = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=5)
     assert generated[-1][0, : expected.shape[1]].tolist() == expected[0].tolist(), "the last one is the merged model's"
     assert merged["merged_eval_first_token"] == expected[0, 1]
-    assert {result.metric for result in load_report(tmp_path / "run" / "merged").results} == {"loss", "first_token"}
+    assert {result.metric for result in load_report(tmp_path / "run" / MERGED).results} == {"loss", "first_token"}

@@ -13,6 +13,20 @@ from tiny_models import load, seeded
 
 CLASSIFIER = "BertForSequenceClassification"
 
+TRAINED, AVERAGED, MERGED = (Path("_neuromerge", name) for name in ("trained", "averaged", "merged"))
+"""The folders of a callback's models in that of the training."""
+
+
+def merge_of(folder: Path, step: int) -> Path:
+    """The folder of the merge of the model after so many steps, which was made during training."""
+    return folder / "_neuromerge" / f"step-{step}" / "merged"
+
+
+def merges(folder: Path) -> set[int]:
+    """The steps at which the merges that are there were made."""
+    found = (folder / "_neuromerge").glob("step-*/merged")
+    return {int(path.parent.name.removeprefix("step-")) for path in found}
+
 
 class Texts(Dataset[dict[str, torch.Tensor]]):
     """Sixteen labelled sequences of eight tokens: the label is in the first one."""
