@@ -1,5 +1,6 @@
 """The command that repeats a merge."""
 
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -13,19 +14,35 @@ SECRET = ("token",)
 
 
 def merge_command(spec: MergeSpec, runtime: Runtime, target: Path) -> str:
-    """The ``neuromerge merge`` command with all settings of a spec and a runtime that are not defaults."""
-    words = ["neuromerge", "merge", *spec.models, "--output", str(target), "--method", spec.config.method]
+    """The ``neuromerge merge`` command with all settings of a spec and a runtime that are not defaults.
+
+    It runs in any folder, so paths that are there now are absolute in it.
+    """
+    absolute = {model: _absolute(model) for model in (*spec.models, spec.base_model) if model}
+    words = ["neuromerge", "merge", *(absolute[model] for model in spec.models)]
+    words += ["--output", str(target), "--method", spec.config.method]
     default = asdict(type(spec.config)())
     settings = {name: value for name, value in asdict(spec.config).items() if value != default[name]}
     for kind in (spec, runtime):
         for option in options_of(type(kind)):
             value = getattr(kind, option.name)
             if value != option.default and option.name not in ("config", *SECRET):
-                settings[option.name] = value
+                settings[option.name] = absolute.get(value, value)
     for name, value in settings.items():
         values = value if isinstance(value, list | tuple) else [value]
         if value and all(map(is_number, values)):  # the weights of a mean are one option, and patterns are several
             values = [",".join(map(str, values))]
         for each in values:
-            words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
+            words += _option(f"--{name.replace('_', '-')}", each)
     return shlex.join(words)
+
+
+def _absolute(model: str) -> str:
+    path = os.path.expanduser(model)
+    return os.path.abspath(path) if os.path.isdir(path) else model
+
+
+def _option(flag: str, value: object) -> list[str]:
+    if value is True:
+        return [flag]
+    return [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
