@@ -47,6 +47,7 @@ def main() -> None:
     options = parser.parse_args()
 
     pl.seed_everything(0)
+    callback = NeuroMergeCallback([EXPERTS / "reviews", EXPERTS / "languages"])
     trainer = pl.Trainer(
         max_steps=options.steps,
         accelerator="cpu",
@@ -54,7 +55,7 @@ def main() -> None:
         logger=pl.loggers.CSVLogger(options.output),
         enable_checkpointing=False,
         log_every_n_steps=1,
-        callbacks=[NeuroMergeCallback([EXPERTS / "reviews", EXPERTS / "languages"])],
+        callbacks=[callback],
     )
     trainer.fit(
         QuestionFinder(),
@@ -62,7 +63,7 @@ def main() -> None:
         DataLoader(Sentences(held_out=True), batch_size=16),
     )
     print(Path(trainer.logger.log_dir, "metrics.csv").read_text())  # has val_accuracy and merged_val_accuracy
-    model = AutoMergedModel.from_pretrained(f"{options.output}/merged", head="trained")
+    model = AutoMergedModel.from_pretrained(callback.merged_dir, head="trained")
     print(f"{type(model).__name__} with the labels {', '.join(model.config.id2label.values())}")
 
 

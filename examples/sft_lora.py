@@ -44,10 +44,8 @@ def main() -> None:
     set_seed(0)
     base = options.output / "base"
     tokenizer = make_base(base)
-    for task, callbacks in {
-        "counting": [],
-        "weekdays": [NeuroMergeCallback([options.output / "counting"])],  # the adapters name the base
-    }.items():
+    callback = NeuroMergeCallback([options.output / "counting"])  # the adapters name the base
+    for task, callbacks in {"counting": [], "weekdays": [callback]}.items():
         texts = Dataset.from_dict({"text": TASKS[task] * 16})
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(base),
@@ -69,7 +67,7 @@ def main() -> None:
         trainer.train()
         trainer.save_model()
 
-    model = AutoMergedModel.from_pretrained(options.output / "weekdays" / "merged")
+    model = AutoMergedModel.from_pretrained(callback.merged_dir)
     for start in ("two three", "tuesday wednesday"):
         text = model.generate(**tokenizer(start, return_tensors="pt", return_token_type_ids=False), max_new_tokens=3)
         print(tokenizer.decode(text[0]))

@@ -27,6 +27,10 @@ def main() -> None:
     options = parser.parse_args()
 
     set_seed(0)
+    callback = NeuroMergeCallback(
+        [EXPERTS / "reviews", EXPERTS / "languages"],  # the experts are checked before the first step
+        config=NeuroMergingConfig(density=0.2),
+    )
     trainer = Trainer(
         AutoModelForSequenceClassification.from_pretrained(BASE, id2label=dict(enumerate(LABELS))),
         TrainingArguments(
@@ -42,23 +46,17 @@ def main() -> None:
         train_dataset=Sentences(held_out=False),
         eval_dataset=Sentences(held_out=True),
         compute_metrics=accuracy,
-        callbacks=[
-            NeuroMergeCallback(
-                [EXPERTS / "reviews", EXPERTS / "languages"],  # the experts are checked before the first step
-                config=NeuroMergingConfig(density=0.2),
-            )
-        ],
+        callbacks=[callback],
     )
     trainer.train()
 
-    # The scores are in the log history, in every logger, and in the card of the merged model.
-    measured = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-    print(f"trained: {measured['eval_accuracy']:.3f} of the held-out sentences right")
-    print(f"merged:  {measured['merged_eval_accuracy']:.3f}")
+    # The scores are also in the log history, in every logger, and in the card of the merged model.
+    print(f"trained: {callback.metrics['eval_accuracy']:.3f} of the held-out sentences right")
+    print(f"merged:  {callback.metrics['merged_eval_accuracy']:.3f}")
 
     # The merged encoder works with the head that was trained here, or with the head of another expert.
     for head in ("trained", "reviews"):
-        model = AutoMergedModel.from_pretrained(f"{options.output}/merged", head=head)
+        model = AutoMergedModel.from_pretrained(callback.merged_dir, head=head)
         print(f"{head}: {type(model).__name__} with the labels {', '.join(model.config.id2label.values())}")
 
 

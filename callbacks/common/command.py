@@ -5,7 +5,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from neuromerge_hf.config import is_number
+from neuromerge_hf.config import config_classes, is_number
 from neuromerge_hf.options import options_of
 from neuromerge_hf.spec import MergeSpec, Runtime
 
@@ -13,11 +13,14 @@ SECRET = ("token",)
 """Options that the command omits, because logs show it."""
 
 
-def merge_command(spec: MergeSpec, runtime: Runtime, target: Path) -> str:
+def merge_command(spec: MergeSpec, runtime: Runtime, target: Path) -> str | None:
     """The ``neuromerge merge`` command with all settings of a spec and a runtime that are not defaults.
 
-    It runs in any folder, so paths that are there now are absolute in it.
+    It runs in any folder, so paths that are there now are absolute in it. None if the method is the user's own, which
+    the command line does not know.
     """
+    if type(spec.config) not in config_classes():
+        return None
     absolute = {model: _absolute(model) for model in (*spec.models, spec.base_model) if model}
     words = ["neuromerge", "merge", *(absolute[model] for model in spec.models)]
     words += ["--output", str(target), "--method", spec.config.method]

@@ -238,7 +238,9 @@ class MergeRun:
         logged = {
             f"{self._log_name(name)}{metric}": value for name, own in metrics.items() for metric, value in own.items()
         }
-        shown = (f"{self.settings.metric_prefix}_{training.metric}", training.metric)
+        measured = metrics.get("merged", {})
+        told = training.metric if training.metric in measured else next(iter(measured), "")
+        shown = (f"{self.settings.metric_prefix}_{told}", told)
         self.outcomes[training.step] = outcome = Outcome(places, report, logged, shown)
         self.steps.add(training.step)
         announce(str(outcome))

@@ -39,8 +39,9 @@ SPEC = MergeSpec(
 RUNTIME = Runtime(device="cpu", threads=3, overwrite=True, trust_remote_code=True, token="hf_secret")
 
 
-def parsed(command: str) -> tuple[MergeSpec, Runtime, Path]:
+def parsed(command: str | None) -> tuple[MergeSpec, Runtime, Path]:
     """The merge that a command describes."""
+    assert command
     program, name, *words = shlex.split(command)
     assert (program, name) == ("neuromerge", "merge")
     group = typer.main.get_group(app)

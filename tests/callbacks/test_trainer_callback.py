@@ -16,14 +16,16 @@ from transformers import (
 
 from neuromerge_hf import (
     AutoMergedModel,
+    AverageConfig,
     NeuroMergeCallback,
     NeuroMergingConfig,
     merge,
 )
+from neuromerge_hf.callbacks.common.weights import own_weights
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import load_recipe
 from neuromerge_hf.folder.report import load_report
-from tiny_models import contents, load_adapted
+from tiny_models import contents, load, load_adapted
 from tiny_training import (
     CLASSIFIER,
     MERGED,
@@ -255,6 +257,19 @@ def test_the_trainer_can_be_passed_as_to_the_callbacks_of_trl(models, tmp_path, 
     merge(experts, tmp_path / "expected", base_model=base)
     found, expected = (contents(folder) for folder in (tmp_path / "run" / MERGED, tmp_path / "expected"))
     assert found["model.safetensors"] == expected["model.safetensors"]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_policy_may_be_merged_with_its_base_by_a_share(models, tmp_path, adapter):
+    base, _ = models
+    callback = NeuroMergeCallback([base], config=AverageConfig(weights=(3, 1)), evaluate=False)
+    trainer = train(classifier(base, adapter=adapter), tmp_path, callback)
+    if adapter:
+        trainer.model.merge_adapter()
+    trained, start, merged = own_weights(trainer.model), load(base).state_dict(), load(tmp_path / MERGED).state_dict()
+    for name, weight in merged.items():
+        share = 0.75 * trained[f"bert.{name}"].double() + 0.25 * start[name].double()
+        torch.testing.assert_close(weight.double(), share, rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_not_the_trainer_is_refused(models, tmp_path):

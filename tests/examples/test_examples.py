@@ -13,9 +13,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize(
     ("name", "merged", "says"),
     [
-        ("trainer_callback", "merged", "reviews: BertForSequenceClassification with the labels fresh, rotten"),
-        ("sft_lora", "weekdays/merged", "tuesday wednesday"),
-        ("lightning_callback", "merged", "BertForSequenceClassification with the labels statement, question"),
+        (
+            "trainer_callback",
+            "_neuromerge/merged",
+            "reviews: BertForSequenceClassification with the labels fresh, rotten",
+        ),
+        ("sft_lora", "weekdays/_neuromerge/merged", "tuesday wednesday"),
+        (
+            "lightning_callback",
+            "_neuromerge/merged",
+            "BertForSequenceClassification with the labels statement, question",
+        ),
     ],
 )
 def test_example(tmp_path, monkeypatch, capsys, name, merged, says):
