@@ -18,6 +18,7 @@ from neuromerge_hf.callbacks.common.trained_model import (
     replaced_model,
     save_task_config,
 )
+from neuromerge_hf.callbacks.trl_trainers import why_not_evaluated
 from neuromerge_hf.errors import MergeError
 
 
@@ -52,7 +53,7 @@ class TrainerTraining:
         metric = trainer.args.metric_for_best_model
         self.metric = f"eval_{(metric or 'loss').removeprefix('eval_')}"
         self.greater_is_better = bool(metric and trainer.args.greater_is_better)
-        self.not_evaluated = _why_reference_is_wrong(trainer) if adapter_config(self.model) else None
+        self.not_evaluated = why_not_evaluated(trainer, adapter_config(self.model) is not None)
 
     def pushes(self, folder: Path) -> bool:
         """As `Trainer.push_to_hub` and `Trainer._push_from_checkpoint` do."""
@@ -125,20 +126,6 @@ def _check(trainer: Trainer, model: Any) -> None:
         raise MergeError(f"Training on {trainer.args.parallel_mode} without torch.distributed cannot end in a merge.")
     if trainer.is_deepspeed_enabled:
         check_zero(trainer.accelerator.deepspeed_config)
-
-
-def _why_reference_is_wrong(trainer: Trainer) -> str | None:
-    """Why this trainer cannot evaluate the merge of an adapter; None if it can.
-
-    It cannot if its reference is the same model without the adapter, because the merged model has none either.
-    """
-    has_own = getattr(trainer, "ref_model", trainer) is not None  # not every trainer has a reference
-    if has_own or getattr(trainer.args, "precompute_ref_log_probs", False):
-        return None
-    return (
-        f"{type(trainer).__name__} compares the model with a reference, which is the model without its adapter, and so "
-        "is the merged one: pass a ref_model, or precompute_ref_log_probs=True."
-    )
 
 
 def _evaluated(entries: Iterable[Mapping[str, float]]) -> dict[str, float]:

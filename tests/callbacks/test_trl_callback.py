@@ -13,7 +13,18 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from neuromerge_hf import AutoMergedModel, NeuroMergeCallback, merge
 from neuromerge_hf.folder.report import load_report
@@ -109,6 +120,80 @@ def test_dpo_trainer_of_an_adapter_has_no_reference_to_measure_the_merged_model_
     assert "DPOTrainer compares the model with a reference" in caplog.text
     check_merged(tmp_path, base, other)
     assert not logged(trainer, "merged_")
+
+
+def reward(completions, completion_ids, **others):
+    """The share of even tokens in each completion."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def online_trainer(kind, config, model, base, folder, *callbacks, adapter=False, **settings):
+    greedy = {"num_generations": 2, "max_completion_length": 4, "top_k": 1, "per_device_eval_batch_size": 2}
+    return kind(
+        model,
+        args=config(str(folder), bf16=False, **{**SETTINGS, **greedy, **settings}),
+        reward_funcs=reward,
+        train_dataset=PREFERENCES.select_columns("prompt"),
+        eval_dataset=PREFERENCES.select_columns("prompt").select(range(2)),
+        processing_class=AutoTokenizer.from_pretrained(base, eos_token="[SEP]", pad_token="[PAD]"),
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]) if adapter else None,
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(("kind", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_online_trainers_without_a_reference_are_evaluated(models, tmp_path, kind, config, adapter):
+    base, other = models
+    callback = NeuroMergeCallback([other])
+    trainer = online_trainer(kind, config, load(base), base, tmp_path, callback, adapter=adapter, beta=0.0)
+    trainer.train()
+    (merged,) = logged(trainer, "merged_eval_reward")
+    merged_model = AutoMergedModel.from_pretrained(tmp_path / MERGED)
+    alone = online_trainer(kind, config, merged_model, base, tmp_path / "alone", beta=0.0)
+    alone.evaluate()
+    (expected,) = logged(alone, "eval_reward")
+    for name in ("reward", "completions/mean_length", "entropy"):
+        assert merged[f"merged_eval_{name}"] == pytest.approx(expected[f"eval_{name}"], abs=1e-4), name
+    (trained,) = logged(trainer, "eval_reward")
+    assert merged["merged_eval_entropy"] != pytest.approx(trained["eval_entropy"], abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_reward_trainer(models, tmp_path, adapter):
+    base, other = models
+
+    def make(model, folder, *callbacks, adapter=False):
+        return RewardTrainer(
+            model,
+            args=RewardConfig(str(folder), bf16=False, max_length=16, **SETTINGS),
+            train_dataset=PREFERENCES,
+            eval_dataset=PREFERENCES,
+            processing_class=AutoTokenizer.from_pretrained(base, eos_token="[SEP]", pad_token="[PAD]"),
+            peft_config=LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"]) if adapter else None,
+            callbacks=list(callbacks),
+        )
+
+    with seeded(5):
+        model = load(base, "LlamaForSequenceClassification", num_labels=1)
+    trainer = make(model, tmp_path, NeuroMergeCallback([other]), adapter=adapter)
+    trainer.train()
+    (trained,), (merged,) = logged(trainer, "eval_loss"), logged(trainer, "merged_eval_loss")
+    alone = make(AutoMergedModel.from_pretrained(tmp_path / MERGED, head="trained"), tmp_path / "alone")
+    assert merged["merged_eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], abs=1e-5)
+    assert merged["merged_eval_loss"] != pytest.approx(trained["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_online_trainers_whose_reference_is_the_adapters_base_are_not_evaluated(models, tmp_path, caplog, kind, config):
+    base, other = models
+    trainer = online_trainer(
+        kind, config, load(base), base, tmp_path, NeuroMergeCallback([other]), adapter=True, beta=0.1
+    )
+    trainer.train()
+    assert f"{kind.__name__} compares the model with a reference" in caplog.text
+    assert not logged(trainer, "merged_")
+    check_merged(tmp_path, base, other)
 
 
 def test_seq2seq_trainer(models, tmp_path):
