@@ -113,7 +113,7 @@ class LightningTraining:
             return self.evaluate()
         weights: dict[str, Tensor] = {}
         on_first_process(lambda: weights.update(self._read(self.best)["state_dict"]))
-        with replaced(self.trainer.lightning_module.state_dict(), weights):
+        with replaced(self.trainer.lightning_module.state_dict(), weights, self.folder):
             return self.evaluate()
 
     def log(self, metrics: Mapping[str, float]) -> None:

@@ -27,7 +27,7 @@ def tune(training: Training, spec: MergeSpec, runtime: Runtime, target: Path, tu
     """
 
     def evaluate(candidate: Any) -> float:
-        with other_weights(training.model, candidate.state_dict()):
+        with other_weights(training.model, candidate.state_dict(), training.folder):
             return training.evaluate()[training.metric]
 
     spec = replace(spec, tuned_on=spec.tuned_on or TASK)

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from neuromerge_hf.callbacks.common.parking import parked
 from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_process
+from neuromerge_hf.callbacks.common.stored_weights import StoredWeights
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.directory import work_folder
-from neuromerge_hf.loading.heads import folder_with_head
-from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.finite import is_finite, largest_finite, name_of
 
 PEFT_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
@@ -58,14 +56,15 @@ def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterat
     Raises:
         MergeError: if the model cannot hold the merged weights.
     """
-    merged: dict[str, Tensor] = {}
-    on_first_process(lambda: merged.update(_load(folder, expert, class_of(network_of(model)))))
-    with other_weights(model, merged):
+    network = network_of(model)
+    merged: list[StoredWeights] = []
+    on_first_process(lambda: merged.append(StoredWeights(folder, expert, class_of(network), network.config)))
+    with other_weights(model, merged[0] if merged else {}, folder.parent):
         yield
 
 
 @contextmanager
-def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor], scratch: Path) -> Iterator[None]:
     """Put weights into `model`, and disable its adapter, until the block ends. Every process must call this.
 
     Parameters that are not in `weights` (a head that was not trained) keep their values.
@@ -73,6 +72,7 @@ def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor]) -> Ite
     Args:
         model: the model, on any device.
         weights: the new weights, by their names without an adapter. Those of the first process are used.
+        scratch: as in `replaced`.
 
     Raises:
         MergeError: if the model cannot hold the weights.
@@ -81,7 +81,7 @@ def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor]) -> Ite
     on_first_process(lambda: _check_fit(live, weights))
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with replaced(live, weights), _without_adapters(model):
+        with replaced(live, weights, scratch), _without_adapters(model):
             yield
     finally:
         for parameter, requires_grad in trainable.items():  # PEFT changes them when it enables its layers again
@@ -89,26 +89,29 @@ def other_weights(model: HuggingFaceModel, weights: Mapping[str, Tensor]) -> Ite
 
 
 @contextmanager
-def replaced(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced(live: Mapping[str, Tensor], values: Mapping[str, Tensor], scratch: Path) -> Iterator[None]:
     """Put other values into the `live` tensors, in place, until the block ends. Every process must call this.
+
+    The old values wait in a file, so that the memory of the process grows by one tensor and not by the model.
 
     Args:
         live: the tensors to change, by name, on any device.
-        values: the new values, by the names in `live`. Those of the first process are used.
+        values: the new values, by the names in `live`. Those of the first process are used, one at a time.
+        scratch: a folder on a disk that has room for the values of `live`, for a file without a name.
+
+    Raises:
+        MergeError: if the disk is full. Nothing has changed then.
     """
-    saved = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
-    with torch.no_grad():
-        for name, value in values.items():
-            live[name].copy_(value)
-        if is_distributed():
-            for name in sorted(live):
-                dist.broadcast(live[name], 0)
-    try:
-        yield
-    finally:
+    names = on_first_process(lambda: list(values))
+    changed = {(tensor.device, tensor.data_ptr(), tensor.shape): tensor for tensor in map(live.__getitem__, names)}
+    with parked(list(changed.values()), scratch):
         with torch.no_grad():
-            for name, value in saved.items():
-                live[name].copy_(value)
+            for name in names:
+                if name in values:
+                    live[name].copy_(values[name])
+                if is_distributed():
+                    dist.broadcast(live[name], 0)
+        yield
 
 
 @contextmanager
@@ -123,19 +126,10 @@ def preserved_random_state() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _load(folder: Path, expert: str, model_class: type[PreTrainedModel]) -> dict[str, Tensor]:
-    """Load the merged parameters that a model of this class has, with the expert's own head if it has one."""
-    with work_folder(Path(gettempdir())) as cache:
-        if (folder / HEADS / expert).is_dir():
-            folder = folder_with_head(folder, folder / HEADS, expert, cache)
-        loaded: Any = model_class.from_pretrained(folder, output_loading_info=True)
-    model, info = loaded
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
-
-
 def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
     first: dict[int, str] = {}
-    for name, value in merged.items():
+    for name in merged:
+        value = merged[name]
         if name not in live or live[name].shape != value.shape:
             raise MergeError(
                 f"The model in training cannot hold the merged weights to evaluate them: it has no {name} of shape "
@@ -147,7 +141,7 @@ def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None
                 f"{largest_finite(value):.6g}, too large for its {name_of(live[name].dtype)}."
             )
         owner = first.setdefault(live[name].data_ptr(), name)
-        if not torch.equal(value, merged[owner]):
+        if owner != name and not torch.equal(value, merged[owner]):
             raise MergeError(
                 f"The model in training cannot hold the merged weights to evaluate them: it has one tensor for {owner} "
                 f"and {name}, which the merge has untied."
