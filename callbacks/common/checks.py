@@ -3,7 +3,6 @@
 import logging
 
 from neuromerge_hf.callbacks.common.average import length_of
-from neuromerge_hf.callbacks.common.processes import is_distributed
 from neuromerge_hf.callbacks.common.settings import CallbackSettings
 from neuromerge_hf.callbacks.common.training import Training
 from neuromerge_hf.callbacks.common.weights import network_of
@@ -45,8 +44,6 @@ def why_not_evaluated(training: Training) -> str | None:
 
 
 def _why_not_tuned(training: Training) -> str | None:
-    if is_distributed():
-        return "Several processes train the model, and candidates are evaluated by one."
     if not training.evaluates:
         return "There is nothing to evaluate a candidate on."
     return why_not_evaluated(training)

@@ -1,7 +1,7 @@
 """The work of a callback in any framework: plan, merge, evaluate and publish."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,7 @@ from neuromerge_hf.callbacks.common.command import merge_command
 from neuromerge_hf.callbacks.common.lineage import shared_base
 from neuromerge_hf.callbacks.common.outcome import Outcome
 from neuromerge_hf.callbacks.common.places import Places, check_places, places_of, root_of
-from neuromerge_hf.callbacks.common.processes import on_first_process
+from neuromerge_hf.callbacks.common.processes import led_by_first_process, on_first_process
 from neuromerge_hf.callbacks.common.publish import check_access, publish
 from neuromerge_hf.callbacks.common.rotation import delete_merge
 from neuromerge_hf.callbacks.common.settings import AVERAGED, TRAINED, CallbackSettings, When
@@ -36,7 +36,7 @@ from neuromerge_hf.callbacks.common.trained_model import (
     save_task_config,
 )
 from neuromerge_hf.callbacks.common.training import Training
-from neuromerge_hf.callbacks.common.tune import check_metric, check_tunable, tune
+from neuromerge_hf.callbacks.common.tune import check_metric, check_tunable, evaluate_together, tune
 from neuromerge_hf.callbacks.common.weights import merged_weights, preserved_random_state
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.errors import MergeError, Printable, printable
@@ -230,7 +230,8 @@ class MergeRun:
             training.save(places.trained)
         trained = expert_folder(training.model, saved or places.trained)
         with preserved_random_state():
-            expert = on_first_process(partial(self._merge, trained, training, places))
+            merge = partial(self._merge, trained, training, places)
+            expert = led_by_first_process(merge, partial(evaluate_together, training, {}))
             metrics = self._evaluate(training, expert, places)
             repo_id = self._repo_id(training) if self.settings.push_to_hub else None
             push_options = self._push_options(training)
@@ -274,7 +275,7 @@ class MergeRun:
         if worse:
             on_first_process(partial(delete_merge, worse.places))
 
-    def _merge(self, trained: Path, training: Training, places: Places) -> Path:
+    def _merge(self, trained: Path, training: Training, places: Places, call: Callable[[], None]) -> Path:
         """Merge, and return the folder of the expert that this training gives: the trained model, or the average."""
         checkpoints = self._checkpoints(training)
         if not checkpoints and not self.models:
@@ -283,7 +284,7 @@ class MergeRun:
                 "no checkpoint but the trained model itself."
             )
         if self.settings.window is None:
-            self._merge_experts([trained, *checkpoints], trained, training, places.merged)
+            self._merge_experts([trained, *checkpoints], trained, training, places.merged, call)
             return trained
         models = [*checkpoints, trained]
         if len(models) < length_of(self.settings.window):
@@ -294,15 +295,17 @@ class MergeRun:
         self._carry_out(self._average(models), averaged, trained)
         if self._averages_alone:
             return trained
-        self._merge_experts([averaged], trained, training, places.merged)
+        self._merge_experts([averaged], trained, training, places.merged, call)
         return averaged
 
-    def _merge_experts(self, own: Sequence[Path], trained: Path, training: Training, target: Path) -> None:
+    def _merge_experts(
+        self, own: Sequence[Path], trained: Path, training: Training, target: Path, call: Callable[[], None]
+    ) -> None:
         """Merge the experts that this training gives with the others."""
         spec = self._spec([*map(str, own), *self.models])
         if self.settings.tune:
             with self._explained(spec, target, trained):
-                tune(training, spec, self._runtime(target), target, self.settings.tune)
+                tune(training, spec, self._runtime(target), target, self.settings.tune, call)
         else:
             self._carry_out(spec, target, trained)
 
@@ -364,8 +367,8 @@ class MergeRun:
         return self.settings.hub_model_id or f"{training.name}-merged"
 
     def _push_options(self, training: Training) -> dict[str, Any]:
-        given = {"token": self.runtime.token} if self.runtime.token is not None else {}
-        return {**training.push_options, **given}
+        given = {"token": self.runtime.token, "private": self.settings.private}
+        return {**training.push_options, **{name: value for name, value in given.items() if value is not None}}
 
 
 def _is_merge(target: Path) -> bool:

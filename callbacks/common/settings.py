@@ -61,6 +61,11 @@ class CallbackSettings:
         "the repository to push to",
         shown="<args.hub_model_id>-merged, or a name made from `args.output_dir`",
     )
+    private: bool | None = option(
+        None,
+        "whether a repository that the push creates is private",
+        shown="<args.hub_private_repo>, or the default of the organisation",
+    )
     checkpoints: Literal["all"] | int | None = option(
         None, 'also merge checkpoints of the training itself: "all", or the number of the last ones'
     )
@@ -75,12 +80,19 @@ class CallbackSettings:
         False,
         "tune the lambdas by a metric of the merged model on the trainer's `eval_dataset`: "
         "``args.metric_for_best_model`` (in Lightning, what a `ModelCheckpoint` monitors), or else the loss. True, or "
-        "a `TuningGrid` of values to try. Training must run on a single process. One evaluation before it checks that "
-        "the metric exists",
+        "a `TuningGrid` of values to try. One evaluation before training checks that the metric exists",
     )
 
     def __post_init__(self) -> None:
-        for name in ("output_dir", "evaluate", "metric_prefix", "in_checkpoints", "push_to_hub", "hub_model_id"):
+        for name in (
+            "output_dir",
+            "evaluate",
+            "metric_prefix",
+            "in_checkpoints",
+            "push_to_hub",
+            "hub_model_id",
+            "private",
+        ):
             check_value(name, getattr(self, name), get_type_hints(CallbackSettings)[name])
         if not PREFIX.fullmatch(self.metric_prefix) or self.metric_prefix in (TRAINED, AVERAGED):
             raise MergeError(
@@ -121,6 +133,7 @@ class CallbackOptions(MergeOptions, total=False):
     in_checkpoints: bool
     push_to_hub: bool
     hub_model_id: str | None
+    private: bool | None
     checkpoints: Literal["all"] | int | None
     average_checkpoints: int | Sequence[float] | None
     tune: bool | TuningGrid

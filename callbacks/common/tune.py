@@ -1,8 +1,11 @@
 """Tuning the lambdas of a merge by the training's own evaluation."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from neuromerge_hf.callbacks.common.publish import TASK
 from neuromerge_hf.callbacks.common.training import Training
@@ -17,18 +20,26 @@ from neuromerge_hf.tuning.search import TuningGrid
 from neuromerge_hf.tuning.tune import tune_plan
 
 
-def tune(training: Training, spec: MergeSpec, runtime: Runtime, target: Path, tuned: bool | TuningGrid) -> None:
+def tune(
+    training: Training,
+    spec: MergeSpec,
+    runtime: Runtime,
+    target: Path,
+    tuned: bool | TuningGrid,
+    call: Callable[[], None],
+) -> None:
     """Merge with the lambdas for which the training's evaluation gives the merged model the best metric.
 
     If the trained model, the first expert of `spec`, has a head of its own, candidates are evaluated with that head.
+    The first process calls this. Before each evaluation it calls the others, to do `evaluate_together` as well.
 
     Raises:
         MergeError: if a candidate's metric is not finite, or the trained model cannot hold the merged weights.
     """
 
     def evaluate(candidate: Any) -> float:
-        with other_weights(training.model, candidate.state_dict(), training.folder):
-            return training.evaluate()[training.metric]
+        call()
+        return evaluate_together(training, candidate.state_dict())[training.metric]
 
     spec = replace(spec, tuned_on=spec.tuned_on or TASK)
     problems = check_settings(spec, runtime, target)
@@ -43,6 +54,12 @@ def tune(training: Training, spec: MergeSpec, runtime: Runtime, target: Path, tu
         target=target,
         auto_class=None if trained.head else class_of(network_of(training.model)),
     )
+
+
+def evaluate_together(training: Training, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Evaluate weights in the model in training. Every process must call this; the first one's weights are used."""
+    with other_weights(training.model, weights, training.folder):
+        return training.evaluate()
 
 
 def check_metric(training: Training) -> None:

@@ -1,7 +1,9 @@
 """Replacing the weights of a model temporarily, so that its trainer evaluates the merged weights."""
 
+import hashlib
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,11 +17,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from neuromerge_hf.callbacks.common.parking import parked
+from neuromerge_hf.callbacks.common.parking import bytes_of, parked
 from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_process
 from neuromerge_hf.callbacks.common.stored_weights import StoredWeights
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.storage.finite import is_finite, largest_finite, name_of
+from neuromerge_hf.storage.tensors import MERGEABLE
 
 PEFT_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 """The parts that PEFT adds to the names of adapted weights."""
@@ -126,26 +129,34 @@ def preserved_random_state() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+UNFIT = "The model in training cannot hold the merged weights to evaluate them:"
+
+
 def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
-    first: dict[int, str] = {}
+    """Raise a `MergeError` if the live tensors cannot hold the merged ones. One of these at a time is in memory."""
+    names: dict[int, list[str]] = defaultdict(list)
     for name in merged:
-        value = merged[name]
-        if name not in live or live[name].shape != value.shape:
-            raise MergeError(
-                f"The model in training cannot hold the merged weights to evaluate them: it has no {name} of shape "
-                f"{tuple(value.shape)}."
-            )
-        if is_finite(value) and not is_finite(value.to(live[name].dtype)):
-            raise MergeError(
-                f"The model in training cannot hold the merged weights to evaluate them: {name} has values up to "
-                f"{largest_finite(value):.6g}, too large for its {name_of(live[name].dtype)}."
-            )
-        owner = first.setdefault(live[name].data_ptr(), name)
-        if owner != name and not torch.equal(value, merged[owner]):
-            raise MergeError(
-                f"The model in training cannot hold the merged weights to evaluate them: it has one tensor for {owner} "
-                f"and {name}, which the merge has untied."
-            )
+        _check_value(name, live.get(name), merged[name])
+        names[live[name].data_ptr()].append(name)
+    for owner, *copies in names.values():
+        for name in copies:
+            if live[name].numel() and _digest(merged[name]) != _digest(merged[owner]):
+                raise MergeError(f"{UNFIT} it has one tensor for {owner} and {name}, which the merge has untied.")
+
+
+def _check_value(name: str, live: Tensor | None, value: Tensor) -> None:
+    if live is None or live.shape != value.shape:
+        raise MergeError(f"{UNFIT} it has no {name} of shape {tuple(value.shape)}.")
+    # The extremes alone are cast, because rounding keeps the order.
+    extremes = torch.stack(torch.aminmax(value)) if value.dtype in MERGEABLE and value.numel() else value
+    if is_finite(extremes) and not is_finite(extremes.to(live.dtype)):
+        raise MergeError(
+            f"{UNFIT} {name} has values up to {largest_finite(value):.6g}, too large for its {name_of(live.dtype)}."
+        )
+
+
+def _digest(value: Tensor) -> bytes:
+    return hashlib.sha256(bytes_of(value.detach().cpu())).digest()
 
 
 def _without_adapters(model: HuggingFaceModel) -> AbstractContextManager[Any]:

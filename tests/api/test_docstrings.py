@@ -8,14 +8,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 
 import neuromerge_hf
+from neuromerge_hf.callbacks.accelerate import merge_at_end
 from neuromerge_hf.callbacks.lightning import NeuroMergeCallback as LightningCallback
 from tiny_models import load, save_adapter, save_fine_tune, save_llama
 
 OBJECTS = {name: getattr(neuromerge_hf, name) for name in neuromerge_hf.__all__}
 OBJECTS["AutoMergedModel"] = neuromerge_hf.AutoMergedModel.from_pretrained
 OBJECTS["LightningCallback"] = LightningCallback
+OBJECTS["merge_at_end"] = merge_at_end
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,13 @@ def lightning_training(folder):
     }
 
 
-TRAININGS = {"NeuroMergeCallback": training, "LightningCallback": lightning_training}
+def loop(folder):
+    """What a loop with accelerate starts from."""
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    return {"Accelerator": Accelerator, "merge_at_end": merge_at_end, "model": load(folder / "base"), "batch": batch}
+
+
+TRAININGS = {"NeuroMergeCallback": training, "LightningCallback": lightning_training, "merge_at_end": loop}
 
 
 @pytest.mark.parametrize("name", OBJECTS)

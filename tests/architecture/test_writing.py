@@ -42,6 +42,7 @@ OTHERS = ("dataclasses.replace", "copy.copy", "replace")
 IN_TEMPORARY_FOLDERS = {
     "assembly/companions.py": {"copyfile", "save_pretrained", "write_text"},
     "callbacks/common/trained_model.py": {"copytree", "open", "save_pretrained", "truncate"},
+    "callbacks/accelerate_training.py": {"save_pretrained"},
     "callbacks/lightning_trainer.py": {"save_pretrained"},
     "engine/writer.py": {"open", "truncate", "write_text"},
     "loading/heads.py": {"symlink_to", "write_text"},

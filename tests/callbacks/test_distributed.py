@@ -21,7 +21,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory):
-    """The folder of three trainings, by two processes that are started once."""
+    """The folder of four trainings, by two processes that are started once."""
     folder = tmp_path_factory.mktemp("trainings")
     base = save_bert(folder / "base")
     other = save_fine_tune(base, folder / "other", seed=1)
@@ -70,3 +70,17 @@ def test_the_parts_that_fsdp_makes_of_a_model_are_gathered(trainings):
     trained = classifier(folder / TRAINED).state_dict()
     assert sum(tensor.double().sum().item() for tensor in trained.values()) == pytest.approx(seen["weights"])
     assert not seen["metrics"], "the merged model has no place in a model that is spread over processes"
+
+
+def test_a_loop_with_accelerate_tunes_and_merges_with_both_processes(trainings):
+    folder = trainings / "accelerate"
+    first, second = (json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert (first.pop("merges"), second.pop("merges")) == (3, 0), "no other merge than those of the trainings before"
+    assert first == second, "both have the trained weights again, and the same metrics"
+    trials = json.loads((folder / MERGED / "tuning.json").read_text())["trials"]
+    assert len(trials) == 4
+    best = min(trial["score"] for trial in trials)
+    assert first["metrics"]["merged_loss"] == pytest.approx(best, abs=1e-5)
+    expected = measure(AutoMergedModel.from_pretrained(folder / MERGED, head="trained"))
+    assert best == pytest.approx(expected["loss"], abs=1e-5)
+    assert first["metrics"]["loss"] == pytest.approx(measure(classifier(folder / TRAINED))["loss"], abs=1e-5)

@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
             "_neuromerge/merged",
             "reviews: BertForSequenceClassification with the labels fresh, rotten",
         ),
+        ("accelerate_loop", "_neuromerge/merged", "BertForSequenceClassification with the labels statement, question"),
         ("sft_lora", "weekdays/_neuromerge/merged", "tuesday wednesday"),
         (
             "lightning_callback",

@@ -27,8 +27,6 @@ def main(folder: Path) -> None:
             parameter += 1e-3
     model.save_pretrained(folder / "expert")
     merge([folder / "expert"], folder / "merged", base_model=folder / "base", max_shard_size="10MB")
-    with merged_weights(model, folder / "merged", "expert"):  # what is allocated once, such as the skeleton
-        pass
     before = peak = private_memory()
     stopped = threading.Event()
 

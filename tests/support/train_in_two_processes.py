@@ -47,7 +47,7 @@ def train_in_turn(rank: int, port: int, everyone: Barrier, base: Path, other: Pa
 
     run.merge_spec = merge_slowly  # type: ignore[attr-defined]
     everyone.wait()
-    for name, train_with in {"ddp": with_transformers, "lightning": with_lightning, "fsdp": with_fsdp}.items():
+    for name, train_with in WAYS.items():
         model = classifier(base)
         metrics = train_with(model, other, folder / name)
         weights = sum(whole(tensor).double().sum().item() for tensor in model.state_dict().values())
@@ -115,3 +115,34 @@ def with_lightning(model: Any, other: Path, folder: Path) -> dict[str, float]:
     )
     trainer.fit(Classifier(model), loader(), loader())
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def with_accelerate(model: Any, other: Path, folder: Path) -> dict[str, float]:
+    """Train in a loop with accelerate, and tune the lambdas with both processes."""
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    from neuromerge_hf import TuningGrid
+    from neuromerge_hf.callbacks.accelerate import merge_at_end
+    from tiny_training import Texts
+
+    accelerator = Accelerator(cpu=True, project_dir=folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, batches = accelerator.prepare(model.train(), optimizer, DataLoader(Texts(), batch_size=4))
+
+    @torch.no_grad()
+    def evaluate(model: Any) -> dict[str, float]:
+        model.eval()
+        losses = [model(**batch).loss for batch in batches]
+        return {"loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item()}
+
+    grid = TuningGrid(parallel=(0.0, 0.5), orthogonal=(0.6, 1.0), rounds=0)
+    with merge_at_end(accelerator, model, [other], evaluate=evaluate, tune=grid) as merging:
+        for batch in batches:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return merging.metrics
+
+
+WAYS = {"ddp": with_transformers, "lightning": with_lightning, "fsdp": with_fsdp, "accelerate": with_accelerate}
