@@ -14,10 +14,11 @@ from neuromerge_hf.folder.recipe import RECIPE_NAME, ModelRecord, Recipe, load_r
 from neuromerge_hf.folder.report import ExpertReport, MergeReport, load_report
 from neuromerge_hf.model_cards import markdown
 from neuromerge_hf.model_cards.licences import remarks
-from neuromerge_hf.model_cards.quick_start import head_start, quick_start
-from neuromerge_hf.model_cards.tasks import Task, takes_text_alone, task_of, task_of_custom_class
+from neuromerge_hf.model_cards.quick_start import head_start, quick_start, sentence_start
+from neuromerge_hf.model_cards.tasks import BACKBONE, Task, takes_text_alone, task_of, task_of_custom_class
 from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
+from neuromerge_hf.storage.sentence_modules import module_files
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class MergeCard:
         has_tokenizer: whether the folder has a tokenizer.
         has_chat: whether the folder has a chat template.
         has_code: whether the folder has custom code.
+        has_modules: whether the folder has the modules of a SentenceTransformer.
         has_picture: whether the picture of the diagnostics lies in the folder.
     """
 
@@ -48,6 +50,7 @@ class MergeCard:
     has_tokenizer: bool
     has_chat: bool
     has_code: bool
+    has_modules: bool
     # From `write_card`
     has_picture: bool = True
 
@@ -84,6 +87,7 @@ class MergeCard:
             has_tokenizer=bool(tokenizer_files(folder)),
             has_chat=_has_chat(folder),
             has_code=bool(companion_files(folder, ("*.py",))),
+            has_modules=bool(module_files(folder)),
         )
 
     @cached_property
@@ -147,6 +151,8 @@ class MergeCard:
     def quick_start(self) -> str | None:
         """Code that loads the model; None if no Auto class of transformers loads it."""
         task = self.task
+        if self.is_sentence_transformer:
+            return sentence_start(self.load_as, own_code=self.own_code)
         if task is None:
             return None
         return quick_start(
@@ -156,6 +162,12 @@ class MergeCard:
             has_chat=self.has_chat,
             own_code=self.own_code,
         )
+
+    @property
+    def is_sentence_transformer(self) -> bool:
+        """Whether the merged model gives embeddings by sentence-transformers, and not only with an expert's head."""
+        has_heads = any(expert.head for expert in self.report.experts)
+        return self.has_modules and self.task == BACKBONE and not has_heads
 
     @property
     def head_start(self) -> str | None:

@@ -21,6 +21,9 @@ LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 """Values that the Hub accepts. The card of a local model can name others, such as folders on somebody's machine."""
 
+SENTENCE_TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction")
+"""The tags that sentence-transformers gives to its models."""
+
 RESULT_KEYS = ("model-index", "model_name")
 """The keys of results. Old results were measured with other weights, so they are dropped."""
 
@@ -35,14 +38,20 @@ def metadata(card: MergeCard) -> ModelCardData:
         model_name=plain(card.name) if results else None,
         base_model=on_hub or None,
         base_model_relation="merge" if on_hub else None,
-        library_name="transformers",
-        pipeline_tag=card.task.pipeline_tag if card.task else None,
-        tags=[*TAGS, card.report.method],
+        library_name="sentence-transformers" if card.is_sentence_transformer else "transformers",
+        pipeline_tag=_pipeline_tag(card),
+        tags=[*TAGS, card.report.method, *SENTENCE_TAGS * card.is_sentence_transformer],
         language=[name for name in union(parent.languages for parent in parents) if LANGUAGE.fullmatch(name)] or None,
         datasets=[name for name in union(parent.datasets for parent in parents) if DATASET.fullmatch(name)] or None,
         eval_results=results or None,
         **licence,
     )
+
+
+def _pipeline_tag(card: MergeCard) -> str | None:
+    if card.is_sentence_transformer:
+        return "sentence-similarity"
+    return card.task.pipeline_tag if card.task else None
 
 
 def _licence(card: MergeCard) -> dict[str, str]:

@@ -73,6 +73,19 @@ def quick_start(task: Task, model: str, *, has_tokenizer: bool, has_chat: bool =
     )
 
 
+def sentence_start(model: str, *, own_code: bool = False) -> str:
+    """The lines of Python that compare two sentences by a SentenceTransformer."""
+    return "\n".join(
+        [
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            f"model = SentenceTransformer({quoted(model)}{_trust(own_code)})",
+            'embeddings = model.encode(["The weather is lovely today.", "It is so sunny outside!"])',
+            "print(model.similarity(embeddings, embeddings))",
+        ]
+    )
+
+
 def head_start(model: str, head: str, *, own_code: bool = False) -> str:
     """The lines of Python that load the merged weights with one expert's own head."""
     where = f"{quoted(model)}, head={quoted(head)}{_trust(own_code)}"

@@ -20,7 +20,7 @@ from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.engine.rounding import RoundingCollector
 from neuromerge_hf.engine.statistics import StatisticsCollector
 from neuromerge_hf.engine.writer import CheckpointWriter
-from neuromerge_hf.folder.assets import hash_heads
+from neuromerge_hf.folder.assets import hash_beside
 from neuromerge_hf.folder.directory import atomic_directory
 from neuromerge_hf.folder.inputs import InputHasher, unchanged_inputs
 from neuromerge_hf.folder.parents import Parent
@@ -73,7 +73,7 @@ def assemble(
         shutil.rmtree(temporary)
         recipe = Recipe(plan.spec, inputs.base, inputs.models)
         recipe.save(folder)
-        weights = written.hashes | hash_heads(folder)
+        weights = written.hashes | hash_beside(folder)
         report = make_report(plan, written, weights, parents, target, seconds, device)
         report.save(folder)
         write_card(folder, name=target.name, recipe=recipe, previous=previous_card(target))

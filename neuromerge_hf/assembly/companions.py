@@ -10,6 +10,7 @@ from typing import Any
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
+from neuromerge_hf.storage.sentence_modules import module_files
 from neuromerge_hf.vocabulary.token_ids import renumbered, with_ids_of, with_vocabulary_size
 from neuromerge_hf.vocabulary.tokenizer import extended_tokenizer
 
@@ -20,12 +21,18 @@ LOCAL_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def write_companions(plan: MergePlan, folder: Path, trust_remote_code: bool) -> None:
-    """Write the base's companion files, the files of the chosen tokenizer, and the licences of all models."""
+    """Write the base's companions, the chosen tokenizer, the modules of a SentenceTransformer, and all licences."""
     base, tokenizer = plan.base.location.folder, plan.tokenizer
     _write(folder / "config.json", _config(plan))
     for path in companion_files(base):
         if trust_remote_code or path.suffix != ".py":
             shutil.copyfile(path, folder / path.name)
+    if plan.modules:
+        for path in module_files(plan.modules.folder):
+            if trust_remote_code or path.suffix != ".py":
+                copy = folder / path.relative_to(plan.modules.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
     if tokenizer.additions or tokenizer.is_expert:
         for path in tokenizer_files(base):
             (folder / path.name).unlink()

@@ -22,6 +22,7 @@ from neuromerge_hf.storage.files import (
 from neuromerge_hf.storage.formats import open_weights
 from neuromerge_hf.storage.hashing import file_hash
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.sentence_modules import MODULES, module_files
 from neuromerge_hf.storage.small_files import leads_out
 from neuromerge_hf.storage.writing import copy_file
 
@@ -38,8 +39,8 @@ IN_HEADS = (f"{HEADS}/*/*.json", f"{HEADS}/*/*.safetensors")
 
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
-LOADED = (*WEIGHTS, *TOKENIZER_FILES, "generation_config.json", f"{HEADS}/*")
-"""Files that transformers or `AutoMergedModel` load together with the weights, even if another merge wrote them."""
+LOADED = (*WEIGHTS, *TOKENIZER_FILES, "generation_config.json", MODULES, f"{HEADS}/*")
+"""Files that the libraries load together with the weights, even if another merge wrote them."""
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def merged_files(folder: Path) -> dict[str, Path]:
         raise MergeError(f"{folder} is not a merged model: it has no model.safetensors.")
     beside = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS)]
     heads = [path for pattern in IN_HEADS for path in folder.glob(pattern)]
-    paths = {path for path in (main, *weight_files(main), *beside, *heads) if path.is_file()}
+    paths = {path for path in (main, *weight_files(main), *beside, *heads, *module_files(folder)) if path.is_file()}
     files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
     return {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
 
@@ -160,13 +161,14 @@ def _remove_other_weights(folder: Path, files: dict[str, Path]) -> None:
 
 
 def hash_weights(folder: Path) -> dict[str, str]:
-    """The sha256 of each weight file and each head of a merged model, by its path relative to the folder."""
-    return _hashes(folder, sorted(folder.glob("*.safetensors"))) | hash_heads(folder)
+    """The sha256 of each weight file, head and module of a merged model, by its path relative to the folder."""
+    return _hashes(folder, sorted(folder.glob("*.safetensors"))) | hash_beside(folder)
 
 
-def hash_heads(folder: Path) -> dict[str, str]:
-    """The sha256 of each head of a merged model, by its path relative to the folder."""
-    return _hashes(folder, sorted(folder.glob(f"{HEADS}/*/*.safetensors")))
+def hash_beside(folder: Path) -> dict[str, str]:
+    """The sha256 of each head and module of a merged model, by its path relative to the folder."""
+    modules = [path for path in module_files(folder) if path.suffix == ".safetensors"]
+    return _hashes(folder, [*sorted(folder.glob(f"{HEADS}/*/*.safetensors")), *modules])
 
 
 def _hashes(folder: Path, paths: list[Path]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from neuromerge_hf.storage.files import (
 )
 from neuromerge_hf.storage.hashing import file_hash
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.sentence_modules import module_files
 from neuromerge_hf.storage.small_files import read_files
 
 
@@ -25,7 +26,7 @@ def input_files(location: Location, *, is_base: bool = False) -> list[Path]:
     main = location.find_weights()  # what is merged: a full model's folder can also hold an adapter
     weights = [main, *weight_files(main)] if main else []
     configs, companions = _small_files(location, is_base)
-    return list(dict.fromkeys([*configs, *weights, *companions]))
+    return list(dict.fromkeys([*configs, *weights, *companions, *module_files(location.folder)]))
 
 
 @contextmanager
@@ -116,7 +117,8 @@ class InputHasher:
             return ModelRecord(location.id, revision=location.commit)
         files = input_files(location, is_base=is_base)
         location.watch(files)
-        record = ModelRecord(location.id, sha256={path.name: file_hash(path, self._stopped) for path in files})
+        names = {path.relative_to(location.folder).as_posix(): path for path in files}
+        record = ModelRecord(location.id, sha256={name: file_hash(path, self._stopped) for name, path in names.items()})
         problems = expected.differences(record.sha256) if expected else []
         if problems:
             raise MergeError(problems)

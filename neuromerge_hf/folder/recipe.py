@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -47,7 +47,8 @@ class ModelRecord:
         if not (isinstance(self.id, str) and fits(self.revision, str | None) and fits(self.sha256, dict[str, str])):
             raise TypeError(f"{self.to_dict()} describes no model")
         for name in self.sha256:
-            if not name or Path(str(name)).name != name or name == ".." or "\0" in name:
+            inside = PurePosixPath(name)  # only modules of a SentenceTransformer are in folders
+            if not name or inside.is_absolute() or {"..", ""} & {*name.split("/")} or "\\" in name or "\0" in name:
                 raise MergeError(f"the file {name!r} of {self.id} is not in that folder. Do not use this recipe.")
 
     @property

@@ -14,6 +14,7 @@ from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import CARD, COMPANIONS, HEADS, companion_files, tokenizer_files
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.sentence_modules import module_files
 from neuromerge_hf.storage.writing import copy_file, write_file
 
 
@@ -55,9 +56,10 @@ class LoadedMerge:
         companions = companion_files(self.folder, (*COMPANIONS, *BESIDE_CARD))
         if tokenizer_files(folder):  # the user's own tokenizer may have more tokens
             companions = [path for path in companions if path not in tokenizer_files(self.folder)]
-        for path in without_leading_out(companions, self.location):
-            if not (folder / path.name).exists():
-                copy_file(path, folder / path.name)
+        for path in without_leading_out([*companions, *module_files(self.folder)], self.location):
+            copy = folder / path.relative_to(self.folder)
+            if not copy.exists():
+                copy_file(path, copy)
         copy_file(self.folder / RECIPE_NAME, folder / RECIPE_NAME)
         if self.head is None:
             for path in without_leading_out(self.folder.glob(f"{HEADS}/*/*"), self.location):

@@ -12,6 +12,7 @@ from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.files import companion_files, licence_files, tokenizer_files
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.sentence_modules import module_files
 
 START_MEMORY = 300_000_000
 """The memory of Python, torch and transformers, in bytes."""
@@ -34,9 +35,12 @@ CARD_BYTES = 500_000
 """About the size of the card, its picture, the report and the recipe, in bytes."""
 
 
-def companion_bytes(base: Location, tokenizer: Location, models: Iterable[Location]) -> int:
-    """Return the size of the files beside the weights: companions, licences, and about that of the card."""
+def companion_bytes(
+    base: Location, tokenizer: Location, models: Iterable[Location], modules: Location | None = None
+) -> int:
+    """Return the size of the files beside the weights: companions, licences, modules, and about that of the card."""
     files = {*companion_files(base.folder), *tokenizer_files(tokenizer.folder)}
+    files |= {*module_files(modules.folder)} if modules else set()
     files |= {path for model in models for path in licence_files(model.folder)}
     return CARD_BYTES + sum(path.stat().st_size for path in files)
 

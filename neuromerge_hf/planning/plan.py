@@ -35,6 +35,8 @@ class MergePlan:
         head: the merged head of the experts; None if their heads are kept apart.
         downloaded: the models whose weights were downloaded for the plan, because ``.bin`` files have no header.
         threads: the number of threads that compute.
+        modules: the model that gives the files of a SentenceTransformer; None if no model is one.
+        module_notes: remarks on the modules of the others.
 
     Example:
         >>> plan = plan_merge(["math", "code-lora"], base_model="base")
@@ -51,6 +53,8 @@ class MergePlan:
     head: MergedHead | None = None
     downloaded: tuple[str, ...] = ()
     threads: int = 1
+    modules: Location | None = None
+    module_notes: tuple[str, ...] = ()
 
     @property
     def work(self) -> Work:
@@ -92,7 +96,7 @@ class MergePlan:
     def notes(self) -> list[str]:
         """Remarks on the base and the experts."""
         of_experts = [note for expert in self.experts for note in (*expert.location.notes, *expert.notes)]
-        return [*self.base.location.notes, *of_experts]
+        return [*self.base.location.notes, *of_experts, *self.module_notes]
 
     @property
     def model_names(self) -> list[str]:

@@ -19,6 +19,7 @@ from neuromerge_hf.planning.named_base import other_base_notes
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
 from neuromerge_hf.planning.resolve import Resolved, ResolvedExpert, load_config, quantised_base_notes
+from neuromerge_hf.planning.sentence_modules import choose_modules
 from neuromerge_hf.planning.units import for_method, make_units, resolve_dtype
 from neuromerge_hf.skeleton import Skeleton, model_class_of, most_parts, skeleton_of
 from neuromerge_hf.sources.base import Base, open_base
@@ -133,11 +134,14 @@ def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pa
     if not any(unit.task_vectors for unit in units):
         raise MergeError("No expert changes any parameter of the base that is not excluded. There is nothing to merge.")
     threads = runtime.threads or default_threads()
-    beside = companion_bytes(resolved.base, choice.location, resolved.locations)
+    modules, module_notes = choose_modules(resolved.base, [expert.location for expert in opened])
+    beside = companion_bytes(resolved.base, choice.location, resolved.locations, modules)
     costs = estimate(units, opened, spec.config, threads, resolved.bytes_to_download, beside)
     if target:
         check_disk(costs, target)
-    return MergePlan(spec, base, tuple(opened), units, choice, costs, head, tuple(downloaded), threads)
+    return MergePlan(
+        spec, base, tuple(opened), units, choice, costs, head, tuple(downloaded), threads, modules, tuple(module_notes)
+    )
 
 
 def can_share_plan(one: MergeConfig, other: MergeConfig, experts: int) -> bool:

@@ -25,6 +25,7 @@ from neuromerge_hf.storage.files import CARD, CHECKPOINT_FILES, COMPANIONS, LICE
 from neuromerge_hf.storage.formats import open_file, open_weights
 from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.storage.remote import list_sizes, open_remote, repository_sizes
+from neuromerge_hf.storage.sentence_modules import module_folders
 from neuromerge_hf.storage.small_files import LARGEST_CARD, check_sizes, check_small_files, read_files
 from neuromerge_hf.storage.tensors import StoredTensor
 
@@ -254,6 +255,8 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
             f"{name} is not a folder on this machine, and the model {repo} on the Hub (at {snapshot.name[:8]}) has no "
             f"model in a folder {prefix.rstrip('/')}. Check the spelling and the revision."
         )
+    if folders := module_folders(snapshot / prefix):
+        _download(name, snapshot.name, token, [f"{glob.escape(folder)}/*" for folder in folders], ignore=None)
     listed = sizes if commit == snapshot.name else None
     location = _watched(Location(name, snapshot / prefix, commit=snapshot.name, token=token, listed=listed))
     check_small_files(location.folder, is_cached=True)

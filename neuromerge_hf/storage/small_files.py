@@ -17,6 +17,7 @@ from neuromerge_hf.storage.files import (
     companion_files,
     licence_files,
 )
+from neuromerge_hf.storage.sentence_modules import module_files
 from neuromerge_hf.text import readable_size
 
 LARGEST_CARD = 1_000_000
@@ -95,13 +96,15 @@ def read_files(folder: Path) -> list[Path]:
     """The files in a model's folder that a merge reads or copies, but for the shards that an index lists."""
     names = (*CONFIGS, *CHECKPOINT_FILES, *ADAPTER_FILES, *COMPANIONS, CARD)
     templates = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
-    return list(dict.fromkeys([*companion_files(folder, names), *licence_files(folder), *templates]))
+    found = [*companion_files(folder, names), *licence_files(folder), *templates, *module_files(folder)]
+    return list(dict.fromkeys(found))
 
 
 def _small_files(folder: Path) -> Iterator[Path]:
     yield from _matching(folder, (*CONFIGS, *OF_A_MERGE, *(name for name in COMPANIONS if name not in CODE)))
     yield from (path for path in _matching(folder, LICENCE_FILES) if path.suffix.lower() in LICENCE_SUFFIXES)
     yield from (folder / MORE_TEMPLATES).glob("*.jinja")
+    yield from module_files(folder)
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
