@@ -29,7 +29,9 @@ class TrainerTraining:
         self.trainer = trainer
         self.steps = steps
         self.step = trainer.state.global_step if step is None else step
-        self.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        # A SentenceTransformer is a sequence of modules around the network.
+        self.model = getattr(unwrapped, "transformers_model", unwrapped)
         _check(trainer, self.model)
         self.folder = Path(str(trainer._get_output_dir(getattr(trainer, "_trial", None)))).absolute()
         self.written: Sequence[Path] = [self.folder]
@@ -44,12 +46,12 @@ class TrainerTraining:
         )
         # Otherwise its checkpoints are sharded, or have the names that torch.compile gives to weights.
         fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-        self.saves_itself = "FULL" in str(fsdp.state_dict_type) if fsdp else self.model is trainer.model
+        self.saves_itself = "FULL" in str(fsdp.state_dict_type) if fsdp else unwrapped is trainer.model
         self.saves = trainer.args.save_strategy != SaveStrategy.NO
         self.keeps_checkpoints = self.saves and self.saves_itself
         limit = trainer.args.save_total_limit
         self.kept = limit if limit and limit > 0 else None
-        self.evaluates = trainer.eval_dataset is not None
+        self.evaluates = trainer.eval_dataset is not None or getattr(trainer, "evaluator", None) is not None
         metric = trainer.args.metric_for_best_model
         self.metric = f"eval_{(metric or 'loss').removeprefix('eval_')}"
         self.greater_is_better = bool(metric and trainer.args.greater_is_better)
@@ -93,7 +95,7 @@ class TrainerTraining:
 
     def evaluate(self) -> dict[str, float]:
         trainer = self.trainer
-        if trainer.eval_dataset is None:
+        if not self.evaluates:
             return {}
         with _preserved_trainer(trainer):
             trainer.state.log_history = []

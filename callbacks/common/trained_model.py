@@ -22,6 +22,7 @@ from neuromerge_hf.skeleton import Skeleton
 from neuromerge_hf.spec import ModelId
 from neuromerge_hf.storage.files import ADAPTER_FILES, CHECKPOINT_FILES, SHARDS
 from neuromerge_hf.storage.formats import make_header
+from neuromerge_hf.storage.sentence_modules import MODULES
 
 MODEL_FILES = ("config.json", "adapter_config.json", *ADAPTER_FILES, *CHECKPOINT_FILES, *SHARDS)
 """The files of a model that another model in the same folder may lack."""
@@ -112,8 +113,13 @@ def _model_files(folder: str, names: list[str]) -> set[str]:
 
 
 def save_task_config(model: HuggingFaceModel, folder: Path) -> None:
-    """Save the model's configuration beside an adapter. It names the head's labels, and PEFT does not save it."""
+    """Save the model's configuration beside an adapter. It names the head's labels, and PEFT does not save it.
+
+    A SentenceTransformer has no head, and sentence-transformers does not load an adapter that has a configuration.
+    """
     network = network_of(model)
+    if (folder / MODULES).is_file():
+        return
     if adapter_config(model) and not getattr(network, "hf_quantizer", None):
         config = copy.deepcopy(network.config)
         config.architectures = [class_of(network).__name__]
