@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from neuromerge_hf.callbacks.common.places import ROOT, Places
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.replaceable import check_replaceable, files_of_merge
+from neuromerge_hf.folder.replaceable import check_replaceable
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ def delete_merge(places: Places) -> None:
     merged = places.merged
     if merged.is_dir():
         try:
-            check_replaceable(merged, files_of_merge(merged))
+            check_replaceable(merged)
         except MergeError as error:
             logger.warning("%s\nSo it is kept.", error)
             return

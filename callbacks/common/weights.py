@@ -19,9 +19,12 @@ from transformers import PreTrainedModel
 
 from neuromerge_hf.callbacks.common.parking import bytes_of, parked
 from neuromerge_hf.callbacks.common.processes import is_distributed, on_first_process
-from neuromerge_hf.callbacks.common.stored_weights import StoredWeights
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.loading.stored_parameters import StoredParameters
+from neuromerge_hf.skeleton import skeleton_of
+from neuromerge_hf.storage.files import CHECKPOINT_FILES, HEAD_WEIGHTS, HEADS, find_weights
 from neuromerge_hf.storage.finite import is_finite, largest_finite, name_of
+from neuromerge_hf.storage.formats import open_file, open_weights
 from neuromerge_hf.storage.tensors import MERGEABLE
 
 PEFT_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
@@ -59,9 +62,8 @@ def merged_weights(model: HuggingFaceModel, folder: Path, expert: str) -> Iterat
     Raises:
         MergeError: if the model cannot hold the merged weights.
     """
-    network = network_of(model)
-    merged: list[StoredWeights] = []
-    on_first_process(lambda: merged.append(StoredWeights(folder, expert, class_of(network), network.config)))
+    merged: list[StoredParameters] = []
+    on_first_process(lambda: merged.append(_open(folder, expert, class_of(network_of(model)))))
     with other_weights(model, merged[0] if merged else {}, folder.parent):
         yield
 
@@ -127,6 +129,20 @@ def preserved_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _open(folder: Path, expert: str, model_class: type[PreTrainedModel]) -> StoredParameters:
+    """Open the merged parameters that a model of this class has, with the expert's own head if it has one."""
+    main = find_weights(folder, CHECKPOINT_FILES)
+    if main is None:
+        raise MergeError(f"{folder} has no weights any more. Merge the models again.")
+    tensors = open_weights(main)
+    head = folder / HEADS / expert
+    if head.is_dir():
+        folder = head
+        tensors |= open_file(head / HEAD_WEIGHTS)
+    config: Any = model_class.config_class
+    return StoredParameters(skeleton_of(model_class, config.from_pretrained(folder)), tensors)
 
 
 UNFIT = "The model in training cannot hold the merged weights to evaluate them:"

@@ -16,6 +16,9 @@ from neuromerge_hf.vocabulary.tokenizer import extended_tokenizer
 
 GENERATION = "generation_config.json"
 
+OF_LOADING = ("_name_or_path", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+"""Settings that transformers notes when it loads a model, and does not save. Some files hold them all the same."""
+
 LOCAL_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 """Settings of a tokenizer that older transformers wrote and nothing reads: paths on the machine that saved it."""
 
@@ -69,7 +72,7 @@ def _compared(name: str) -> str:
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
-    config = _without_path(_read(plan.base.location.folder / "config.json"))
+    config = _without_loading(_read(plan.base.location.folder / "config.json"))
     if plan.base.copies:
         config["tie_word_embeddings"] = False
     if plan.base.config.architectures:  # found by the names of the tensors, if config.json names none
@@ -91,12 +94,12 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     return config
 
 
-def _without_path(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration, and all nested ones, without the path that it was loaded from."""
+def _without_loading(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, and all nested ones, without what says how or from where it was loaded."""
     return {
-        key: _without_path(value) if isinstance(value, dict) else value
+        key: _without_loading(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key != "_name_or_path"
+        if key not in OF_LOADING
     }
 
 

@@ -5,12 +5,12 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.replaceable import check_replaceable, files_of_merge
+from neuromerge_hf.folder.replaceable import FilesOf, check_replaceable, files_of_merge
 from neuromerge_hf.storage.temporary import old_path, remove_leftovers, temporary_path
 from neuromerge_hf.storage.writing import sync, sync_folder
 
@@ -22,9 +22,7 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
-def atomic_directory(
-    target: Path, overwrite: bool, files_of: Callable[[Path], Collection[str]] = files_of_merge
-) -> Iterator[Path]:
+def atomic_directory(target: Path, overwrite: bool, files_of: FilesOf = files_of_merge) -> Iterator[Path]:
     """Yield a temporary directory beside `target`. If the block succeeds, it is synced to the disk and renamed.
 
     Args:
@@ -39,7 +37,7 @@ def atomic_directory(
     target = target.resolve()
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        with full_disk_reported(target.parent), ExitStack() as stack:
+        with system_errors_reported(target.parent), ExitStack() as stack:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 folder = stack.enter_context(temporary_path(target))
@@ -50,7 +48,7 @@ def atomic_directory(
             sync_folder(folder)
             replaces = overwrite and target.is_dir() and any(target.iterdir())
             if replaces:
-                check_replaceable(target, files_of(target))  # again, because that was long ago
+                check_replaceable(target, files_of)  # again, because that was long ago
             try:
                 if replaces:
                     _replace(target, folder)
@@ -73,7 +71,7 @@ def complete_directory(target: Path) -> Iterator[Path]:
     """Yield what `atomic_directory` yields if `target` is missing or empty, else `target` itself, to add files to."""
     if target.is_dir() and any(target.iterdir()):
         remove_leftovers(target.absolute().parent)
-        with full_disk_reported(target):
+        with system_errors_reported(target):
             yield target
     else:
         with atomic_directory(target, overwrite=False) as folder:
@@ -87,7 +85,7 @@ def work_folder(parent: Path) -> Iterator[Path]:
     Raises:
         MergeError: if it cannot be made, or the disk is full.
     """
-    with full_disk_reported(parent), ExitStack() as stack:
+    with system_errors_reported(parent), ExitStack() as stack:
         try:
             folder = stack.enter_context(temporary_path(parent / "neuromerge"))
             folder.mkdir(0o700)
@@ -97,8 +95,8 @@ def work_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_reported(folder: Path) -> Iterator[None]:
-    """Report errors of a full disk in the block as a `MergeError` that names `folder`, not a temporary one in it."""
+def system_errors_reported(folder: Path) -> Iterator[None]:
+    """Report errors of the system in the block as a `MergeError`. That of a full disk names `folder`."""
     try:
         yield
     except Exception as error:
@@ -111,6 +109,13 @@ def full_disk_reported(folder: Path) -> Iterator[None]:
             raise MergeError(
                 f"A file would be larger than {folder} or this process allows (`ulimit -f`). Write smaller files with "
                 "max_shard_size, or choose another output directory."
+            ) from error
+        if number and not isinstance(error, MergeError):
+            file = (
+                error.filename if isinstance(error, OSError) and error.filename else f"a file of the merge in {folder}"
+            )
+            raise MergeError(
+                f"{file} cannot be read or written: {os.strerror(number)}. Check the file and its disk."
             ) from error
         raise
 

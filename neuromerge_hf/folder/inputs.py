@@ -63,7 +63,10 @@ def identity_of(location: Location, *, is_base: bool = False) -> tuple[object, .
         return location.id, location.commit
     files = list(dict.fromkeys([*input_files(location, is_base=is_base), *read_files(location.folder)]))
     location.watch(files)
-    stats = [(path.name, path.stat()) for path in files]
+    try:
+        stats = [(path.name, path.stat()) for path in files]
+    except OSError as error:
+        raise MergeError(f"{error.filename} has gone since it was found ({error.strerror}). Run it again.") from error
     return str(location.folder.resolve()), *(
         (name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats
     )

@@ -1,8 +1,9 @@
 """Which folders a merge may replace: those of earlier merges, if they hold nothing else. Their cards are continued."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeAlias
 
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.recipe import RECIPE_NAME
@@ -13,8 +14,14 @@ from neuromerge_hf.storage.temporary import is_temporary_file
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 """Files that file managers put into every folder that they show."""
 
+LOOKS = 100
+"""How often a folder is looked at that other processes replace all the time."""
+
 LISTED = 5
 """How many files an error lists."""
+
+
+FilesOf: TypeAlias = Callable[[Path], Collection[str]]
 
 
 def files_of_merge(folder: Path) -> list[str]:
@@ -46,15 +53,24 @@ def previous_card(folder: Path) -> str | None:
         ) from error
 
 
-def check_replaceable(folder: Path, files: Collection[str], kind: str = "merge") -> None:
-    """Raise a `MergeError` if a folder holds other files than `files`, the paths of those that may be deleted.
+def check_replaceable(folder: Path, files_of: FilesOf = files_of_merge, kind: str = "merge") -> None:
+    """Raise a `MergeError` if a folder holds other files than those that may be deleted.
+
+    Another process may replace the folder between the looks at its report and at its files, so what is found wrong is
+    looked at again in the folder that is there then.
 
     Args:
+        files_of: returns the paths of the files in a folder that may be deleted.
         kind: what wrote these files, for the message.
     """
-    others = _others(folder, set(files))
-    if not others:
-        return
+    for _ in range(LOOKS):
+        looked_at = _identity(folder)
+        files = files_of(folder)
+        others = _others(folder, set(files))
+        if not others:
+            return
+        if _identity(folder) == looked_at:
+            break
     named = ", ".join(others[:LISTED]) + (f" and {len(others) - LISTED} more" if len(others) > LISTED else "")
     if not files:
         raise MergeError(
@@ -81,6 +97,14 @@ def _others(folder: Path, files: set[str]) -> list[str]:
         others = [name for name in names if name not in OF_THE_SYSTEM and not is_temporary_file(name)]
         found += [name for each in others if (name := (inner / each).as_posix()) not in files]
     return sorted(found)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        state = folder.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
 
 
 def _has_files(folder: Path) -> bool:

@@ -64,7 +64,7 @@ def check_output(target: Path, overwrite: bool, files: Collection[str] | None = 
                 f"The output directory {target} exists and is not empty. Choose another one, or pass overwrite=True "
                 "(--overwrite) to replace an earlier merge."
             )
-        check_replaceable(target, files_of_merge(target) if files is None else files, kind)
+        check_replaceable(target, files_of_merge if files is None else lambda _: files, kind)
         if files is None:
             previous_card(target)
     if target.is_mount():

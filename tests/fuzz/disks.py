@@ -1,6 +1,6 @@
 """A disk that is full, or allows no larger files, at any write: one error, nothing left over, and the old output stays.
 
-Each case lets every write from the n-th step on fail, as on a full disk, or limits the size of files.
+Each case lets every write from the n-th step on fail, as on a full or a broken disk, or limits the size of files.
 """
 
 import errno
@@ -32,7 +32,7 @@ def try_case(seed: int, folder: Path) -> Case:
     work, printed = folder / f"work-{seed}", folder / "printed.txt"
     before = prepare(name, work, replaces)
     if random.random() < 0.8:
-        step, number = random.randint(1, clean.steps), random.choice([errno.ENOSPC, errno.EDQUOT])
+        step, number = random.randint(1, clean.steps), random.choice([errno.ENOSPC, errno.EDQUOT, errno.EIO])
         tried = f"{name}{' again' * replaces}, {errno.errorcode[number]} from step {step} of {clean.steps} on"
         process = faults.server().start(fill_at, name, work, step, number, output=printed)
     else:

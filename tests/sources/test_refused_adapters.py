@@ -25,7 +25,7 @@ from adapters import (
 from changes import change_json
 from families import CPU
 from neuromerge_hf import MergeError, merge
-from tiny_models import load_adapted, save_llama
+from tiny_models import load, load_adapted, save_llama
 
 
 def refused(adapter: Path, base: Path, folder: Path) -> str:
@@ -222,6 +222,21 @@ def test_tensors_of_modules_that_are_not_targeted_are_left_out_as_by_peft(
     (note,) = report.notes
     assert note.startswith("adapter holds tensors for model.layers.")
     assert "which PEFT does not load by its adapter_config.json (target_modules)" in note
+
+
+@pytest.mark.parametrize("kind", ["LORA", "LOHA"])
+@pytest.mark.parametrize("name", ["q_proj.weight", "q_proj.base_layer.weight", "o_proj.weight"])
+def test_weights_beside_those_of_the_tuner_are_taken_if_peft_takes_them(
+    kind: str, name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(kind, TUNERS[kind]) if kind != "LORA" else LoraConfig(r=4, **TARGETS)
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", config)
+    key = f"base_model.model.model.layers.0.self_attn.{name}"
+    weight = load(bases["llama"]).model.layers[0].self_attn.q_proj.weight.detach()
+    change_adapter(adapter, lambda tensors: tensors.update({key: weight + 0.5}))
+    difference, report = merged_as_its_own_model(bases["llama"], adapter, tmp_path / "merged")
+    assert difference < 1e-5
+    assert any("q_proj.weight, which PEFT does not load" in note for note in report.notes) == (name == "q_proj.weight")
 
 
 def test_an_adapter_of_which_no_tensor_is_targeted_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def make_models() -> None:
     merge([root / "math"], root / "old", base_model=base)
     card = root / "old" / "README.md"
     card.write_text(card.read_text() + f"\n{BY_HAND}\n")
+    results = [{"model": "merged", "task": "sums", "metric": "accuracy", "value": 0.5}]
+    (root / "results.json").write_text(json.dumps(results))
     for name, work in WORKS.items():
         shutil.copytree(root / "old", root / "warm" / "merged")
         try:
@@ -104,9 +106,7 @@ def run_compare(root: Path, folder: Path) -> None:
 
 def run_card(root: Path, folder: Path) -> None:
     """Add measurements to a merge's report and card."""
-    results = folder.parent / f"{folder.name}-results.json"
-    results.write_text(json.dumps([{"model": "merged", "task": "sums", "metric": "accuracy", "value": 0.5}]))
-    command("card", folder / "merged", "--results", results)
+    command("card", folder / "merged", "--results", root / "results.json")
 
 
 def run_push(root: Path, folder: Path) -> None:

@@ -40,7 +40,8 @@ class AdapterTensors:
         tuned: the tuner's tensors by name, for each module that it changes.
         tokens: the new rows of each embedding of which only some tokens were trained.
         stored: the parameters that are stored whole, by name.
-        ignored: the modules of the tuner's tensors that PEFT ignores, because target_modules does not name them.
+        ignored: the modules of the tensors that PEFT ignores, because target_modules does not name them, or because
+            it wraps a module that they would fill.
     """
 
     file: Path
@@ -60,6 +61,7 @@ def read_adapter(location: Location, config: tuner.AnyConfig, base: Base) -> Ada
     if main is None:
         raise MergeError(f"{location} has no weights: it holds none of {', '.join(ADAPTER_FILES)}.")
     adapter = AdapterTensors(main)
+    bare: list[str] = []
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
     for key, tensor in location.open_weights(main).items():
         name = key.removeprefix("base_model.model.")
@@ -74,6 +76,8 @@ def read_adapter(location: Location, config: tuner.AnyConfig, base: Base) -> Ada
             role = adapter.tuned[name.partition(prefix)[0].replace(".base_layer", "")]
         else:
             role = adapter.stored
+            if name.endswith((".weight", ".bias")) and not any(wrapper in name for wrapper in WRAPPERS):
+                bare.append(name)
             for wrapper in WRAPPERS:
                 name = name.replace(wrapper, ".")
         if name in role and not same_values(role[name], tensor):  # bias="all" repeats those of modules_to_save
@@ -99,7 +103,10 @@ def read_adapter(location: Location, config: tuner.AnyConfig, base: Base) -> Ada
         )
     for module in untargeted:
         del adapter.tuned[module]
-    adapter.ignored.extend(untargeted)
+    wrapped = [name for name in bare if name.rpartition(".")[0] in adapter.tuned and not _is_saved_module(name, config)]
+    for name in wrapped:  # PEFT has this parameter under the name of its wrapper
+        del adapter.stored[name]
+    adapter.ignored.extend([*untargeted, *wrapped])
     return adapter
 
 
