@@ -3,6 +3,7 @@
 The commands import what they need when they are called, so that ``--help`` answers at once.
 """
 
+import atexit
 import gc
 from typing import Annotated
 
@@ -33,4 +34,5 @@ def main(
     # and a merge leaves no garbage.
     gc.disable()
     context.call_on_close(gc.enable)
+    atexit.register(gc.freeze)  # Python searches them a last time when it ends, unless they are frozen
     context.with_resource(exit_on_signals())
