@@ -1,8 +1,30 @@
 """The base that the model in training shares with the other experts, if training started from a fine-tune of it."""
 
+import logging
+
+import torch
+
+from neuromerge_hf.assembly.assemble import foreign_warnings
+from neuromerge_hf.engine.base_check import check_bases
+from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.planning.named_base import named_bases, other_bases, same_name
+from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.resolve import Resolved
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_foreign(plan: MergePlan) -> None:
+    """Warn of experts whose weights tell that they are no fine-tunes of the base, if all weights are on this machine.
+
+    The first expert is the model in training, whose weights are not there yet.
+    """
+    if plan.costs.bytes_to_download or any(expert.computed for expert in plan.experts):
+        return
+    checks = check_bases(Passes(plan.work, torch.device("cpu"), plan.threads))
+    for warning in foreign_warnings(plan, [None, *checks[1:]]):
+        logger.warning(warning)
 
 
 def shared_base(resolved: Resolved, base: str, *, is_adapter: bool) -> str:

@@ -20,7 +20,7 @@ from neuromerge_hf.callbacks.common.average import (
 )
 from neuromerge_hf.callbacks.common.checks import check_training, why_not_evaluated
 from neuromerge_hf.callbacks.common.command import merge_command
-from neuromerge_hf.callbacks.common.lineage import shared_base
+from neuromerge_hf.callbacks.common.lineage import shared_base, warn_of_foreign
 from neuromerge_hf.callbacks.common.outcome import Outcome
 from neuromerge_hf.callbacks.common.places import Places, check_places, places_of, root_of
 from neuromerge_hf.callbacks.common.processes import led_by_first_process, on_first_process
@@ -179,6 +179,8 @@ class MergeRun:
                         resolved = resolve(self._spec(experts), self.runtime.token)
                         self.base = shared_base(resolved, self.base, is_adapter=is_adapter)
                     plan = plan_spec(self._spec(experts), places.merged, self._runtime(places.merged))
+                    if len(experts) > len(self.models):
+                        warn_of_foreign(plan)
                 if not training.sharded:
                     check_related(training.model, plan)
             except MergeError as error:

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +108,9 @@ def _write_weights(plan: MergePlan, folder: Path, device: torch.device) -> Writt
     with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merging") as bar:
         passes = Passes(plan.work, device, plan.threads, bar.update)
         base_checks = check_bases(passes)
-        warnings = _foreign(plan, base_checks)
+        warnings = foreign_warnings(plan, base_checks)
+        for warning in warnings:
+            logger.warning(warning)
         method = fit_method(plan.config, passes)
         writer = CheckpointWriter(folder, plan.units, plan.spec.max_shard_size, hashed=True)
         collector, roundings = StatisticsCollector(plan.work), RoundingCollector(plan.work)
@@ -126,15 +128,12 @@ def _write_weights(plan: MergePlan, folder: Path, device: torch.device) -> Writt
     return WrittenWeights(method, diagnostics, writer.hashes, base_checks, rounding, warnings)
 
 
-def _foreign(plan: MergePlan, checks: list[BaseCheck | None]) -> list[str]:
-    """Warn of experts that were probably trained from another base."""
-    warnings = [
+def foreign_warnings(plan: MergePlan, checks: Sequence[BaseCheck | None]) -> list[str]:
+    """Return a warning of each expert that was probably trained from another base."""
+    return [
         f"{expert.location.public_name} is probably no fine-tune of {plan.base.location.public_name}: its change "
         f"contains {min(1.0, -check.along_base):.0%} of the base with a minus sign (a fine-tune's: hardly any), "
         f"and is {check.relative_norm:.2g} times as long as the base. Check base_model."
         for expert, check in zip(plan.experts, checks, strict=True)
         if check and check.is_foreign
     ]
-    for warning in warnings:
-        logger.warning(warning)
-    return warnings

@@ -149,3 +149,17 @@ def test_experts_are_taken_at_the_commit_that_they_had_when_training_started(mod
     train(classifier(base), tmp_path / "run", NeuroMergeCallback(["us/expert"], evaluate=False), Newer())
     recipe = load_recipe(tmp_path / "run" / MERGED / "recipe.yaml")
     assert recipe.models[1].reference == f"us/expert@{commit}"
+
+
+def test_an_expert_whose_weights_are_of_another_base_is_warned_of_before_training(models, tmp_path, caplog):
+    base, _ = models
+    stranger = save_bert(tmp_path / "stranger", seed=9)
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.seen = caplog.text
+
+    look = Look()
+    train(classifier(base), tmp_path / "run", NeuroMergeCallback([stranger], evaluate=False), look)
+    assert "stranger is probably no fine-tune of base" in look.seen
+    assert "trained is probably" not in caplog.text
