@@ -26,7 +26,7 @@ from neuromerge_hf.cli import app
 from neuromerge_hf.hub.push import push
 from reference import EMBEDDING, LINEAR, merge_model
 from tiny_models import disturb, logits, save_bert, seeded
-from tiny_training import logged, measure, train
+from tiny_training import MERGED, logged, measure, train
 
 CODE = {
     "configuration_tongue.py": """
@@ -258,5 +258,5 @@ def test_what_was_trained_is_merged_and_evaluated(models, tmp_path, adapter):
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
     trainer = train(model, tmp_path, NeuroMergeCallback([math], **TRUSTED), eval_strategy="epoch")
     (metrics,) = logged(trainer, "merged_eval_loss")
-    assert metrics["merged_eval_loss"] == pytest.approx(measure(load(tmp_path / "merged"))["loss"], abs=1e-5)
+    assert metrics["merged_eval_loss"] == pytest.approx(measure(load(tmp_path / MERGED))["loss"], abs=1e-5)
     assert metrics["merged_eval_loss"] != logged(trainer, "eval_loss")[0]["eval_loss"]
