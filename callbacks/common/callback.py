@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neuromerge_hf.callbacks.common.merging import Merging
 from neuromerge_hf.callbacks.common.run import MergeRun
 from neuromerge_hf.callbacks.common.settings import (
     CALLBACK_NAMES,
@@ -66,7 +67,7 @@ class MergingCallback:
         settings = pick(CallbackSettings, options)
         if settings.tune and options.get("config") is None:
             options["config"] = NeuroMergingConfig()  # the method that has lambdas
-        self._run = MergeRun(pick(MergeSpec, options, models=models), pick(Runtime, options), settings)
+        self._run = MergeRun(Merging(pick(MergeSpec, options, models=models), pick(Runtime, options), settings))
 
     @property
     def report(self) -> MergeReport | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neuromerge_hf.callbacks.common import run
+from neuromerge_hf.callbacks.common import merging
 from tiny_training import classifier, logged, make_trainer, train
 
 TIMEOUT = 5  # seconds
@@ -36,7 +36,7 @@ def train_in_turn(rank: int, port: int, everyone: Barrier, base: Path, other: Pa
 
     import lightning.pytorch  # noqa: F401, so that the other process need not wait for it later
 
-    merge = run.merge_spec  # type: ignore[attr-defined]
+    merge = merging.merge_spec  # type: ignore[attr-defined]
     merged_by: list[int] = []
 
     def merge_slowly(*arguments: Any, **options: Any) -> Any:
@@ -45,7 +45,7 @@ def train_in_turn(rank: int, port: int, everyone: Barrier, base: Path, other: Pa
         merged_by.append(rank)
         return merge(*arguments, **options)
 
-    run.merge_spec = merge_slowly  # type: ignore[attr-defined]
+    merging.merge_spec = merge_slowly  # type: ignore[attr-defined]
     everyone.wait()
     for name, train_with in WAYS.items():
         model = classifier(base)
