@@ -45,6 +45,7 @@ IN_TEMPORARY_FOLDERS = {
     "callbacks/accelerate_training.py": {"save_pretrained"},
     "callbacks/lightning_trainer.py": {"save_pretrained"},
     "engine/writer.py": {"open", "truncate", "write_text"},
+    "sources/peft/effective.py": {"copyfile"},
     "loading/heads.py": {"symlink_to", "write_text"},
     "sources/computed.py": {"open", "truncate"},
     "sources/heads.py": {"save_file", "to_json_file"},

@@ -28,6 +28,7 @@ from adapters import (
 )
 from families import CPU, GIVES_BACK, Relatives, assert_merged_as_reference, state
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge, plan_merge
+from neuromerge_hf.sources.peft import effective
 from tiny_models import disturb, load, save_fine_tune, seeded
 
 
@@ -187,3 +188,20 @@ def test_a_computed_adapter_of_a_bare_base_keeps_its_head(config: PeftConfig, tm
     want = relatives.output(relatives.trained(adapter, 1))
     assert (want - relatives.output(relatives.untrained(1))).abs().max() > 1e-3
     assert (relatives.output(merged.eval()) - want).abs().max() < 1e-4
+
+
+def test_a_type_that_needs_the_whole_model_maps_no_weight_file(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that maps a file ends by a signal if the file becomes shorter."""
+    adapter = save_tuned(bases["llama"], tmp_path / "adapter", config_of("VERA", TUNERS["VERA"]))
+    load, mapped = effective.PeftModel.from_pretrained, []
+
+    def load_and_look(*arguments, **options):
+        model = load(*arguments, **options)
+        mapped.append([line for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line])
+        return model
+
+    monkeypatch.setattr(effective.PeftModel, "from_pretrained", load_and_look)
+    merge([adapter], tmp_path / "merged", base_model=bases["llama"])
+    assert mapped == [[]]

@@ -5,10 +5,12 @@ differences from the base, as for a full checkpoint.
 """
 
 import copy
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ def open_computed(
     def compute() -> Iterator[tuple[str, Tensor]]:
         with _reproducible():
             if needs_whole_model(config):
-                merged = _merged_model(location, config, changes, base, head_config)
+                merged = _merged_model(location, file, config, changes, base, head_config)
             else:
                 merged = _merged_modules(file, config, changes, base, stored)
             for name, tensor in merged:
@@ -201,6 +203,7 @@ def _single_module_config(config: AnyConfig, module: str, layer: nn.Module) -> A
 
 def _merged_model(
     location: Location,
+    file: Path,
     config: AnyConfig,
     changes: Sequence[TunedModule],
     base: Base,
@@ -211,9 +214,14 @@ def _merged_model(
     model_config = copy.deepcopy(head_config or base.config)
     if base.copies:
         model_config.tie_word_embeddings = True  # the files of the base hold it tied
-    model = model_class.from_pretrained(base.location.folder, config=model_config, dtype=torch.float32)
+    # The files are read and not mapped into memory: a process ends by a signal if a file that it maps becomes shorter.
+    stored = {name: read_whole(tensor) for name, tensor in base.tensors.items()}
+    model = model_class.from_pretrained(None, config=model_config, state_dict=stored, dtype=torch.float32)
     try:
-        merged = PeftModel.from_pretrained(model, str(location.folder)).merge_and_unload(safe_merge=True)
+        with TemporaryDirectory() as copy_of_adapter:
+            for path in (file, file.with_name("adapter_config.json")):
+                shutil.copyfile(path, Path(copy_of_adapter, path.name))
+            merged = PeftModel.from_pretrained(model, copy_of_adapter).merge_and_unload(safe_merge=True)
     except Exception as error:  # PEFT documents no exception types
         raise MergeError(
             f"PEFT cannot merge {location}: {error}. If that is no sign of a damaged adapter or of another base (check "
