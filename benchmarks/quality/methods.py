@@ -116,7 +116,7 @@ METHODS = {
         "NeuroIso",
         lambda _: NeuroIsoConfig(),
         Setting("neuro_iso", None, 1),
-        _grid("neuro_iso", [None], [0.5, 0.7, 0.85, 1, 1.25, 1.5]),
+        _grid("neuro_iso", [None], [0.7, 0.85, 1, 1.25, 1.5, 2]),
         scale="share of the default scale",
     ),
 }

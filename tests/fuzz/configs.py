@@ -24,7 +24,11 @@ from neuromerge_hf.methods.average import AverageConfig
 from neuromerge_hf.skeleton import model_class_of
 from tiny_models import save_adapter, save_bert, save_fine_tune, save_llama, save_tokenizer, seeded
 
-FILES = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
+POOLING = "1_Pooling/config.json"
+
+FILES = (
+    "config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json", "modules.json", POOLING,
+)  # fmt: skip
 
 MODEL_KEYS = (
     "architectures", "auto_map", "quantization_config", "rope_scaling", "rope_parameters", "rope_theta",
@@ -103,10 +107,22 @@ def _family(name: str) -> Path:
         base = FAMILIES[name](root / "base")
         save_fine_tune(base, root / "expert", seed=1)
         save_tokenizer(root / "expert")
+        if name == "bert":
+            for model in (base, root / "expert"):
+                _add_modules(model)
         if name == "llama":
             for number, (adapter, options) in enumerate(ADAPTERS.items()):
                 save_adapter(base, root / adapter, seed=number, **options)
     return root
+
+
+def _add_modules(model: Path) -> None:
+    """Make a model a SentenceTransformer."""
+    modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules.items()]
+    write_json(model / "modules.json", listed)
+    (model / POOLING).parent.mkdir()
+    write_json(model / POOLING, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
 
 
 def try_case(seed: int, folder: Path) -> Case:
