@@ -28,6 +28,7 @@ from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.finite import is_finite, name_of
 from neuromerge_hf.storage.location import Location, locate
 from neuromerge_hf.storage.paths import user_path
+from neuromerge_hf.storage.temporary import remove_leftovers
 
 NOT_FOR_LOADING = ("dtype", "max_shard_size", "tuned_on", "overwrite")
 """Merge options that loading does not take. Its `dtype` is transformers' own: the dtype of the loaded model."""
@@ -167,6 +168,7 @@ def _find_or_merge(models: Sequence[ModelId], options: Mapping[str, Any], cache:
         make_plan(spec, runtime, resolved)  # raises these problems together with the plan's own
     experts = [identity_of(expert.location) for expert in resolved.experts]
     folder = cache / spec.fingerprint([identity_of(resolved.base, is_base=True), *experts])
+    remove_leftovers(cache)  # a merge that is there is not made again, which would remove them
     if not folder.is_dir():
         try:
             merge_spec(spec, folder, runtime, resolved)

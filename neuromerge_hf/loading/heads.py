@@ -18,6 +18,7 @@ from neuromerge_hf.folder.directory import atomic_directory
 from neuromerge_hf.loading.classes import class_of_files
 from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import CHECKPOINT_FILES, HEAD_WEIGHTS, find_weights, weight_files
+from neuromerge_hf.storage.temporary import remove_leftovers
 
 INDEX = "model.safetensors.index.json"
 
@@ -95,6 +96,7 @@ def folder_with_head(folder: Path, heads: Path, name: str, cache: Path, paramete
         raise MergeError(f"{folder} has no weights. Merge the models again.")
     identity = f"{folder.resolve()} {heads.resolve()} {main.stat().st_mtime_ns}"
     target = cache / "heads" / hashlib.sha256(identity.encode()).hexdigest()[:32] / name
+    remove_leftovers(target.parent)  # a folder that is there is not made again, which would remove them
     if not target.is_dir():
         try:
             with atomic_directory(target, overwrite=False) as made:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import processes
 from neuromerge_hf import AutoMergedModel, MergeError, merge
 from neuromerge_hf.folder.directory import atomic_directory
+from neuromerge_hf.storage.temporary import temporary_path
 from process_work import load_merged, run_command
 from tiny_models import contents, logits, save_bert, save_fine_tune, save_llama
 
@@ -145,3 +146,20 @@ def test_two_processes_share_one_cache(tmp_path):
     shared = AutoMergedModel.from_pretrained([expert], cache_dir=cache, **options)
     alone = AutoMergedModel.from_pretrained([expert], cache_dir=tmp_path / "other", **options)
     assert torch.equal(logits(shared), logits(alone))
+
+
+def test_what_a_killed_process_left_is_removed_although_the_merge_is_there(tmp_path):
+    base = save_bert(tmp_path / "base")
+    expert = save_fine_tune(
+        base, tmp_path / "expert", model_class="BertForSequenceClassification", num_labels=2, seed=1
+    )
+    options = {"base_model": base, "head": "expert", "cache_dir": tmp_path / "cache"}
+    AutoMergedModel.from_pretrained([expert], **options)
+    with temporary_path(tmp_path / "cache" / "merged") as path:
+        lock = path.with_name(path.name + ".lock")
+    (head,) = (tmp_path / "cache").rglob("heads/*/expert")
+    left = [lock, head.with_name(lock.name)]
+    for each in left:
+        each.touch()
+    AutoMergedModel.from_pretrained([expert], **options)
+    assert not any(each.exists() for each in left)
