@@ -17,6 +17,9 @@ from neuromerge_hf.storage.writing import sync, sync_folder
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Arguments of Linux's renameat2."""
 
+BROKEN = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EROFS, errno.ETIMEDOUT)
+"""Errors of a disk, or of the way to it."""
+
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust, such as safetensors and tokenizers, write the number of a system's error."""
 
@@ -110,13 +113,9 @@ def system_errors_reported(folder: Path) -> Iterator[None]:
                 f"A file would be larger than {folder} or this process allows (`ulimit -f`). Write smaller files with "
                 "max_shard_size, or choose another output directory."
             ) from error
-        if number and not isinstance(error, MergeError):
-            file = (
-                error.filename if isinstance(error, OSError) and error.filename else f"a file of the merge in {folder}"
-            )
-            raise MergeError(
-                f"{file} cannot be read or written: {os.strerror(number)}. Check the file and its disk."
-            ) from error
+        if number in BROKEN and not isinstance(error, MergeError):
+            file = getattr(error, "filename", None) or f"a file of the merge in {folder}"
+            raise MergeError(f"{file} cannot be read or written: {os.strerror(number)}. Check its disk.") from error
         raise
 
 
