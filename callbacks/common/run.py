@@ -101,6 +101,11 @@ class MergeRun:
         if ours.merged == theirs.merged or (both_average and ours.averaged == theirs.averaged):
             place = ours.merged if ours.merged == theirs.merged else ours.averaged
             raise MergeError(f"Two callbacks of this training would write to {place}. {remedy}")
+        both_push = self.settings.push_to_hub and other.settings.push_to_hub
+        if both_push and self._repo_id(training) == other._repo_id(training):
+            raise MergeError(
+                f"Two callbacks of this training would push to {self._repo_id(training)}. Give each a hub_model_id=."
+            )
         if self.settings.metric_prefix == other.settings.metric_prefix:
             raise MergeError(
                 f"Two callbacks of this training have metric_prefix={other.settings.metric_prefix!r}. {remedy}"

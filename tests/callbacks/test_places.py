@@ -108,11 +108,12 @@ def test_two_callbacks_have_folders_and_metrics_of_their_own(models, tmp_path):
 
 def test_two_callbacks_that_would_overwrite_each_other_are_refused(models, tmp_path):
     base, other = models
-    first = NeuroMergeCallback([other])
+    first = NeuroMergeCallback([other], push_to_hub=True)
     for second, match in (
         (NeuroMergeCallback([other]), "would write to .*metric_prefix"),
         (NeuroMergeCallback([other], output_dir=tmp_path / "there"), "have metric_prefix='merged'"),
         (NeuroMergeCallback([other], output_dir=tmp_path / MERGED, metric_prefix="x"), "would write to"),
+        (NeuroMergeCallback([other], push_to_hub=True, metric_prefix="x"), "would push to .*-merged. Give each"),
     ):
         trainer = make_trainer(classifier(base), tmp_path, first, second)
         with pytest.raises(MergeError, match=match):
