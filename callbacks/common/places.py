@@ -7,6 +7,7 @@ from pathlib import Path
 from neuromerge_hf.callbacks.common.settings import AVERAGED, TRAINED, CallbackSettings
 from neuromerge_hf.callbacks.common.training import Training
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.storage.paths import user_path
 
 ROOT = "_neuromerge"
 """The folder in that of the training. `Trainer.push_to_hub` uploads nothing whose path starts with an underscore."""
@@ -41,7 +42,7 @@ def places_of(training: Training, settings: CallbackSettings, number: int) -> Pl
     saved = root_of(training) / step
     merged = saved / settings.metric_prefix
     if settings.output_dir is not None:
-        merged = Path(settings.output_dir).expanduser().absolute() / (training.trial or "") / step
+        merged = user_path(settings.output_dir, "output_dir").absolute() / (training.trial or "") / step
     elif settings.in_checkpoints:
         merged = training.folder / f"checkpoint-{number}" / settings.metric_prefix
     return Places(saved / TRAINED, saved / AVERAGED, merged)

@@ -1,6 +1,7 @@
 """The work of a callback in any framework: plan, merge, evaluate and publish."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -81,7 +82,7 @@ class MergeRun:
         for other in others:
             self._check_apart(training, other)
         for model in (base, *spec.models):
-            if Path(model).expanduser().resolve().is_relative_to(root_of(training).resolve()):
+            if Path(os.path.expanduser(model)).resolve().is_relative_to(root_of(training).resolve()):
                 raise MergeError(f"{model} would be overwritten: this training saves its models there. Move it away.")
         if self.settings.push_to_hub:
             check = partial(check_access, self._repo_id(training), self._push_options(training).get("token"))

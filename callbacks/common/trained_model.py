@@ -1,6 +1,7 @@
 """The base of a model in training, its adapter, and the files that describe it."""
 
 import copy
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def find_base(model: HuggingFaceModel, given: ModelId | None, run_folder: Path) 
         raise MergeError(
             f"What the model in training, a {type(network_of(model)).__name__}, started from is not known. {REMEDY}"
         )
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         return name
     if given is None and folder.resolve().parent == run_folder.resolve() and CHECKPOINT.fullmatch(folder.name):
@@ -69,7 +70,7 @@ def _recorded_base(model: HuggingFaceModel) -> str | None:
     if adapter is None or not adapter.base_model_name_or_path:
         return config._name_or_path  # transformers records no revision
     name = adapter.base_model_name_or_path
-    return f"{name}@{adapter.revision}" if adapter.revision and not Path(name).expanduser().is_dir() else name
+    return f"{name}@{adapter.revision}" if adapter.revision and not os.path.isdir(os.path.expanduser(name)) else name
 
 
 def adapter_config(model: HuggingFaceModel) -> PeftConfig | None:

@@ -12,6 +12,7 @@ from neuromerge_hf.engine.blocks import load_block
 from neuromerge_hf.engine.histogram import INFINITY, Values
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.engine.trimming import Rank
+from neuromerge_hf.sources.task_vector import LowRank
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.layout import Block
@@ -54,8 +55,10 @@ def predict_ranges(
     blocks = evenly_spaced(units, max(1, max(entries) // sample_entries))
 
     def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], Sampled]]:
+        rough = _row_by_row(unit)
+
         def sample(block: Block) -> Sampled:
-            x = load_block(unit, block, passes.memory, passes.device)
+            x = load_block(rough, block, passes.memory, passes.device)
             values(x, unit, block)
             if not is_finite(x[1:]):
                 raise FloatingPointError("a weight is NaN or infinite")
@@ -80,6 +83,12 @@ def predict_ranges(
         for i, rank in enumerate(ranks)
         if rank.number > 0
     }
+
+
+def _row_by_row(unit: Unit) -> Unit:
+    """A unit whose low-rank products are computed row by row, because a sample's last bits do not matter."""
+    rows = (replace(vector, tile=1) if isinstance(vector, LowRank) else vector for vector in unit.task_vectors)
+    return replace(unit, task_vectors=tuple(rows))
 
 
 def _range_around(rank: int, entries: int, samples: list[Tensor]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ names of the base, or a named folder on this machine holds other weights.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def _is_other(name: str, base: Location) -> bool | None:
     """Whether a name means another model than the base; None if that cannot be known."""
     if _simplified(name) in _names_of(base):
         return False
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # unlike that of Path, it takes any name
     if folder.is_dir():
         ours = next((base.folder / file for file in CHECKPOINT_FILES if (base.folder / file).is_file()), None)
         return None if ours is None else not _is_copy(ours, folder / ours.name)

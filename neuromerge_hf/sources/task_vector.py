@@ -95,6 +95,7 @@ class LowRank:
         file: the path of the adapter's weight file.
         stored: the task vector to which the product is added, if the adapter also stores the whole weight.
         factor_bytes: the size of the factors in the file, in bytes.
+        tile: the number of rows that are computed at once. Only with `TILE` has a row the same bits in every block.
     """
 
     left: Tensor
@@ -103,6 +104,7 @@ class LowRank:
     file: str
     stored: TaskVector | None = None
     factor_bytes: int = 0
+    tile: int = TILE
 
     @property
     def bytes_read(self) -> int:
@@ -123,11 +125,11 @@ class LowRank:
             self.stored.write(out, block, base, buffer)
         first = block.batch * self.layout.neurons + block.start
         last = first + len(block)
-        tiles = range(first // TILE * TILE, last, TILE)
-        left, right = self.left[tiles.start : tiles[-1] + TILE].to(out.device), self.right.to(out.device)
-        for begin, tile in zip(tiles, left.split(TILE), strict=True):
+        tiles = range(first // self.tile * self.tile, last, self.tile)
+        left, right = self.left[tiles.start : tiles[-1] + self.tile].to(out.device), self.right.to(out.device)
+        for begin, tile in zip(tiles, left.split(self.tile), strict=True):
             product = torch.mm(tile, right)
-            start, stop = max(first, begin), min(last, begin + TILE)
+            start, stop = max(first, begin), min(last, begin + self.tile)
             formed, target = product[start - begin : stop - begin], out[start - first : stop - first]
             if self.stored:
                 target.add_(formed)

@@ -121,6 +121,13 @@ def test_two_callbacks_that_would_overwrite_each_other_are_refused(models, tmp_p
         assert trainer.state.global_step == 0
 
 
+def test_a_home_that_is_none_is_refused_before_the_first_step(models, tmp_path):
+    base, other = models
+    callback = NeuroMergeCallback([other], output_dir="~nobody-of-this-name/merged")
+    refused(classifier(base), tmp_path, callback, "output_dir.*~nobody-of-this-name")
+    refused(classifier(base), tmp_path, NeuroMergeCallback(["~nobody-of-this-name/x"]), "~nobody-of-this-name")
+
+
 @pytest.mark.parametrize("prefix", ["", "trained", "averaged", "a/b", "two words", 3])
 def test_a_metric_prefix_is_a_word(prefix):
     with pytest.raises(MergeError, match="metric_prefix must be"):

@@ -55,6 +55,7 @@ def test_a_full_checkpoint_whose_metadata_names_another_base_gets_a_note(models:
         {"config": "/gone/runs/checkpoint-500"},
         {"config": "output"},
         {"config": "me/math"},
+        {"config": "~nobody-of-this-name/x"},
         {"config": "unsloth/base-unsloth-bnb-4bit"},
         {"config": "/gone/checkpoint-500", "card": "some/base"},
         {"config": "some/other", "card": ["a/b", "some/base"]},
