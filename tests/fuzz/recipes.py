@@ -80,7 +80,8 @@ def try_case(seed: int, folder: Path) -> Case:
         named = any(
             str(each) in str(error) for each in (path, *(_merged() / name for name in ("math", "code", "base")))
         )
-        by_name = any(words in str(error) for words in ("a folder", "must be", "is no path", "is not valid UTF-8"))
+        told = ("a folder", "must be", "is no path", "is not valid UTF-8", "would not be finite")
+        by_name = any(words in str(error) for words in told)
         return Case(seed, Outcome.REFUSED if named or by_name else Outcome.WRONG, f"{what}: {error}")
     except Hung as error:
         return Case(seed, Outcome.WRONG, f"{what}: {error}")
