@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateSyntaxError
 
@@ -16,6 +17,9 @@ from neuromerge_hf.text import readable_size
 from neuromerge_hf.version import __version__
 
 TEMPLATE = "merge.md.jinja"
+
+ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that act on a terminal or turn the direction of text. A report that was edited can hold them anywhere."""
 
 
 def render(card: MergeCard, template: str | os.PathLike[str] | None = None) -> str:
@@ -34,7 +38,7 @@ def render(card: MergeCard, template: str | os.PathLike[str] | None = None) -> s
             chosen = environment.get_template(TEMPLATE)
         else:
             chosen = environment.from_string(read_text(user_path(template, "template")))
-        return chosen.render(
+        text = chosen.render(
             card=card,
             report=card.report,
             recipe=card.recipe,
@@ -43,6 +47,7 @@ def render(card: MergeCard, template: str | os.PathLike[str] | None = None) -> s
             picture=PICTURE,
             version=__version__,
         )
+        return ACTING.sub("", text)
     except MergeError:
         raise
     except Exception as error:  # a template can call anything that it is given

@@ -32,7 +32,8 @@ def model_class_of(
     if architecture in remote and trust_remote_code:
         return get_class_from_dynamic_module(remote[architecture], folder)
     named = getattr(transformers, architecture, None)
-    if named is not None and not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel) and named is not PreTrainedModel
+    if named is not None and not is_model:
         raise MergeError(
             f'it names {architecture} as the model\'s class ("architectures"), which is no model '
             "class of transformers. Name the class that the weights were trained as."

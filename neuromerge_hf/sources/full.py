@@ -41,6 +41,7 @@ def check_architecture(
         skeleton = skeleton_of(base.model_class, config, base.most)
         model_class = model_class_of(config, location.folder, trust_remote_code, default=base.model_class)
         skeleton_of(model_class, config, base.most)
+        of_base = skeleton_of(model_class, base.model.config, base.most)
     except MergeError as error:
         return [f"{location.folder / 'config.json'}: {problem}" for problem in error.problems]
     shapes = skeleton.shapes
@@ -52,7 +53,7 @@ def check_architecture(
         # A head that only the expert has is kept unmerged. A tied head is not stored, so the base must tie it too.
         own = skeleton_of(model_class, config).ties.items()
         ties |= own
-        base_ties |= own & skeleton_of(model_class, base.model.config).ties.items()
+        base_ties |= own & of_base.ties.items()
     separate = separable(base).items()  # for an expert with untied embeddings, the base is untied too
     for tie in sorted(ties - base_ties | base_ties - ties - separate):
         one, other = (location, base_location) if tie in ties else (base_location, location)

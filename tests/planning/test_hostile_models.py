@@ -137,7 +137,7 @@ def test_a_recipe_names_only_files_in_the_folders_of_its_models(models, tmp_path
 # -------------------------------------------------------------------------------------------------------------- classes
 
 
-@pytest.mark.parametrize("name", ["pipeline", "AutoModel", "LlamaConfig", "utils"])
+@pytest.mark.parametrize("name", ["pipeline", "PreTrainedModel", "AutoModel", "LlamaConfig", "utils"])
 def test_what_is_no_model_class_of_transformers_is_refused(models, copied, refused, name):
     for who in ("base", "math"):
         model = copied(who, f"{who}-of-no-class")
