@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     model.save_pretrained(folder / "base")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1e-3
+            parameter.add_(1e-3)
     model.save_pretrained(folder / "expert")
     merge([folder / "expert"], folder / "merged", base_model=folder / "base", max_shard_size="10MB")
     before = peak = private_memory()
