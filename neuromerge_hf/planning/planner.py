@@ -214,7 +214,11 @@ def _config_fits(
         return True
     if expert.config is None:
         return False
-    like = comparable_skeleton(base, base_location, expert.location, expert.config)
+    try:
+        like = comparable_skeleton(base, base_location, expert.location, expert.config)
+    except MergeError as error:
+        problems.add([f"{expert.location.folder / 'config.json'}: {problem}" for problem in error.problems])
+        return False
     differences = check_architecture(expert.location, expert.config, like, base_location, trust_remote_code)
     problems.add(differences)
     return not differences

@@ -58,7 +58,8 @@ def _build(architecture: _Architecture) -> "Skeleton":
         with at_most(most):
             return Skeleton(model_class, config, most)
     except Exception as error:  # model classes document no exceptions
-        raise MergeError(f"no {model_class.__name__} can be made of it: {str(error).rstrip('.')}.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # torch adds where in its code it was
+        raise MergeError(f"no {model_class.__name__} can be made of it: {reason.rstrip('.')}.") from error
 
 
 class Skeleton:

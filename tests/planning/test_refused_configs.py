@@ -15,7 +15,7 @@ WRONG = {
     "architectures": [5, "LlamaForCausalLM", [5], {}],
     "rope_parameters": [[], 5, {"rope_type": []}],
     "num_hidden_layers": ["2", None, -1],
-    "vocab_size": ["40", None, []],
+    "vocab_size": ["40", None, [], 2**63],
     "model_type": [5, None, "", "unheard-of", []],
     "auto_map": [5, []],
     "quantization_config": [5, [1], {"quant_method": []}],
