@@ -49,8 +49,9 @@ class NeuroMergeCallback(MergingCallback, Callback):
                 `average_checkpoints`.
             attribute: the path of the model in the LightningModule ("model", "net.encoder"), if it has several models.
             best_weights: merge the best weights of the `ModelCheckpoint`, not the last ones.
-            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.
-                transformers notes no revision: pass ``id@revision`` if it was loaded at one.
+            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from,
+                or the base of that if its card and those of the experts name it. transformers notes no revision: pass
+                ``id@revision`` if it was loaded at one.
             **options: the fields of `CallbackSettings`, `MergeSpec` and `Runtime`.
 
         Raises:

@@ -33,8 +33,9 @@ class NeuroMergeCallback(MergingCallback, TrainerCallback):
                 `average_checkpoints`.
             trainer: the Trainer that the callback is added to. Without this argument, the callback looks for it in the
                 call stack, because events do not name their trainer.
-            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.
-                transformers notes no revision: pass ``id@revision`` if it was loaded at one.
+            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from,
+                or the base of that if its card and those of the experts name it. transformers notes no revision: pass
+                ``id@revision`` if it was loaded at one.
             **options: the fields of `CallbackSettings`, `MergeSpec` and `Runtime`.
 
         Raises:

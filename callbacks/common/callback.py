@@ -55,8 +55,9 @@ class MergingCallback:
         Args:
             models: the other experts, as in `neuromerge_hf.merge`. It may be empty with `checkpoints` or
                 `average_checkpoints`.
-            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from.
-                transformers notes no revision: pass ``id@revision`` if it was loaded at one.
+            base_model: the model that all were fine-tuned from. Default: what the trained model was loaded from,
+                or the base of that if its card and those of the experts name it. transformers notes no revision: pass
+                ``id@revision`` if it was loaded at one.
             **options: the fields of `CallbackSettings`, `MergeSpec` and `Runtime`.
 
         Raises:

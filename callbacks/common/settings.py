@@ -45,7 +45,8 @@ class CallbackSettings:
         True,
         "evaluate the merged model, with the trained model's own head, on the trainer's `eval_dataset`. Its metrics "
         "``merged_eval_*`` appear beside ``eval_*`` in the log history, in every logger and in the card. The trained "
-        "model is evaluated as well if it was not when training ended",
+        "model is evaluated as well if it was not when training ended. Meanwhile its weights wait in a file, on the "
+        "disk of the merged model",
     )
     metric_prefix: str = option(
         "merged",
