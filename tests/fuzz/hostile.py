@@ -73,7 +73,7 @@ def try_case(seed: int, folder: Path) -> Case:
     traps = rng.sample(list(MERGED_TRAPS if finished else TRAPS), rng.randint(1, 3))
     what = ", ".join(trap.__name__.strip("_") for trap in traps)
     for trap in traps:
-        with suppress(ValueError, LookupError, RecursionError):  # an earlier trap has damaged the same file
+        with suppress(ValueError, LookupError, RecursionError, StopIteration):  # an earlier trap has damaged the file
             trap(rng.choice([path for path in models.iterdir() if path.is_dir()]), rng)
     before = _state(outside), {} if finished else _state(models)
     output, repo_id = folder / "out" / "merged", f"hostile/case-{seed}"
