@@ -63,7 +63,7 @@ class TrainerTraining:
         if not args.push_to_hub or not folder.is_relative_to(output):
             return False
         path = folder.relative_to(output).as_posix()
-        if path.startswith(PREFIX_CHECKPOINT_DIR):
+        if path.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             return args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         return not path.startswith("_")
 

@@ -15,6 +15,7 @@ from neuromerge_hf.callbacks.common.average import (
     length_of,
 )
 from neuromerge_hf.callbacks.common.command import merge_command
+from neuromerge_hf.callbacks.common.parking import WeightsLostError
 from neuromerge_hf.callbacks.common.places import Places
 from neuromerge_hf.callbacks.common.settings import CallbackSettings
 from neuromerge_hf.callbacks.common.trained_model import save_task_config
@@ -146,6 +147,8 @@ def _is_merge(target: Path) -> bool:
 def errors_explained(situation: str, command: str | None = None) -> Iterator[None]:
     try:
         yield
+    except WeightsLostError:
+        raise
     except Exception as error:
         again = f"\nThis tries again:\n  {command}" if command else ""
         raise MergeError(Printable(f"{printable(situation)}: {printable(error)}{again}")) from error

@@ -15,6 +15,10 @@ from neuromerge_hf.errors import MergeError
 from neuromerge_hf.text import readable_size
 
 
+class WeightsLostError(RuntimeError):
+    """The model in training has other weights than it was trained to have. No training can go on with them."""
+
+
 @contextmanager
 def parked(tensors: Sequence[Tensor], folder: Path) -> Iterator[None]:
     """Restore the values of tensors, bit by bit, after the block. Every process must call this, for its own tensors.
@@ -25,16 +29,14 @@ def parked(tensors: Sequence[Tensor], folder: Path) -> Iterator[None]:
 
     Raises:
         MergeError: if the file of any process cannot be written. The block does not run then.
+        WeightsLostError: if the file cannot be read any more.
     """
     with ExitStack() as stack:
         file = on_every_process(lambda: stack.enter_context(_written(tensors, folder)))
         try:
             yield
         finally:
-            file.seek(0)
-            with torch.no_grad():
-                for tensor in tensors:
-                    _restore(file.fileno(), tensor)
+            _restore_all(tensors, file)
 
 
 def _written(tensors: Sequence[Tensor], folder: Path) -> IO[bytes]:
@@ -53,6 +55,19 @@ def _written(tensors: Sequence[Tensor], folder: Path) -> IO[bytes]:
             ) from error
         stack.pop_all()  # the file stays open
     return file
+
+
+@torch.no_grad()
+def _restore_all(tensors: Sequence[Tensor], file: IO[bytes]) -> None:
+    try:
+        file.seek(0)
+        for tensor in tensors:
+            _restore(file.fileno(), tensor)
+    except (OSError, EOFError) as error:
+        raise WeightsLostError(
+            f"The weights of the model in training cannot be read back from the disk ({error}). Training cannot go on: "
+            "resume it from a checkpoint."
+        ) from error
 
 
 def _restore(descriptor: int, tensor: Tensor) -> None:
@@ -78,5 +93,5 @@ def _read(descriptor: int, view: memoryview) -> None:
     while view:
         count = os.readv(descriptor, [view])
         if count == 0:
-            raise MergeError("The file with the weights of the model in training ended early. Load a checkpoint.")
+            raise EOFError("the file ended early")
         view = view[count:]

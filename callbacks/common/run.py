@@ -1,6 +1,7 @@
 """The work of a callback in any framework: plan, merge, evaluate and publish."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ class MergeRun:
         """
         self.failures.clear()
         self.outcomes.clear()
-        self.steps = set(training.kept_steps())  # if training is resumed
+        self.steps = on_first_process(lambda: set(training.kept_steps()))  # if training is resumed
         if not training.trial:
             self.best_trial = None
         spec = self.merging.spec
@@ -174,16 +175,21 @@ class MergeRun:
 
     def _rotate(self, training: Training) -> None:
         """Delete the merges whose checkpoints are gone."""
-        kept = on_first_process(lambda: set(training.kept_steps()))
-        for step in self.steps - kept:
-            on_first_process(partial(delete_merge, places_of(training, self.settings, step)))
+
+        def delete() -> set[int]:
+            gone = self.steps - set(training.kept_steps())
+            for step in gone:
+                delete_merge(places_of(training, self.settings, step))
+            return gone
+
+        for step in on_first_process(delete):
+            self.steps.remove(step)
             self.outcomes.pop(step, None)
-        self.steps &= kept
 
     def _keep_best_trial(self, training: Training, outcome: Outcome) -> None:
         """Delete this trial's merge or the best one before, whichever is worse by the metric of the training."""
         metric, best = f"{self.settings.metric_prefix}_{training.metric}", self.best_trial
-        if metric not in outcome.metrics or self.when != "train_end":
+        if not math.isfinite(outcome.metrics.get(metric, math.nan)) or self.when != "train_end":
             return
         if best and best.places == outcome.places:  # of an earlier search
             best = None

@@ -150,10 +150,10 @@ UNFIT = "The model in training cannot hold the merged weights to evaluate them:"
 
 def _check_fit(live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
     """Raise a `MergeError` if the live tensors cannot hold the merged ones. One of these at a time is in memory."""
-    names: dict[int, list[str]] = defaultdict(list)
+    names: dict[tuple[torch.device, int], list[str]] = defaultdict(list)
     for name in merged:
         _check_value(name, live.get(name), merged[name])
-        names[live[name].data_ptr()].append(name)
+        names[live[name].device, live[name].data_ptr()].append(name)
     for owner, *copies in names.values():
         for name in copies:
             if live[name].numel() and _digest(merged[name]) != _digest(merged[owner]):

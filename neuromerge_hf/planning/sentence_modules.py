@@ -46,7 +46,7 @@ def _meaning(folder: Path) -> dict[str, Any]:
     return {
         f"{module['type'].rpartition('.')[2]} in {module['path']}": _content(folder / module["path"])
         for module in load_modules(folder)
-        if module["path"] not in ("", ".")
+        if module["path"]
     }
 
 

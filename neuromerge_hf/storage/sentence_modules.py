@@ -33,11 +33,11 @@ def module_folders(folder: Path) -> list[str]:
     path = folder / MODULES
     if not path.is_file():
         return []
-    return [name for module in load_modules(folder) if (name := module["path"]) not in ("", ".")]
+    return [module["path"] for module in load_modules(folder) if module["path"]]
 
 
 def load_modules(folder: Path) -> list[dict[str, str]]:
-    """Return the entries of ``modules.json``, each with a path and a type."""
+    """Return the entries of ``modules.json``, each with a type and a path, which is empty for the top of the folder."""
     path = folder / MODULES
     modules = load_json(path, list)
     for module in modules:
@@ -49,4 +49,5 @@ def load_modules(folder: Path) -> list[dict[str, str]]:
             raise MergeError(
                 f"{path} names the folder {module['path']!r}, which is outside the model's. Do not use this model."
             )
+        module["path"] = inside.as_posix() if inside.parts else ""
     return modules

@@ -154,6 +154,22 @@ def test_modules_outside_the_model_are_refused(models, tmp_path, path):
         merge(experts, tmp_path / "merged", base_model=copy)
 
 
+@pytest.mark.parametrize("path", [".", "./", ".//."])
+def test_the_top_of_the_folder_is_no_folder_of_a_module_however_it_is_written(models, tmp_path, path):
+    _, base, experts = models
+    copy = shutil.copytree(base, tmp_path / "copy")
+    modules = json.loads((copy / "modules.json").read_text())
+    modules[0]["path"] = path
+    (copy / "modules.json").write_text(json.dumps(modules))
+    for model, folder in ((base, "expected"), (copy, "merged")):
+        merge(experts, tmp_path / folder, base_model=model, max_shard_size="20KB")
+    found, expected = (
+        {file.relative_to(tmp_path / folder).as_posix() for file in (tmp_path / folder).rglob("*")}
+        for folder in ("merged", "expected")
+    )
+    assert found == expected, "the base's own weights do not go along"
+
+
 def test_links_out_of_a_module_are_refused(models, tmp_path):
     _, base, experts = models
     copy = shutil.copytree(base, tmp_path / "copy")

@@ -4,13 +4,17 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import evaluation_memory
-from neuromerge_hf import MergeError
+from neuromerge_hf import MergeError, NeuroMergeCallback
+from neuromerge_hf.callbacks.common.parking import WeightsLostError
 from neuromerge_hf.callbacks.common.weights import replaced
+from tiny_training import classifier, make_trainer
+from trainer_callbacks import Recorder
 
 VALUES = [
     torch.tensor([[1.0, float("nan")], [-0.0, float("inf")]]),
@@ -66,6 +70,29 @@ def test_a_disk_without_room_is_said_before_anything_changes(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert live["a"].tolist() == [1, 1, 1]
+
+
+def damage_parked_weights(folder):
+    """Shorten the file without a name in a folder, in which the weights wait."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if descriptor.is_symlink() and os.readlink(descriptor).startswith(str(folder)):
+            os.truncate(descriptor, 0)
+
+
+def test_a_training_whose_weights_are_lost_does_not_go_on(models, tmp_path):
+    base, other = models
+    recorder = Recorder()
+    callback = NeuroMergeCallback([other], when="epoch")
+    trainer = make_trainer(classifier(base), tmp_path, callback, recorder, max_steps=-1, num_train_epochs=2)
+
+    def damage(prediction):
+        damage_parked_weights(tmp_path)
+        return {}
+
+    trainer.compute_metrics = damage
+    with pytest.raises(WeightsLostError, match=r"cannot be read back from the disk.*resume it from a checkpoint"):
+        trainer.train()
+    assert recorder.steps == 4, "the second epoch did not begin"
 
 
 def test_the_memory_of_an_evaluation_is_that_of_one_shard(tmp_path):

@@ -42,8 +42,9 @@ def test_a_place_that_the_training_would_push_is_refused(models, hub, tmp_path, 
     base, other = models
     run = tmp_path / "run"
     pushing = {"push_to_hub": True, "hub_model_id": "callbacks/reach", "hub_strategy": strategy, **SAVING}
-    callback = NeuroMergeCallback([other], output_dir=run / "mine")
-    assert str(run / MERGED) in refused(classifier(base), run, callback, "would be uploaded", **pushing)
+    for place in ("mine", "checkpoints/mine"):
+        callback = NeuroMergeCallback([other], output_dir=run / place)
+        assert str(run / MERGED) in refused(classifier(base), run, callback, "would be uploaded", **pushing)
     inside = NeuroMergeCallback([other], when="save", in_checkpoints=True, evaluate=False)
     if strategy == "all_checkpoints":
         refused(classifier(base), run, inside, "would be uploaded", **pushing)

@@ -81,6 +81,20 @@ def test_lightnings_merges_follow_the_checkpoints_that_are_kept(models, tmp_path
     assert merges(tmp_path) == kept
 
 
+def test_a_search_does_not_take_what_is_not_a_number_for_the_best(models, tmp_path):
+    base, other = models
+    callback = NeuroMergeCallback([other])
+    changes = {"metric_for_best_model": "score", "greater_is_better": True}
+    trainer = make_trainer(None, tmp_path, callback, init=lambda trial: classifier(base), **changes)
+    scores = iter([float("nan")] * 3 + [0.5] * 3 + [float("nan")] * 3)  # the trained model, the merged, for the search
+    trainer.compute_metrics = lambda prediction: {"score": next(scores)}
+    optuna.logging.disable_default_handler()
+    space = lambda trial: {"seed": trial.suggest_int("seed", 1, 9)}  # noqa: E731
+    trainer.hyperparameter_search(space, n_trials=3, backend="optuna", compute_objective=lambda metrics: 1.0)
+    assert callback.merged_dir == tmp_path / "_neuromerge" / "run-1" / "merged"
+    assert (callback.merged_dir / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("greater_is_better", [True, False])
 def test_a_search_keeps_the_best_merge_alone(models, tmp_path, greater_is_better):
     base, other = models
