@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.blocks import Memory
+from neuromerge_hf.engine.cpu_kernel import CPUKernel
 from neuromerge_hf.engine.trimming import Trimming
 from neuromerge_hf.kernel import trim
 from neuromerge_hf.sources.unit import Unit
@@ -40,18 +41,24 @@ class Histogram:
         self.norm = 0.0
         self.kept = 0.0
 
-    def count(self, magnitudes: Tensor, memory: Memory) -> tuple[int, Tensor, Tensor]:
+    def count(self, x: Tensor, row: int, memory: Memory, kernel: CPUKernel | None) -> tuple[int, Tensor, Tensor]:
         """Count the magnitudes of some neurons, without changing the histogram.
 
         Args:
-            magnitudes: (neurons, width) float32, contiguous.
+            x: (1 + T, neurons, width), contiguous: float32 magnitudes, or what the compiled kernel loads.
+            row: which row of `x` to count.
             memory: buffers to reuse. A process that allocates megabytes for each block on each thread grows.
+            kernel: the compiled kernel; None for torch.
 
         Returns:
             The number of magnitudes below the range, the bin of each magnitude in the range, and the L1 norms of all
             entries and of those not below the range: (2, neurons) float64.
         """
         low, high = magnitude_of(self.low), magnitude_of(min(self.low + (self.bins << self.shift), INFINITY))
+        if kernel:
+            count, bits, norms = kernel.count(x, row, low, high, memory)
+            return count, bits - self.low >> self.shift, norms
+        magnitudes = x[row]
         kept, below, inside = (
             memory.take(name, magnitudes.numel(), dtype, magnitudes.device).view(magnitudes.shape)
             for name, dtype in (("kept", torch.float32), ("below", torch.bool), ("inside", torch.bool))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.blocks import load_base, load_block
+from neuromerge_hf.engine.cpu_kernel import Combination
 from neuromerge_hf.engine.low_rank import find_factors
 from neuromerge_hf.engine.matrices import Matrix
-from neuromerge_hf.engine.method import Method
+from neuromerge_hf.engine.method import Method, thresholds_of
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
 from neuromerge_hf.engine.rounding import is_rounded, measure
 from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons, sum_untrimmed
@@ -50,8 +51,8 @@ class UnitMerger:
         self,
         block: Block,
         record: Callable[[BlockStatistics], object],
-        observe: Callable[[Tensor], object] = lambda _: None,
-    ) -> Tensor:
+        observe: Callable[[Tensor], object] | None = None,
+    ) -> Tensor | Combination:
         """Merge or copy a block.
 
         Args:
@@ -61,8 +62,8 @@ class UnitMerger:
             observe: called with the base and the untrimmed task vectors, (1 + T, neurons, width), if they are formed.
 
         Returns:
-            (neurons, width): the merged rows in float32. If no expert changes the unit, the base's
-            rows in their own dtype.
+            (neurons, width): the merged rows in float32, or how the compiled kernel forms them. If no expert changes
+            the unit, the base's rows in their own dtype.
 
         Raises:
             FloatingPointError: if a weight is NaN or infinite.
@@ -75,8 +76,14 @@ class UnitMerger:
         if self.factors:
             base = load_base(unit, block, memory, device)
             return self._method.merge_factors(base, self.factors.rows(unit, block), self.factors, record)
+        kernel = self._passes.kernel
+        if kernel and self._method.by_gram and unit.is_neuronal and not observe:
+            x, thresholds = kernel.load(unit, block, memory), thresholds_of(unit, self._method.trimmings)
+            coefficients = self._method.coefficients(kernel.gram_matrix(x, thresholds), record)
+            return Combination(kernel, x, thresholds, coefficients)
         x = load_block(unit, block, memory, device)
-        observe(x)
+        if observe:
+            observe(x)
         if not self._method.config.by_matrix:
             return self._method.merge_block(x, unit, block, record)
         base, sums = x[0].clone(), sum_untrimmed(x, unit)
@@ -127,7 +134,8 @@ def merge_weights(
             found: list[BlockStatistics] = []
             merged = merger.merge(block, found.append)
             written = merged.to(unit.dtype)
-            _check_finite(unit, merged, written)
+            if not is_finite(written):
+                _check_values(unit, merged[:], written)
             writer.write(unit, block, written)
             return found, measure(unit, block, merged, written, passes.memory) if is_measured else None
 
@@ -142,8 +150,8 @@ def merge_weights(
         writer.finish(unit)
 
 
-def _check_finite(unit: Unit, merged: Tensor, written: Tensor) -> None:
-    """Check the values of a block that are about to be written. An infinity in a buffer of the base may stay.
+def _check_values(unit: Unit, merged: Tensor, written: Tensor) -> None:
+    """Check the values of a block that is not finite. An infinity in a buffer of the base may stay.
 
     Args:
         unit: the unit that the block belongs to.
@@ -154,8 +162,6 @@ def _check_finite(unit: Unit, merged: Tensor, written: Tensor) -> None:
         FloatingPointError: if a merged or copied value is NaN or infinite.
         MergeError: if a value is too large for the dtype of the output.
     """
-    if is_finite(written):
-        return
     if not is_finite(merged):
         is_mask = unit.is_buffer and not unit.task_vectors and not merged.isnan().any()
         if not is_mask:

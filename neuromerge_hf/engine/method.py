@@ -43,9 +43,12 @@ class Method(ABC, Generic[Config]):
 
     Attributes:
         sigma: the largest share of a task vector's L1 norm that is trimmed; None if the report is to show no shares.
+        by_gram: whether a merged neuron is a linear combination of its rows, whose coefficients follow from their inner
+            products. The compiled kernel merges such neurons by `coefficients`, and not by `merge_block`.
     """
 
     sigma: float | None = None
+    by_gram: ClassVar[bool] = False
     _by_config: ClassVar[dict[type[MergeConfig], type[Method[Any]]]] = {}
 
     def __init_subclass__(cls, config: type[MergeConfig] | None = None) -> None:
@@ -98,6 +101,18 @@ class Method(ABC, Generic[Config]):
             FloatingPointError: if an input holds a NaN or an infinity.
         """
 
+    def coefficients(self, gram: Tensor, record: Recorder) -> Tensor:
+        """Return the numbers ``a`` with ``merged neuron = w_0 + a @ X``, if the method is `by_gram`.
+
+        Args:
+            gram: (neurons, 1 + T, 1 + T) float64, the inner products of each neuron's trimmed rows X.
+            record: called with the statistics of the neurons.
+
+        Returns:
+            (neurons, 1 + T) float32.
+        """
+        raise NotImplementedError
+
     def find_factors(self, unit: Unit, device: torch.device) -> StackedFactors | None:
         """Return the factors of an opened unit, or None if it cannot be merged without forming its task vectors."""
         return None
@@ -148,6 +163,11 @@ def add_change(base: Tensor, change: Tensor) -> Tensor:
     if not merged.isfinite().all():
         raise FloatingPointError("a weight is NaN or infinite")
     return merged
+
+
+def thresholds_of(unit: Unit, trimmings: Sequence[Trimming]) -> list[float]:
+    """Return the trim thresholds of the experts that change a unit."""
+    return [trimmings[expert].threshold for expert in unit.changing]
 
 
 def trim_block(x: Tensor, unit: Unit, thresholds: Sequence[float]) -> None:

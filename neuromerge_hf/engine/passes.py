@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from neuromerge_hf.engine.blocks import Memory, non_finite
+from neuromerge_hf.engine.cpu_kernel import CPUKernel
 from neuromerge_hf.sources.unit import Unit, Work
 from neuromerge_hf.storage.layout import Block
 
@@ -40,6 +41,7 @@ class Passes:
         advance: called with the number of bytes that were read since the last call.
         block_entries: how many entries of a tensor a block has. No result depends on it.
         memory: the buffers that blocks are loaded into.
+        kernel: the compiled kernel; None if torch computes everything.
     """
 
     work: Work
@@ -48,6 +50,7 @@ class Passes:
     advance: Callable[[int], object] = _ignore
     block_entries: int = BLOCK_ENTRIES
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
+    kernel: CPUKernel | None = None
 
     def blocks(self, unit: Unit) -> Iterator[Block]:
         """Return all blocks of a unit."""

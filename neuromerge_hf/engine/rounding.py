@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.blocks import Memory, load_base
+from neuromerge_hf.engine.cpu_kernel import Combination
 from neuromerge_hf.folder.rounding import KindRounding, Rounding
 from neuromerge_hf.skeleton.layers import kind_of
 from neuromerge_hf.sources.unit import Unit, Work
@@ -35,20 +36,20 @@ def is_rounded(unit: Unit) -> bool:
     return bool(unit.task_vectors) and unit.dtype in ROUNDED
 
 
-def measure(unit: Unit, block: Block, merged: Tensor, written: Tensor, memory: Memory) -> Tensor:
+def measure(unit: Unit, block: Block, merged: Tensor | Combination, written: Tensor, memory: Memory) -> Tensor:
     """Return the inner products of the merged change and the rounding error of a block: (2, 2) float64 on the CPU.
 
     Args:
         unit: a unit that `is_rounded`.
         block: the neurons of the unit that the rows hold.
-        merged: (neurons, width) float32, the merged rows.
+        merged: (neurons, width) float32, the merged rows, or how the compiled kernel forms them.
         written: the same rows in the dtype of the output.
         memory: buffers to reuse.
     """
-    products = torch.zeros(2, 2, dtype=torch.float64, device=merged.device)
+    products = torch.zeros(2, 2, dtype=torch.float64, device=written.device)
     for part in _measured(unit, block):
         rows = slice(part.start - block.start, part.stop - block.start)
-        base = load_base(unit, part, memory, merged.device, buffer="measured")
+        base = load_base(unit, part, memory, written.device, buffer="measured")
         parts = (values.flatten().split(CHUNK) for values in (base, merged[rows], written[rows]))
         for before, after, rounded in zip(*parts, strict=True):
             pair = torch.stack([after - before, rounded.float() - after]).double()

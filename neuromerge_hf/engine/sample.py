@@ -17,7 +17,7 @@ from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.layout import Block
 
-SAMPLE_ENTRIES = 1 << 22
+SAMPLE_ENTRIES = 1 << 20
 """How many entries of an expert predict its threshold."""
 
 SAMPLE_BLOCK = 1 << 11

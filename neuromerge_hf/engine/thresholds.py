@@ -97,17 +97,21 @@ Counts = dict[int, tuple[int, Tensor, Tensor]]
 
 def _count(passes: Passes, histograms: Mapping[int, Histogram], values: Values) -> None:
     """Fill the histograms in one pass over the inputs."""
+    kernel = passes.kernel
     experts = range(len(passes.work.expert_names))
     of_expert = [[i for i, histogram in histograms.items() if histogram.expert == expert] for expert in experts]
 
     def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], Counts]]:
         def count(block: Block) -> Counts:
-            x = load_block(unit, block, passes.memory, passes.device)
-            values(x, unit, block)
+            if kernel and values is magnitudes:
+                x = kernel.load(unit, block, passes.memory)
+            else:
+                x = load_block(unit, block, passes.memory, passes.device)
+                values(x, unit, block)
             found = {}
             for t, expert in enumerate(unit.changing, start=1):
                 for i in of_expert[expert]:
-                    found[i] = histograms[i].count(x[t], passes.memory)
+                    found[i] = histograms[i].count(x, t, passes.memory, kernel)
                     if not found[i][2].isfinite().all():
                         raise FloatingPointError("a weight is NaN or infinite")
             return found

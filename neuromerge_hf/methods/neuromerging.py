@@ -105,6 +105,7 @@ class NeuroMerging(Method[NeuroMergingConfig], config=NeuroMergingConfig):
     """
 
     sigma: float
+    by_gram = True
 
     def __init__(self, config: NeuroMergingConfig, trimmings: list[Trimming], by_length: float | None = None):
         super().__init__(config, trimmings)
@@ -143,6 +144,14 @@ class NeuroMerging(Method[NeuroMergingConfig], config=NeuroMergingConfig):
         merged = merge_elementwise(x[0, 0], x[1:, 0], self.lambda_orthogonal)
         record(sum_entries(x[:, 0], merged))
         return merged.unsqueeze(0)
+
+    def coefficients(self, gram: Tensor, record: Recorder) -> Tensor:
+        from neuromerge_hf.engine.statistics import sum_neurons
+        from neuromerge_hf.kernel import hold_election
+
+        election = hold_election(gram, *self._lambdas)
+        record(sum_neurons(election))
+        return election.coefficients.float()
 
     def find_factors(self, unit: Unit, device: torch.device) -> StackedFactors | None:
         from neuromerge_hf.engine.low_rank import find_factors
