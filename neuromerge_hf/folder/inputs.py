@@ -15,7 +15,7 @@ from neuromerge_hf.storage.files import (
     companion_files,
     weight_files,
 )
-from neuromerge_hf.storage.hashing import file_hash
+from neuromerge_hf.storage.hashing import remembered_hash
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.sentence_modules import module_files
 from neuromerge_hf.storage.small_files import read_files
@@ -121,8 +121,9 @@ class InputHasher:
         files = input_files(location, is_base=is_base)
         location.watch(files)
         names = {path.relative_to(location.folder).as_posix(): path for path in files}
-        record = ModelRecord(location.id, sha256={name: file_hash(path, self._stopped) for name, path in names.items()})
-        problems = expected.differences(record.sha256) if expected else []
+        algorithm = expected.algorithm if expected else "blake3"
+        hashes = {name: remembered_hash(path, algorithm, self._stopped) for name, path in names.items()}
+        problems = expected.differences(hashes) if expected else []
         if problems:
             raise MergeError(problems)
-        return record
+        return ModelRecord(location.id, **{algorithm: hashes})

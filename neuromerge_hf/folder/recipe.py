@@ -11,7 +11,7 @@ import yaml
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.documents import load_yaml, reason_of
-from neuromerge_hf.storage.hashing import file_hash
+from neuromerge_hf.storage.hashing import Algorithm, remembered_hash
 from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.storage.writing import write_file
 from neuromerge_hf.typed import fits
@@ -36,20 +36,33 @@ class ModelRecord:
     Attributes:
         id: the folder or the id on the Hub.
         revision: the commit on the Hub; None for a local folder.
-        sha256: for a local folder, the hash of each file that determines the merge, by its name.
+        blake3: for a local folder, the hash of each file that determines the merge, by its name.
+        sha256: the same in recipes of earlier versions, which have no other.
     """
 
     id: str
     revision: str | None = None
+    blake3: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.id, str) and fits(self.revision, str | None) and fits(self.sha256, dict[str, str])):
-            raise TypeError(f"{self.to_dict()} describes no model")
-        for name in self.sha256:
+        hashes = fits(self.blake3, dict[str, str]) and fits(self.sha256, dict[str, str])
+        if not (isinstance(self.id, str) and fits(self.revision, str | None) and hashes):
+            raise TypeError(f"{vars(self)} describes no model")
+        for name in (*self.blake3, *self.sha256):
             inside = PurePosixPath(name)  # only modules of a SentenceTransformer are in folders
             if not name or inside.is_absolute() or {"..", ""} & {*name.split("/")} or "\\" in name or "\0" in name:
                 raise MergeError(f"the file {name!r} of {self.id} is not in that folder. Do not use this recipe.")
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm of the hashes."""
+        return "sha256" if self.sha256 else "blake3"
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The hash of each file by its name."""
+        return self.sha256 or self.blake3
 
     @property
     def repo(self) -> str:
@@ -68,7 +81,7 @@ class ModelRecord:
             found: the hashes of the files that are there, by name; None for a file that is missing.
         """
         problems = []
-        for name, expected in self.sha256.items():
+        for name, expected in self.hashes.items():
             path = user_path(self.id, "The model") / name
             if found.get(name) is None:
                 problems.append(
@@ -76,14 +89,15 @@ class ModelRecord:
                 )
             elif found[name] != expected:
                 problems.append(
-                    f"{path} has changed since the recipe was written: its sha256 is {found[name]}, not {expected}. "
+                    f"{path} has changed since the recipe was written: its {self.algorithm} is {found[name]}, not "
+                    f"{expected}. "
                     "Bring the old file back, or merge the models themselves for a new recipe."
                 )
         return problems
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain Python objects."""
-        return {"id": self.id, **({"revision": self.revision} if self.revision else {"sha256": self.sha256})}
+        return {"id": self.id, **({"revision": self.revision} if self.revision else {self.algorithm: self.hashes})}
 
 
 @dataclass(frozen=True)
@@ -114,9 +128,13 @@ class Recipe:
         """Raise a `MergeError` if a local file is missing, or has changed since the recipe was written."""
         problems = []
         for model in (self.base_model, *self.models):
-            paths = {name: user_path(model.id, "The model") / name for name in model.sha256}
-            found = {name: file_hash(path) if path.is_file() else None for name, path in paths.items()}
-            problems += model.differences(found)
+            paths = {name: user_path(model.id, "The model") / name for name in model.hashes}
+            problems += model.differences(
+                {
+                    name: remembered_hash(path, model.algorithm) if path.is_file() else None
+                    for name, path in paths.items()
+                }
+            )
         if problems:
             raise MergeError(problems)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -27,7 +26,7 @@ from neuromerge_hf.spec import OPTION_NAMES, MergeSpec, ModelId, Runtime, read_o
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.finite import is_finite, name_of
 from neuromerge_hf.storage.location import Location, locate
-from neuromerge_hf.storage.paths import user_path
+from neuromerge_hf.storage.paths import user_cache, user_path
 from neuromerge_hf.storage.temporary import remove_leftovers
 
 NOT_FOR_LOADING = ("dtype", "max_shard_size", "tuned_on", "overwrite")
@@ -82,7 +81,7 @@ class AutoMergedModel:
             'LlamaForCausalLM'
         """
         _check_dtype(options.get("dtype"))
-        cache = user_path(cache_dir or Path(constants.HF_HOME, "neuromerge"), "cache_dir").absolute()
+        cache = user_path(cache_dir or user_cache(), "cache_dir").absolute()
         if isinstance(models, str | os.PathLike):
             _check_options_of_one(models, options)
             merging: dict[str, Any] = {}

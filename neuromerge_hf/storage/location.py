@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
 
 from huggingface_hub import hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from neuromerge_hf.errors import MergeError, printable
+from neuromerge_hf.storage.file_state import State, state_of
 from neuromerge_hf.storage.files import CARD, CHECKPOINT_FILES, COMPANIONS, LICENCE_FILES, weight_files
 from neuromerge_hf.storage.formats import open_file, open_weights
 from neuromerge_hf.storage.paths import user_path
@@ -28,9 +28,6 @@ from neuromerge_hf.storage.remote import list_sizes, open_remote, repository_siz
 from neuromerge_hf.storage.sentence_modules import module_folders
 from neuromerge_hf.storage.small_files import LARGEST_CARD, check_sizes, check_small_files, read_files
 from neuromerge_hf.storage.tensors import StoredTensor
-
-State: TypeAlias = tuple[tuple[int, ...], ...]
-"""The device, inode, size and times of a file, and of each link on the way to it."""
 
 METADATA = ["*.json", *COMPANIONS, *LICENCE_FILES, CARD, "recipe.yaml"]
 """Patterns of the small files: configurations, tokenizers, indexes, recipes, licences."""
@@ -164,7 +161,7 @@ class Location:
     def watch(self, files: Iterable[Path]) -> None:
         """Note the state of files before they are read. The state of a file that is watched already stays."""
         for file in files:
-            self._watched.setdefault(file, _state(file))
+            self._watched.setdefault(file, state_of(file))
 
     def watch_folder(self) -> None:
         """Watch the files in the folder that a merge reads or copies, but for shards: opening weights watches them."""
@@ -173,7 +170,7 @@ class Location:
 
     def check_unchanged(self) -> None:
         """Raise a `MergeError` if a watched file has changed, or a file that a merge would read was added."""
-        changed = [file for file, state in self._watched.copy().items() if _state(file) != state]
+        changed = [file for file, state in self._watched.copy().items() if state_of(file) != state]
         what = "has changed since it was opened for"
         if not (changed or self.commit):  # files of one commit may be downloaded later
             changed = [file for file in read_files(self.folder) if file not in self._found]
@@ -271,19 +268,6 @@ def _is_unicode(text: str) -> bool:
 def _watched(location: Location) -> Location:
     location.watch_folder()
     return location
-
-
-def _state(file: Path) -> State | None:
-    """What changes when a file is written again or replaced, or a link on its path is; None if there is no such file.
-
-    Nobody can set the time of a file's last change (ctime) back, as copying tools do with the time of its content.
-    """
-    try:
-        links = [path.lstat() for path in (file, *file.parents) if path.is_symlink()]
-        found = [file.stat(), *links]
-    except OSError:
-        return None
-    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
 def _split(model_id: str) -> tuple[str, str]:

@@ -3,11 +3,18 @@
 import os
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.storage.documents import reason_of
 
 LONGEST_NAME = 255
 """The length in bytes that file systems allow. The system checks it only in folders that exist."""
+
+
+def user_cache() -> Path:
+    """The folder in the Hub's home folder that keeps finished merges and the hashes of large files."""
+    return Path(constants.HF_HOME, "neuromerge")
 
 
 def user_path(value: object, parameter: str) -> Path:

@@ -203,7 +203,7 @@ def test_an_error_in_the_plan_of_a_file_that_vanished_says_so(models, tmp_path, 
 def test_a_recipe_is_not_made_again_from_files_that_changed_after_their_check(models, tmp_path, at_moment):
     merge([models / "math"], tmp_path / "first", base_model=models / "base", **CPU)
     at_moment("after the check of a recipe", lambda: edit_unseen(models / "math" / "model.safetensors"))
-    with pytest.raises(MergeError, match=r"model\.safetensors has changed since the recipe was written: its sha256"):
+    with pytest.raises(MergeError, match=r"model\.safetensors has changed since the recipe was written: its blake3"):
         merge_recipe(tmp_path / "first" / "recipe.yaml", tmp_path / "out" / "merged", **CPU)
     assert contents(tmp_path / "out") == {}
 
@@ -212,8 +212,8 @@ def test_the_cache_has_no_merge_of_an_older_file_of_the_same_size_and_time(model
     def merged():
         AutoMergedModel.from_pretrained([models / "math"], base_model=models / "base", cache_dir=tmp_path / "cache")
         recipes = (tmp_path / "cache").glob("*/recipe.yaml")
-        hashes = {yaml.safe_load(path.read_text())["models"][0]["sha256"]["model.safetensors"] for path in recipes}
-        return len(hashes), file_hash(models / "math" / "model.safetensors") in hashes
+        hashes = {yaml.safe_load(path.read_text())["models"][0]["blake3"]["model.safetensors"] for path in recipes}
+        return len(hashes), file_hash(models / "math" / "model.safetensors", "blake3") in hashes
 
     assert merged() == (1, True)
     edit_unseen(models / "math" / "model.safetensors")
@@ -238,8 +238,8 @@ def test_the_recipe_has_the_weights_of_a_full_model_whose_folder_holds_an_adapte
     models, output = models_with_adapters, tmp_path / "merged"
     merge([models / "math"], output, base_model=models / "base", **CPU)
     content = yaml.safe_load((output / "recipe.yaml").read_text())
-    recorded = {"base": content["base_model"], "math": content["models"][0]}[name]["sha256"]
-    weights = {path.name: file_hash(path) for path in (models / name).glob("model*.safetensors")}
+    recorded = {"base": content["base_model"], "math": content["models"][0]}[name]["blake3"]
+    weights = {path.name: file_hash(path, "blake3") for path in (models / name).glob("model*.safetensors")}
     assert weights.items() <= recorded.items()
     assert "adapter_model.safetensors" not in recorded
 

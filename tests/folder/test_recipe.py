@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -96,19 +97,19 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
     assert set(content["versions"]) == {"neuromerge-hf", "torch", "transformers", "peft", "safetensors"}
     base, math, code = content["base_model"], *content["models"]
     assert (base["id"], math["id"], code["id"]) == tuple(str(models / name) for name in ("llama", "math", "code"))
-    assert set(base["sha256"]) == {
+    assert set(base["blake3"]) == {
         "config.json",
         "model.safetensors",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert {"config.json", "model.safetensors.index.json"} < set(math["sha256"])
-    assert set(code["sha256"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {"config.json", "model.safetensors.index.json"} < set(math["blake3"])
+    assert set(code["blake3"]) == {"adapter_config.json", "adapter_model.safetensors"}
     for entry in (base, math, code):
         assert "revision" not in entry
-        for name, digest in entry["sha256"].items():
-            assert digest == file_hash(models / entry["id"] / name)
+        for name, digest in entry["blake3"].items():
+            assert digest == file_hash(models / entry["id"] / name, "blake3")
 
 
 def test_a_published_recipe_calls_folders_by_their_names_and_makes_the_model_again(models, tmp_path, monkeypatch, hub):
@@ -165,13 +166,30 @@ def test_a_changed_input_is_refused_with_both_hashes(copied, tmp_path, model, fi
     llama, math, code = copied("llama", "math", "code")
     merge([math, code], tmp_path / "merged", base_model=llama)
     (changed,) = (tmp_path / "models" / model).glob(file)
-    before = file_hash(changed)
+    before = file_hash(changed, "blake3")
     changed.write_bytes(changed.read_bytes() + b" ")
     with pytest.raises(MergeError) as caught:
         merge_recipe(tmp_path / "merged" / "recipe.yaml", tmp_path / "again")
-    for part in (changed, before, file_hash(changed), "has changed since the recipe was written"):
+    for part in (changed, before, file_hash(changed, "blake3"), "has changed since the recipe was written"):
         assert str(part) in str(caught.value)
     assert not (tmp_path / "again").exists()
+
+
+def test_a_recipe_of_an_earlier_version_is_held_to_its_sha256(copied, tmp_path):
+    llama, math = copied("llama", "math")
+    merge([math], tmp_path / "merged", base_model=llama)
+    recipe = tmp_path / "merged" / "recipe.yaml"
+    content = yaml.safe_load(recipe.read_text())
+    for model in (content["base_model"], *content["models"]):
+        model["sha256"] = {name: file_hash(Path(model["id"], name), "sha256") for name in model.pop("blake3")}
+    recipe.write_text(yaml.safe_dump(content))
+    merge_recipe(recipe, tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+    assert yaml.safe_load((tmp_path / "again" / "recipe.yaml").read_text())["models"] == content["models"]
+    (math / "config.json").write_text("{}")
+    with pytest.raises(MergeError, match="its sha256 is"):
+        merge_recipe(recipe, tmp_path / "third")
 
 
 def test_every_changed_or_missing_input_is_listed(copied, tmp_path):

@@ -53,7 +53,7 @@ POINTS: dict[str, tuple[object, str, int]] = {
     "resolve": (api, "resolve", 1),
     "load_adapter_config": (resolve, "ResolvedExpert", 2),
     "InputHasher": (api, "InputHasher", 1),
-    "file_hash": (inputs, "file_hash", 15),
+    "remembered_hash": (inputs, "remembered_hash", 15),
     "load_config": (planner, "load_config", 2),
     "open_base": (planner, "open_base", 1),
     "open_full": (planner, "open_full", 1),
@@ -236,9 +236,9 @@ def _judged(models: Path, file: str, way: str, how: str, output: Path, what: str
     """Whether a merge is that of the files whose hashes it has recorded."""
     model, _, name = file.partition("/")
     recipe = yaml.safe_load((output / "recipe.yaml").read_text())
-    recorded = dict(zip(("base", *MODELS), (recipe["base_model"], *recipe["models"]), strict=True))[model]["sha256"]
-    old = file_hash(_originals() / file)
-    now = file_hash(models / file) if (models / file).exists() else None
+    recorded = dict(zip(("base", *MODELS), (recipe["base_model"], *recipe["models"]), strict=True))[model]["blake3"]
+    old = file_hash(_originals() / file, "blake3")
+    now = file_hash(models / file, "blake3") if (models / file).exists() else None
     of_old = _weights(_originals() / "merged")
     of_now = of_old if now == old else _merge_of(file, way)
     if how == "recipe" and recorded.get(name, old) != old:

@@ -131,7 +131,7 @@ def test_a_recipe_names_only_files_in_the_folders_of_its_models(models, tmp_path
     recipe.write_text(text)
     with pytest.raises(MergeError, match="is not in that folder") as caught:
         merge_recipe(recipe, tmp_path / "again")
-    assert "sha256 is" not in str(caught.value)
+    assert "blake3 is" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- classes

@@ -69,7 +69,7 @@ def test_the_recipe_records_commits(hub, publish, models, tmp_path):
     for entry, name in zip([content["base_model"], *content["models"]], ["base", "math", "code"], strict=False):
         assert entry == {"id": f"commits/{name}", "revision": hub.repos[f"commits/{name}"].resolve("main")}
     assert content["models"][2]["id"] == str(models / "sharded")
-    assert "model.safetensors.index.json" in content["models"][2]["sha256"]
+    assert "model.safetensors.index.json" in content["models"][2]["blake3"]
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, publish, models, tmp_path):

@@ -110,8 +110,8 @@ def test_other_files_in_a_models_folder_may_change(models: Path, tmp_path: Path)
     evaluate = during(1, lambda: (models / "math" / "trainer_state.json").write_text("{}"))
     output = tmp_path / "merged"
     tune_lambdas([models / "math"], evaluate, base_model=models / "base", grid=ONE, output_dir=output, **CPU)
-    recorded = yaml.safe_load((output / "recipe.yaml").read_text())["models"][0]["sha256"]["model.safetensors"]
-    assert recorded == file_hash(models / "math" / "model.safetensors")
+    recorded = yaml.safe_load((output / "recipe.yaml").read_text())["models"][0]["blake3"]["model.safetensors"]
+    assert recorded == file_hash(models / "math" / "model.safetensors", "blake3")
     load_recipe(output / "recipe.yaml").check_files()
 
 
