@@ -53,9 +53,9 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,fast]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo,lightning]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo,fast,lightning]'
 	touch $@

@@ -1,5 +1,6 @@
 """The main functions of the library: `merge`, `merge_recipe`, `plan_merge` and `add_results`."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ from neuromerge_hf.planning.preflight import check_settings
 from neuromerge_hf.planning.resolve import Resolved, resolve
 from neuromerge_hf.spec import RUNTIME_NAMES, MergeOptions, MergeSpec, ModelId, Runtime, RuntimeOptions, read_options
 from neuromerge_hf.storage.paths import user_path
+
+TURN_ON = "On a CPU, `pip install neuromerge-hf[fast]` brings numba."
+TURN_OFF = "NUMBA_DISABLE_JIT=1 in the environment turns numba off."
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,7 +82,15 @@ def merge_recipe(
     check_names("merge_recipe", options, RUNTIME_NAMES)
     recipe = load_recipe(user_path(path, "path"))
     recipe.check_files()
-    return merge_spec(recipe.spec, output_dir, pick(Runtime, options), recipe=recipe)
+    report = merge_spec(recipe.spec, output_dir, pick(Runtime, options), recipe=recipe)
+    if report.environment["kernel"] != recipe.kernel:
+        logger.warning(
+            "The recipe's merge was computed by %s, and this one by %s: their last bits may differ. %s",
+            recipe.kernel,
+            report.environment["kernel"],
+            TURN_ON if recipe.kernel == "numba" else TURN_OFF,
+        )
+    return report
 
 
 @with_options(MergeSpec, Runtime)

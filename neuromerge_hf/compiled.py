@@ -7,8 +7,8 @@ A *block* is (1 + T, neurons, width): the base, and the T experts that change it
 weights and the task vectors), or uint16: the bits of bfloat16 weights as the base and the experts store them, whose
 differences are formed here. Every number of a neuron depends on the neuron's own rows alone. Python's lock is released.
 
-numba compiles a function when it is first called with a type of entries, which takes seconds, and keeps the machine code
-in its cache. Importing this module needs numba.
+numba compiles a function when it is first called with a type of entries, which takes a second or two, and keeps the
+machine code in its cache. Importing this module needs numba.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def gram_matrix(x, thresholds, gram):
 
 @_compiled
 def combine(x, thresholds, coefficients, merged):
-    """Write ``w_0 + a @ X`` for each neuron, whose trimmed rows are X. With coefficients of 0, it is ``w_0`` to the bit.
+    """Write ``w_0 + a @ X`` for each neuron with the trimmed rows X. If all of ``a`` is 0, it is ``w_0`` to the bit.
 
     Args:
         x: (1 + T, neurons, width) uint16 or float32, a block.
@@ -88,14 +88,13 @@ def combine(x, thresholds, coefficients, merged):
         for start in range(0, width, CHUNK):
             stop = min(start + CHUNK, width)
             _load_base(x[0, neuron, start:stop], base)
-            coefficient = coefficients[neuron, 0]
-            for i in range(stop - start):
-                total[i] = base[i] + coefficient * base[i]
-            for row in range(1, rows if is_changed else 1):
-                _load_task(x[row, neuron, start:stop], base, thresholds[row - 1], task_vector)
-                coefficient = coefficients[neuron, row]
+            _copy(base, total, stop - start)
+            for row in range(rows if is_changed else 0):
+                if row > 0:
+                    _load_task(x[row, neuron, start:stop], base, thresholds[row - 1], task_vector)
+                values, coefficient = (task_vector if row > 0 else base), coefficients[neuron, row]
                 for i in range(stop - start):
-                    total[i] += coefficient * task_vector[i]
+                    total[i] += coefficient * values[i]
             _store(total, merged[neuron, start:stop])
 
 

@@ -72,7 +72,7 @@ def assemble(
         written = _write_weights(plan, folder, device)
         seconds = time.perf_counter() - started
         shutil.rmtree(temporary)
-        recipe = Recipe(plan.spec, inputs.base, inputs.models)
+        recipe = Recipe(plan.spec, inputs.base, inputs.models, written.kernel)
         recipe.save(folder)
         weights = written.hashes | hash_beside(folder)
         report = make_report(plan, written, weights, parents, target, seconds, device)
@@ -127,7 +127,8 @@ def _write_weights(plan: MergePlan, folder: Path, device: torch.device) -> Writt
     if rounding and rounding.warning:
         logger.warning(rounding.warning)
         warnings.append(rounding.warning)
-    return WrittenWeights(method, diagnostics, writer.hashes, base_checks, rounding, warnings)
+    kernel_used = "numba" if kernel else "torch"
+    return WrittenWeights(method, diagnostics, writer.hashes, base_checks, rounding, warnings, kernel_used)
 
 
 def foreign_warnings(plan: MergePlan, checks: Sequence[BaseCheck | None]) -> list[str]:

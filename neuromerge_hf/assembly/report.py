@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from neuromerge_hf.engine.base_check import BaseCheck
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.folder.diagnostics import Diagnostics
 from neuromerge_hf.folder.parents import Parent
-from neuromerge_hf.folder.recipe import PACKAGES
+from neuromerge_hf.folder.recipe import versions
 from neuromerge_hf.folder.report import ExpertReport, MergeReport, ParameterReport
 from neuromerge_hf.folder.rounding import Rounding
 from neuromerge_hf.planning.plan import MergePlan
@@ -31,6 +30,7 @@ class WrittenWeights:
         base_checks: how each expert relates to the base.
         rounding: what rounding left of the merged change.
         warnings: what the user should know and can mend.
+        kernel: the library that computed them, "numba" or "torch".
     """
 
     method: Method[Any]
@@ -39,6 +39,7 @@ class WrittenWeights:
     base_checks: list[BaseCheck | None]
     rounding: Rounding | None
     warnings: list[str]
+    kernel: str
 
 
 def make_report(
@@ -104,7 +105,7 @@ def make_report(
         method=method.config.method,
         settings=settings,
         tuned_on=plan.spec.tuned_on,
-        environment=_environment(device, plan.threads),
+        environment=_environment(device, plan.threads, written.kernel),
         notes=plan.notes + written.warnings,
         weights=weights,
         parents=parents,
@@ -117,13 +118,14 @@ def _parameters(units: Iterable[Unit]) -> ParameterReport:
     return ParameterReport([unit.parameter for unit in units], sum(unit.entries for unit in units))
 
 
-def _environment(device: torch.device, threads: int) -> dict[str, str]:
+def _environment(device: torch.device, threads: int, kernel: str) -> dict[str, str]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{device.type} with {threads} threads ({platform.machine()})"
     return {
-        **{package: version(package) for package in PACKAGES},
+        **versions(kernel),
         "python": platform.python_version(),
         "device": hardware,
+        "kernel": kernel,
     }

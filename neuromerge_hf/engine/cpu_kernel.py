@@ -1,11 +1,10 @@
 """The compiled kernel, if it is installed: `neuromerge_hf.compiled` on the tensors of blocks."""
 
-import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from types import ModuleType
 from typing import TypeAlias
 
@@ -19,23 +18,20 @@ from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
 
-EXTRA = "neuromerge-hf[fast]"
-
 Dtypes: TypeAlias = "tuple[torch.dtype, torch.dtype]"
 """The dtype of a block, see `stored_dtype`, and of the merged rows."""
 
 logger = logging.getLogger(__name__)
 
 
-def kernel_name(device: torch.device) -> str:
-    """Return the name of the kernel that a merge on a device uses, with its version, without loading it."""
-    if device.type == "cpu" and _is_installed():
-        return f"numba {version('numba')}"
-    return f"torch {torch.__version__.partition('+')[0]}"
+def kernel_name(device: str | int | None) -> str:
+    """Return the name of the kernel that a merge on a device uses, "numba" or "torch", without loading it."""
+    is_cpu = not torch.accelerator.is_available() if device is None else str(device).startswith("cpu")
+    return "numba" if is_cpu and _is_installed() else "torch"
 
 
 def _is_installed() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return importlib.util.find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
 
 def stored_dtype(unit: Unit) -> torch.dtype:
@@ -162,22 +158,21 @@ def find_kernel(device: torch.device, dtypes: Iterable[Dtypes]) -> CPUKernel | N
 
     ``NUMBA_DISABLE_JIT=1`` in the environment turns it off.
     """
-    kernel = _load() if device.type == "cpu" else None
-    if kernel:
-        try:
+    if device.type != "cpu":
+        return None
+    try:
+        kernel = _load()
+        if kernel:
             kernel.prepare(dtypes)
-        except Exception as error:  # of the compiler, or of its cache
-            logger.warning("The compiled kernel cannot be used (%s): torch computes the merge, slower.", error)
-            return None
-    return kernel
+        return kernel
+    except Exception as error:  # of the compiler, or of its cache
+        logger.warning("The compiled kernel cannot be used (%s). torch computes the merge, which takes longer.", error)
+        return None
 
 
-@functools.cache
 def _load() -> CPUKernel | None:
     if not _is_installed():
         return None
-    from numba.core import config
-
     from neuromerge_hf import compiled
 
-    return None if config.DISABLE_JIT else CPUKernel(compiled)
+    return CPUKernel(compiled)

@@ -74,6 +74,9 @@ class Matrix:
         if self.factors:
             base, left = load_base(self.unit, rows, memory, device), self.factors.rows(self.unit, rows)
             return base, low_rank_gram(base, left, self.factors.right, self.factors.overlap)
+        if kernel := self.passes.kernel:
+            stored = kernel.load(self.unit, rows, memory)
+            return stored[0].float(), kernel.gram_matrix(stored, [0.0] * (len(stored) - 1))
         x = load_block(self.unit, rows, memory, device)
         return x[0], gram_matrix(x.transpose(0, 1))
 

@@ -52,8 +52,9 @@ def measure(unit: Unit, block: Block, merged: Tensor | Combination, written: Ten
         base = load_base(unit, part, memory, written.device, buffer="measured")
         parts = (values.flatten().split(CHUNK) for values in (base, merged[rows], written[rows]))
         for before, after, rounded in zip(*parts, strict=True):
-            pair = torch.stack([after - before, rounded.float() - after]).double()
-            products.addmm_(pair, pair.T)
+            change, error = (after - before).double(), (rounded.float() - after).double()
+            product = change @ error
+            products += torch.stack([change @ change, product, product, error @ error]).view(2, 2)
     return products.cpu()
 
 

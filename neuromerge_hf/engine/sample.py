@@ -18,7 +18,7 @@ from neuromerge_hf.storage.finite import is_finite
 from neuromerge_hf.storage.layout import Block
 
 SAMPLE_ENTRIES = 1 << 20
-"""How many entries of an expert predict its threshold."""
+"""How many entries of an expert predict its threshold. Of adapters, whose rows differ more, four times as many."""
 
 SAMPLE_BLOCK = 1 << 11
 """How many entries a sampled block of neurons has."""
@@ -52,7 +52,7 @@ def predict_ranges(
     """
     entries = passes.work.entries
     units = passes.work.merged
-    blocks = evenly_spaced(units, max(1, max(entries) // sample_entries))
+    blocks = evenly_spaced(units, max(1, max(entries) // (sample_entries * sample_factor(units))))
 
     def start(unit: Unit) -> tuple[Iterable[Block], Callable[[Block], Sampled]]:
         rough = _row_by_row(unit)
@@ -83,6 +83,11 @@ def predict_ranges(
         for i, rank in enumerate(ranks)
         if rank.number > 0
     }
+
+
+def sample_factor(units: Iterable[Unit]) -> int:
+    """How many times `SAMPLE_ENTRIES` are sampled."""
+    return 4 if any(vector.rank for unit in units for vector in unit.task_vectors if vector) else 1
 
 
 def _row_by_row(unit: Unit) -> Unit:

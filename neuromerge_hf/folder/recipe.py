@@ -21,7 +21,7 @@ RECIPE_NAME = "recipe.yaml"
 NO_RECIPE = "is not a recipe that `neuromerge merge` wrote"
 
 PACKAGES = ("neuromerge-hf", "torch", "transformers", "peft", "safetensors")
-"""The packages whose versions the recipe records."""
+"""The packages whose versions the recipe records, beside the one of the compiled kernel if it was used."""
 
 HEADER = """\
 # The recipe of this model. It is made again, byte for byte, by
@@ -108,11 +108,13 @@ class Recipe:
         spec: what was merged, and how. It gives the models by their references.
         base_model: the record of the base.
         models: the records of the experts.
+        kernel: the library that computed the weights, "numba" or "torch". The last bits depend on it.
     """
 
     spec: MergeSpec
     base_model: ModelRecord
     models: tuple[ModelRecord, ...]
+    kernel: str = "torch"
 
     def save(self, folder: Path) -> None:
         """Write ``recipe.yaml`` into a folder."""
@@ -120,7 +122,7 @@ class Recipe:
             **self.spec.to_dict(),
             "base_model": self.base_model.to_dict(),
             "models": [model.to_dict() for model in self.models],
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": versions(self.kernel),
         }
         write_file(folder / RECIPE_NAME, _text(content))
 
@@ -139,6 +141,15 @@ class Recipe:
             raise MergeError(problems)
 
 
+def versions(kernel: str) -> dict[str, str]:
+    """The versions of the packages that made a merge, by name.
+
+    Args:
+        kernel: the library that computed the weights, "numba" or "torch".
+    """
+    return {package: version(package) for package in (*PACKAGES, *(() if kernel in PACKAGES else (kernel,)))}
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
@@ -153,7 +164,7 @@ def load_recipe(path: Path) -> Recipe:
         spec = MergeSpec.from_dict({**content, **references})
         if "versions" not in content:  # the last entry: without it, the file may have been cut off
             raise KeyError("versions")
-        return Recipe(spec, base, models)
+        return Recipe(spec, base, models, "numba" if "numba" in content["versions"] else "torch")
     except MergeError as error:
         raise MergeError([f"{path}: {problem}" for problem in error.problems]) from error
     except (KeyError, TypeError) as error:

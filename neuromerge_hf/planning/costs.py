@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.engine.histogram import BINS
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES
-from neuromerge_hf.engine.sample import SAMPLE_ENTRIES
+from neuromerge_hf.engine.sample import SAMPLE_ENTRIES, sample_factor
 from neuromerge_hf.kernel import ALIGNMENT
 from neuromerge_hf.sources.expert import Expert
 from neuromerge_hf.sources.unit import Unit
@@ -109,7 +109,8 @@ def _memory(units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfi
     """
     thresholds = 0
     if config.finds_thresholds and _passes(units, config) > 1:
-        thresholds = len(experts) * (8 * BINS + 4 * SAMPLE_ENTRIES) + 8 * SAMPLE_ENTRIES
+        sample = sample_factor(units) * SAMPLE_ENTRIES
+        thresholds = len(experts) * (8 * BINS + 4 * sample) + 8 * sample
     blocks = threads * (max(map(_block_memory, units)) + BLOCK_ENTRIES * config.bytes_per_entry)
     blocks += threads * max((_matrix_memory(unit, config) for unit in units if unit.by_matrix), default=0)
     return START_MEMORY + _factor_bytes(units) + thresholds + blocks + max(_head_bytes(experts), default=0)

@@ -37,6 +37,7 @@ class MergePlan:
         threads: the number of threads that compute.
         modules: the model that gives the files of a SentenceTransformer; None if no model is one.
         module_notes: remarks on the modules of the others.
+        kernel: the library that computes the weights, "numba" or "torch".
 
     Example:
         >>> plan = plan_merge(["math", "code-lora"], base_model="base")
@@ -55,6 +56,7 @@ class MergePlan:
     threads: int = 1
     modules: Location | None = None
     module_notes: tuple[str, ...] = ()
+    kernel: str = "torch"
 
     @property
     def work(self) -> Work:
@@ -199,7 +201,8 @@ class MergePlan:
             *([f"  {self.rounding}"] if self.rounding else []),
             f"  disk needed: {readable_size(costs.disk)}",
             f"  memory needed: about {readable_size(costs.memory)}",
-            f"  time, after the download: very roughly {costs.seconds:.0f} s with threads={self.threads}",
+            f"  time, after the download: very roughly {costs.seconds:.0f} s with threads={self.threads} "
+            f"and {self.kernel}",
         ]
         lines += [f"  Note: {note}" for note in self.notes]
         if self.downloaded:

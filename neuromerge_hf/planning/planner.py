@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel
 
 from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.engine.cpu_kernel import kernel_name
 from neuromerge_hf.engine.device import default_threads
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.errors import MergeError, Problems
@@ -140,7 +141,18 @@ def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pa
     if target:
         check_disk(costs, target)
     return MergePlan(
-        spec, base, tuple(opened), units, choice, costs, head, tuple(downloaded), threads, modules, tuple(module_notes)
+        spec,
+        base,
+        tuple(opened),
+        units,
+        choice,
+        costs,
+        head,
+        tuple(downloaded),
+        threads,
+        modules,
+        tuple(module_notes),
+        kernel_name(runtime.device),
     )
 
 

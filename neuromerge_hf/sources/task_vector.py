@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from neuromerge_hf.kernel import ALIGNMENT
 from neuromerge_hf.storage.layout import Block, Layout
 from neuromerge_hf.storage.tensors import StoredTensor, read_rows
 
@@ -13,7 +14,7 @@ TILE = 64
 """The number of rows in a tile of a low-rank product. Tiles are counted from the tensor's first row.
 
 The last bits of a matrix product depend on how many rows are computed at once, and on their address in memory if it is
-not aligned to 64 bytes (torch aligns its allocations). In tiles, a row has the same bits in every block.
+not aligned to 64 bytes. In tiles, a row has the same bits in every block.
 """
 
 
@@ -128,10 +129,18 @@ class LowRank:
         tiles = range(first // self.tile * self.tile, last, self.tile)
         left, right = self.left[tiles.start : tiles[-1] + self.tile].to(out.device), self.right.to(out.device)
         for begin, tile in zip(tiles, left.split(self.tile), strict=True):
-            product = torch.mm(tile, right)
             start, stop = max(first, begin), min(last, begin + self.tile)
-            formed, target = product[start - begin : stop - begin], out[start - first : stop - first]
+            target = out[start - first : stop - first]
+            if len(target) == len(tile) and not self.stored and _is_aligned(target):
+                torch.mm(tile, right, out=target)
+                continue
+            formed = torch.mm(tile, right)[start - begin : stop - begin]
             if self.stored:
                 target.add_(formed)
             else:
                 target.copy_(formed)
+
+
+def _is_aligned(rows: Tensor) -> bool:
+    """Whether rows are stored like those of a new tensor, so that a product has the same bits in them."""
+    return rows.is_contiguous() and rows.data_ptr() % ALIGNMENT == 0

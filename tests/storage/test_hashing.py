@@ -48,7 +48,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 @pytest.mark.parametrize(("algorithm", "direct"), [("blake3", blake3), ("sha256", hashlib.sha256)])
 def test_a_hash_is_that_of_the_whole_file(file: Path, algorithm: str, direct: Callable) -> None:
     want = direct(file.read_bytes()).hexdigest()
-    assert [file_hash(file, algorithm), remembered_hash(file, algorithm), remembered_hash(file, algorithm)] == 3 * [want]
+    assert [file_hash(file, algorithm), remembered_hash(file, algorithm), remembered_hash(file, algorithm)] == 3 * [
+        want
+    ]
 
 
 def test_a_file_is_hashed_once(file: Path, reads: list[Path]) -> None:
