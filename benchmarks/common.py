@@ -107,22 +107,20 @@ LOADING = [sys.executable, "-c", "from neuromerge_hf import merge"]
 """A command that loads Python, torch and transformers, as every merge does first."""
 
 
-def ours(name: str, models: Sequence[Path], base: Path, output: Path, density: float) -> Case:
-    """Return a merge with neuromerge's command on the CPU, as a user runs it."""
-    command = [str(Path(sys.executable).with_name("neuromerge")), "merge", *map(str, models), "--device", "cpu"]
-    command += [
-        "--method",
-        "neuromerging",
-        "--base-model",
-        str(base),
-        "--output",
-        str(output),
-        "--density",
-        str(density),
-    ]
+def ours(
+    name: str, models: Sequence[Path], base: Path, output: Path, *options: object, environment: Sequence[str] = ()
+) -> Case:
+    """Return a merge with neuromerge's command on the CPU, as a user runs it.
+
+    Args:
+        options: further options, such as ``"--density", 1``.
+        environment: settings of environment variables, ``NAME=value``.
+    """
+    program = Path(sys.executable).with_name("neuromerge")
+    command = ["env", *environment, program, "merge", *models, "--device", "cpu", "--base-model", base]
     return Case(
         name,
-        command,
+        [str(part) for part in (*command, "--output", output, *options)],
         [weights(model) for model in (base, *models)],
         output,
         weights(base).stat().st_size,

@@ -7,9 +7,10 @@ It also times the direct SVD form of the method and the Gram form of neuromerge 
     python benchmarks/compare.py --folder family --skip mergekit  # a minute instead of ten
 
 The script makes the model family if it is missing. "Read twice, write" runs `cat` twice on all inputs and writes one
-output from the second read of the base. A merge at density 1 needs no threshold, so it reads its inputs once. The
-inputs of a command are read twice right before it, so that no command waits for the disk. On file systems that share
-blocks between copies (btrfs, XFS), `cat` writes nothing: use another file system.
+output from the second read of the base. A merge at density 1 needs no threshold, so it reads its inputs once. "The
+first merge" compiles its kernel and hashes its inputs; later ones find both in caches. The inputs of a command are read
+twice right before it, so that no command waits for the disk. On file systems that share blocks between copies (btrfs,
+XFS), `cat` writes nothing: use another file system.
 
 Memory is the peak of a process's private memory. GB/s counts inputs and output once, however often they are read.
 mergekit runs with its defaults, in its own virtual environment with this environment's version of torch.
@@ -28,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import COLUMNS, RESULTS, Case, machine, ours, print_table, save_png, start, weights, write_json
+from common import COLUMNS, RESULTS, Case, machine, ours, print_table, remove, save_png, start, weights, write_json
 from torch import Tensor
 
 from families import make_family
@@ -48,6 +49,11 @@ def floor(base: Path, experts: list[Path], output: Path, reads: int) -> Case:
         script = f"cat {every} > /dev/null && {script}"
     name = f"read {'twice' if reads == 2 else 'once'}, write"
     return Case(name, ["sh", "-c", script], paths, output, paths[0].stat().st_size)
+
+
+def nothing_known(folder: Path) -> list[str]:
+    """Return an environment in which no kernel is compiled yet, and no hash of an input is known."""
+    return [f"NUMBA_CACHE_DIR={folder / 'numba'}", f"HF_HOME={folder / 'home'}"]
 
 
 def mergekit_environment(folder: Path) -> Path:
@@ -159,6 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("family"), help="the models, made if missing")
     parser.add_argument("--layers", type=int, default=22, help="22 give 1.1 B parameters (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=2048, help="4096 with --intermediate 11008 is the shape of 7 B")
+    parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=1, help="how often each command runs; the median is shown")
     parser.add_argument("--skip", choices=PARTS, nargs="+", default=[])
@@ -174,7 +182,7 @@ def main() -> None:
         layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
         if layers != options.layers:
             parser.error(f"{folder} holds a family of {layers} layers: choose another --folder, or --layers {layers}")
-    make_family(folder, options.layers, options.experts)
+    make_family(folder, options.layers, options.experts, hidden=options.hidden, intermediate=options.intermediate)
 
     with tempfile.TemporaryDirectory(dir=folder, prefix="out-") as temporary:
         scratch = Path(temporary)
@@ -184,8 +192,14 @@ def main() -> None:
             cases["floor 1"] = floor(base, experts, scratch / "copy", reads=1)
         if "ours" in parts:
             cases["start"] = start(scratch / "none")
-            cases["ours"] = ours(f"neuromerge, density {DENSITY}", experts, base, scratch / "ours", DENSITY)
-            cases["ours 1"] = ours("neuromerge, density 1", experts, base, scratch / "ours", 1)
+            for part, (name, density, *environment) in {
+                "ours first": (f"neuromerge, density {DENSITY}, the first merge", DENSITY, *nothing_known(scratch)),
+                "ours": (f"neuromerge, density {DENSITY}", DENSITY),
+                "ours torch": (f"neuromerge, density {DENSITY}, without numba", DENSITY, "NUMBA_DISABLE_JIT=1"),
+                "ours 1": ("neuromerge, density 1", 1),
+            }.items():
+                options = ("--method", "neuromerging", "--density", density)
+                cases[part] = ours(name, experts, base, scratch / "ours", *options, environment=environment)
         if "mergekit" in parts:
             environment = options.mergekit_venv or folder / "mergekit-venv"
             cases["mergekit"] = mergekit(mergekit_environment(environment.absolute()), base, experts, scratch)
@@ -193,6 +207,8 @@ def main() -> None:
             for case in cases.values():
                 print(case.name, flush=True)
                 case.run()
+            remove(scratch / "numba")
+            remove(scratch / "home")
 
     parameters = weights(base).stat().st_size // 2
     family = {"parameters": parameters, "experts": options.experts, "layers": options.layers, "dtype": "bfloat16"}

@@ -11,11 +11,12 @@ compared with a plain copy of their base.
 
 import argparse
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import COLUMNS, RESULTS, Case, machine, ours, print_table, start, weights, write_json
+from common import COLUMNS, LOADING, RESULTS, Case, machine, ours, print_table, start, weights, write_json
 
 from families import make_family
 
@@ -46,7 +47,7 @@ FAMILIES = [
     # Embeddings are a quarter of the small model, so this is exactly three times its parameters.
     Family("large", {"layers": 30}),
     Family("embedding", {"layers": 1, "hidden": 4096, "intermediate": 11008, "vocabulary": 256000}),
-    Family("LoRA", {"layers": 22, "rank": 16}, experts=(8,), densities=(1,), copy=True),
+    Family("LoRA", {"layers": 22, "rank": 16}, experts=(8,), copy=True),
 ]
 
 
@@ -67,13 +68,25 @@ def cases_of(family: Family, folder: Path) -> dict[tuple[Any, ...], Case]:
         models = [folder / f"expert-{number}" for number in range(1, count + 1)]
         for density in family.densities:
             name = f"{family.name}, {parameters} x {count}, density {density}"
-            cases[family.name, count, density] = ours(name, models, base, folder / "merged", density)
+            options = ("--method", "neuromerging", "--density", density)
+            cases[family.name, count, density] = ours(name, models, base, folder / "merged", *options)
     if family.copy:
         cases[family.name, "start"] = start(folder / "none")
         source, target = weights(base), folder / "copy"
         command = ["cp", str(source), str(target)]
         cases[family.name, "cp"] = Case(f"cp of {parameters}", command, [source], target, source.stat().st_size)
+        for combination in ("linear", "ties"):
+            name = f"PEFT, add_weighted_adapter, {combination}"
+            cases[family.name, combination] = peft(name, combination, models, base, folder / "merged")
     return cases
+
+
+def peft(name: str, combination: str, adapters: list[Path], base: Path, output: Path) -> Case:
+    """Return PEFT's own merge of adapters, which is written as a full model."""
+    script = Path(__file__).with_name("peft_merge.py")
+    command = [str(part) for part in (sys.executable, script, combination, base, output, *adapters)]
+    inputs = [weights(model) for model in (base, *adapters)]
+    return Case(name, command, inputs, output, weights(base).stat().st_size, prepare=LOADING)
 
 
 def ratios_of(cases: dict[tuple[Any, ...], Case]) -> list[tuple[str, float, float]]:

@@ -13,7 +13,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from neuromerge_hf.assembly.companions import write_companions
 from neuromerge_hf.assembly.report import WrittenWeights, make_report
 from neuromerge_hf.engine.base_check import BaseCheck, check_bases
-from neuromerge_hf.engine.cpu_kernel import find_kernel, stored_dtype
+from neuromerge_hf.engine.cpu_kernel import find_kernel
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.merge import merge_weights
 from neuromerge_hf.engine.method import fit_method
@@ -107,7 +107,7 @@ def _write_weights(plan: MergePlan, folder: Path, device: torch.device) -> Writt
     """Write the merged weights. What the user should know is also logged at once, as a warning."""
     total = plan.costs.bytes_read
     with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, name="neuromerge_hf.merging") as bar:
-        kernel = find_kernel(device, ((stored_dtype(unit), unit.dtype) for unit in plan.work.merged))
+        kernel = find_kernel(device, plan.units)
         passes = Passes(plan.work, device, plan.threads, bar.update, kernel=kernel)
         base_checks = check_bases(passes)
         warnings = foreign_warnings(plan, base_checks)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from neuromerge_hf.sources.task_vector import Difference
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
-
-Dtypes: TypeAlias = "tuple[torch.dtype, torch.dtype]"
-"""The dtype of a block, see `stored_dtype`, and of the merged rows."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +74,8 @@ class CPUKernel:
     def __init__(self, compiled: ModuleType):
         self._compiled = compiled
 
-    def prepare(self, dtypes: Iterable[Dtypes]) -> None:
-        """Compile the functions for some dtypes, or load them from numba's cache."""
+    def prepare(self, dtypes: Iterable[tuple[torch.dtype, torch.dtype]]) -> None:
+        """Compile the functions for some dtypes of blocks and of merged rows, or load them from numba's cache."""
         for stored, written in sorted(set(dtypes), key=str):
             x = torch.zeros(2, 1, 1, dtype=stored)
             self.count(x, 1, 0.0, 1.0, Memory())
@@ -153,8 +149,8 @@ def _array(x: Tensor) -> "np.ndarray":
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def find_kernel(device: torch.device, dtypes: Iterable[Dtypes]) -> CPUKernel | None:
-    """Return the compiled kernel, ready for some dtypes; None if it is not installed, or cannot be used on the device.
+def find_kernel(device: torch.device, units: Iterable[Unit]) -> CPUKernel | None:
+    """Return the compiled kernel, ready for some units; None if it is not installed, or cannot be used on the device.
 
     ``NUMBA_DISABLE_JIT=1`` in the environment turns it off.
     """
@@ -163,7 +159,7 @@ def find_kernel(device: torch.device, dtypes: Iterable[Dtypes]) -> CPUKernel | N
     try:
         kernel = _load()
         if kernel:
-            kernel.prepare(dtypes)
+            kernel.prepare((stored_dtype(unit), unit.dtype) for unit in units if unit.task_vectors)
         return kernel
     except Exception as error:  # of the compiler, or of its cache
         logger.warning("The compiled kernel cannot be used (%s). torch computes the merge, which takes longer.", error)

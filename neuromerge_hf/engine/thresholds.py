@@ -9,6 +9,7 @@ exact value. If the prediction misses, that pass narrows the range, and another 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from neuromerge_hf.engine.histogram import BINS, Histogram, Values
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.engine.sample import SAMPLE_ENTRIES, predict_ranges
 from neuromerge_hf.engine.trimming import Rank, Trimming, trim_rank
-from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.sources.task_vector import Difference
+from neuromerge_hf.sources.unit import Unit, Work
 from neuromerge_hf.storage.layout import Block
 
 
@@ -73,6 +75,8 @@ def find_ranked(
     Raises:
         MergeError: if a weight is NaN or infinite.
     """
+    if values is magnitudes:  # a neuron's entries need not be together
+        passes = replace(passes, work=Work(tuple(map(_in_stored_order, passes.work.units)), passes.work.expert_names))
     entries = passes.work.entries
     settled = {i: Trimming(0.0, 0.0, entries[rank.expert]) for i, rank in enumerate(ranks) if rank.number == 0}
     histograms: dict[int, Histogram] = {}
@@ -89,6 +93,21 @@ def find_ranked(
             else:
                 histograms[i] = histogram.narrowed(ranks[i].number)
     return [settled[i] for i in range(len(ranks))]
+
+
+def _in_stored_order(unit: Unit) -> Unit:
+    """The same entries in rows that lie side by side in the files, unless an expert forms rows of its own."""
+    vectors = [vector for vector in unit.task_vectors if vector]
+    if unit.layout.before == 1 or not all(isinstance(vector, Difference) for vector in vectors):
+        return unit
+    layout = unit.layout.in_stored_order()
+    return replace(
+        unit,
+        layout=layout,
+        task_vectors=tuple(
+            replace(vector, layout=layout) if isinstance(vector, Difference) else None for vector in unit.task_vectors
+        ),
+    )
 
 
 Counts = dict[int, tuple[int, Tensor, Tensor]]

@@ -126,4 +126,4 @@ class InputHasher:
         problems = expected.differences(hashes) if expected else []
         if problems:
             raise MergeError(problems)
-        return ModelRecord(location.id, **{algorithm: hashes})
+        return ModelRecord(location.id, None, *((hashes, {}) if algorithm == "blake3" else ({}, hashes)))

@@ -20,8 +20,8 @@ START_MEMORY = 300_000_000
 START_SECONDS = 6
 """The time to load torch and transformers, in seconds."""
 
-VALUES_PER_SECOND = 150_000_000
-"""How many entries of the base and of task vectors a thread processes: 130 to 210 million in the benchmarks."""
+VALUES_PER_SECOND = {"numba": 300_000_000, "torch": 150_000_000}
+"""How many entries of the base and of task vectors a thread processes: 260 to 440 and 130 to 210 million, measured."""
 
 
 SPECTRUM_SECONDS = 1.8e-10, 5.4e-10
@@ -75,6 +75,7 @@ def estimate(
     threads: int,
     bytes_to_download: int,
     bytes_beside: int,
+    kernel: str,
 ) -> Costs:
     """Estimate the costs of merging units with the method of `config` on a number of threads."""
     passes = _passes(units, config)
@@ -87,7 +88,7 @@ def estimate(
         bytes_written=written,
         disk=bytes_to_download + bytes_beside + written + temporary,
         memory=_memory(units, experts, config, threads),
-        seconds=_seconds(units, passes, threads) + _spectra_seconds(units, config, threads),
+        seconds=_seconds(units, passes, VALUES_PER_SECOND[kernel] * threads) + _spectra_seconds(units, config, threads),
     )
 
 
@@ -116,14 +117,14 @@ def _memory(units: Sequence[Unit], experts: Sequence[Expert], config: MergeConfi
     return START_MEMORY + _factor_bytes(units) + thresholds + blocks + max(_head_bytes(experts), default=0)
 
 
-def _seconds(units: Sequence[Unit], passes: int, threads: int) -> float:
+def _seconds(units: Sequence[Unit], passes: int, values_per_second: int) -> float:
     """Estimate the time of a merge on a CPU without the download, in seconds. It is very rough, as machines differ.
 
     Each pass processes every entry of the base and of the T experts that change it.
     """
     merged = sum(unit.entries * (1 + len(unit.changing)) for unit in units if unit.task_vectors)
     copied = sum(unit.entries for unit in units if not unit.task_vectors)
-    return START_SECONDS + (passes * merged + copied) / (VALUES_PER_SECOND * threads)
+    return START_SECONDS + (passes * merged + copied) / values_per_second
 
 
 def _block_memory(unit: Unit) -> int:

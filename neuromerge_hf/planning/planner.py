@@ -137,7 +137,8 @@ def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pa
     threads = runtime.threads or default_threads()
     modules, module_notes = choose_modules(resolved.base, [expert.location for expert in opened])
     beside = companion_bytes(resolved.base, choice.location, resolved.locations, modules)
-    costs = estimate(units, opened, spec.config, threads, resolved.bytes_to_download, beside)
+    kernel = kernel_name(runtime.device)
+    costs = estimate(units, opened, spec.config, threads, resolved.bytes_to_download, beside, kernel)
     if target:
         check_disk(costs, target)
     return MergePlan(
@@ -152,7 +153,7 @@ def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pa
         threads,
         modules,
         tuple(module_notes),
-        kernel_name(runtime.device),
+        kernel,
     )
 
 
@@ -172,7 +173,10 @@ def with_config(plan: MergePlan, config: MergeConfig, tuned_on: str | None = Non
     assert can_share_plan(config, plan.config, len(plan.experts))
     spec = dataclasses.replace(plan.spec, config=config, tuned_on=tuned_on)
     units = for_method(plan.units, config)
-    costs = estimate(units, plan.experts, config, plan.threads, plan.costs.bytes_to_download, plan.costs.bytes_beside)
+    before = plan.costs
+    costs = estimate(
+        units, plan.experts, config, plan.threads, before.bytes_to_download, before.bytes_beside, plan.kernel
+    )
     return dataclasses.replace(plan, spec=spec, units=units, costs=costs)
 
 

@@ -58,6 +58,10 @@ class Layout:
     def _folded(self) -> "Layout":
         return Layout(1, 1, self.batch * self.neurons, self.after) if self.before == 1 else self
 
+    def in_stored_order(self) -> "Layout":
+        """The layout of the same tensor whose rows lie side by side on the disk, whatever its neurons are."""
+        return Layout(1, 1, self.batch * self.before, self.neurons * self.after)
+
     @property
     def rows(self) -> int:
         """The number of neurons over all batches."""

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from neuromerge_hf.assembly.assemble import assemble, compute_adapters, save_heads
+from neuromerge_hf.engine.cpu_kernel import find_kernel
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.errors import MergeError
@@ -203,7 +204,8 @@ def tune_plan(
         def compute(density: float) -> NeuroMerging:
             at_density = dataclasses.replace(config, density=density)
             with unchanged_inputs(plan.locations):
-                fitted = NeuroMerging.fit(at_density, Passes(plan.work, device, plan.threads))
+                kernel = find_kernel(device, plan.units)
+                fitted = NeuroMerging.fit(at_density, Passes(plan.work, device, plan.threads, kernel=kernel))
                 parts.compute(fitted)
             return fitted
 

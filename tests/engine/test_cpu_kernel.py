@@ -116,7 +116,7 @@ def test_torch_computes_the_merge_if_the_compiler_fails(models, tmp_path, monkey
 
 
 def test_nothing_is_compiled_for_an_accelerator():
-    assert find_kernel(torch.device("cuda"), [(torch.bfloat16, torch.bfloat16)]) is None
+    assert find_kernel(torch.device("cuda"), []) is None
 
 
 def test_blocks_are_read_as_they_are_stored_where_every_model_stores_bfloat16(models):
@@ -147,7 +147,7 @@ def test_the_kernel_is_compiled_where_no_cache_can_be_written(models, tmp_path):
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"
         "import torch\nfrom neuromerge_hf.engine.cpu_kernel import find_kernel\n"
-        "kernel = find_kernel(torch.device('cpu'), [(torch.float32, torch.float32)])\n"
+        "kernel = find_kernel(torch.device('cpu'), [])\n"
         "print(kernel.gram_matrix(torch.ones(2, 1, 3), [0.0]).tolist())"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from neuromerge_hf import MergeError, NeuroIsoConfig, NeuroMergingConfig, merge, merge_recipe
+from neuromerge_hf.engine.cpu_kernel import kernel_name
 from neuromerge_hf.folder.inputs import InputHasher
 from neuromerge_hf.folder.recipe import published_recipe
 from neuromerge_hf.folder.report import load_report
@@ -94,7 +95,8 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
         **{name: defaults[name] for name in settings[2:]},
         "dtype": "float32",
     }
-    assert set(content["versions"]) == {"neuromerge-hf", "torch", "transformers", "peft", "safetensors"}
+    kernel = {kernel_name("cpu")}
+    assert set(content["versions"]) == {"neuromerge-hf", "torch", "transformers", "peft", "safetensors"} | kernel
     base, math, code = content["base_model"], *content["models"]
     assert (base["id"], math["id"], code["id"]) == tuple(str(models / name) for name in ("llama", "math", "code"))
     assert set(base["blake3"]) == {

@@ -4,7 +4,7 @@ import pytest
 
 from cards import SECTIONS, card_of, headings, table_under
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge
-from neuromerge_hf.folder.recipe import file_hash
+from neuromerge_hf.storage.hashing import file_hash
 from neuromerge_hf.model_cards import MergeCard, write_card
 from neuromerge_hf.model_cards.tasks import task_of
 

@@ -9,6 +9,7 @@ from PIL import Image
 import make_example_card
 
 OF_ONE_RUN = {
+    r"\| (kernel|numba) \| [^|]* \|\n": "",
     r"The merge took [\d.]+ s": "The merge took so many s",
     r"\| (python|torch|device|[\w-]+) \| [^|]* \|": r"| \1 | this one |",
     r"`[0-9a-f]{64}`": "`a hash`",  # the last bits of a product depend on the processor
