@@ -198,8 +198,8 @@ def main() -> None:
                 "ours torch": (f"neuromerge, density {DENSITY}, without numba", DENSITY, "NUMBA_DISABLE_JIT=1"),
                 "ours 1": ("neuromerge, density 1", 1),
             }.items():
-                options = ("--method", "neuromerging", "--density", density)
-                cases[part] = ours(name, experts, base, scratch / "ours", *options, environment=environment)
+                method = ("--method", "neuromerging", "--density", density)
+                cases[part] = ours(name, experts, base, scratch / "ours", *method, environment=environment)
         if "mergekit" in parts:
             environment = options.mergekit_venv or folder / "mergekit-venv"
             cases["mergekit"] = mergekit(mergekit_environment(environment.absolute()), base, experts, scratch)

@@ -4,9 +4,9 @@ import pytest
 
 from cards import SECTIONS, card_of, headings, table_under
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge
-from neuromerge_hf.storage.hashing import file_hash
 from neuromerge_hf.model_cards import MergeCard, write_card
 from neuromerge_hf.model_cards.tasks import task_of
+from neuromerge_hf.storage.hashing import file_hash
 
 
 def test_a_merge_writes_its_card_with_the_sections_that_it_can_fill(finished):
