@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from typing import Any, ClassVar, TypeGuard
 
@@ -72,9 +72,9 @@ class MergeConfig:
 
     exclude: tuple[str, ...] = option((), "names of parameters to leave unmerged, as patterns", kw_only=True)
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, abstract: bool = False) -> None:
         super().__init_subclass__()
-        missing = [name for name in CLASS_ATTRIBUTES if not hasattr(cls, name)]
+        missing = [name for name in CLASS_ATTRIBUTES if not abstract and not hasattr(cls, name)]
         if missing:
             raise TypeError(f"{cls.__name__} lacks the class attributes {', '.join(missing)}, which its card shows.")
 
@@ -115,6 +115,44 @@ class MergeConfig:
         return {**values, "exclude": exclude}
 
 
+def parse_weights(text: str) -> tuple[float, ...]:
+    """Return the weights in "0.2,0.3,0.5"."""
+    return tuple(float(number) for number in text.split(","))
+
+
+@dataclass(frozen=True)
+class WeightedConfig(MergeConfig, abstract=True):
+    """The hyper-parameters of a method in which each expert can have a weight.
+
+    Attributes:
+        weights: the weight of each expert, in their order; None for equal weights. Heads that are merged
+            (`merge_heads`), and the rows of tokens that the base lacks, have the same weights.
+    """
+
+    weights: tuple[float, ...] | None = option(
+        None,
+        "the weight of each expert",
+        shown="equal weights",
+        command_line={"parser": parse_weights, "metavar": "<float,float,...>"},
+        kw_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is not None:
+            object.__setattr__(self, "weights", check_weights("weights", self.weights))
+
+    def expert_weights(self, experts: int) -> tuple[float, ...]:
+        if self.weights is None:
+            return super().expert_weights(experts)
+        if len(self.weights) != experts:
+            raise MergeError(
+                f"weights has {len(self.weights)} entries ({', '.join(f'{weight:g}' for weight in self.weights)}), but "
+                f"there are {experts} experts. Give one for each, in their order."
+            )
+        return self.weights
+
+
 def config_class(method: object) -> type[MergeConfig]:
     """Return the configuration class of a method.
 
@@ -123,13 +161,47 @@ def config_class(method: object) -> type[MergeConfig]:
 
     Example:
         >>> config_class("ties")(density=0.5).to_dict()
-        {'density': 0.5, 'scale': 1.0, 'exclude': []}
+        {'weights': None, 'density': 0.5, 'scale': 1.0, 'exclude': []}
     """
     if not isinstance(method, str) or method not in METHODS:
         raise MergeError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
     module, _, name = METHODS[method].partition(":")
     found: type[MergeConfig] = getattr(import_module(module), name)
     return found
+
+
+def as_config(value: object) -> MergeConfig:
+    """Return a configuration from what users give for one.
+
+    Args:
+        value: a configuration; the name of a method; or a dictionary of hyper-parameters, whose "method" names the
+            method (the default one if there is none).
+
+    Raises:
+        MergeError: if it is none of these, or a hyper-parameter is unknown or out of range.
+
+    Example:
+        >>> as_config({"method": "ties", "density": 0.5}).to_dict()
+        {'weights': None, 'density': 0.5, 'scale': 1.0, 'exclude': []}
+    """
+    if isinstance(value, MergeConfig):
+        return value
+    if isinstance(value, str):
+        return config_class(value)()
+    if isinstance(value, Mapping):
+        settings = dict(value)
+        kind = config_class(settings.pop("method", DEFAULT_METHOD))
+        known = [field.name for field in fields(kind)]
+        for name in settings:
+            if name not in known:
+                raise MergeError(f"config has {name!r}, but {kind.method} only has {', '.join(known)}.")
+        return kind(**settings)
+    if isinstance(value, type) and issubclass(value, MergeConfig):
+        raise MergeError(f"config must be a configuration, not the class of one: write {value.__name__}().")
+    raise MergeError(
+        f'config must be a configuration such as NeuroMergingConfig(density=0.2), the name of a method ("ties"), or a '
+        f"dictionary of hyper-parameters, not {value!r:.200}."
+    )
 
 
 def config_classes() -> list[type[MergeConfig]]:

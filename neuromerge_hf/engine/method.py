@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
-from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.config import MergeConfig, WeightedConfig
 from neuromerge_hf.engine.trimming import Trimming
 from neuromerge_hf.errors import MergeError
 
@@ -168,6 +168,15 @@ def add_change(base: Tensor, change: Tensor) -> Tensor:
 def thresholds_of(unit: Unit, trimmings: Sequence[Trimming]) -> list[float]:
     """Return the trim thresholds of the experts that change a unit."""
     return [trimmings[expert].threshold for expert in unit.changing]
+
+
+def weigh_block(x: Tensor, unit: Unit, config: WeightedConfig) -> list[float]:
+    """Multiply the task vectors x[1:] of a block by the weights of their experts, in place, and return these."""
+    weights = [config.expert_weights(len(unit.task_vectors))[expert] for expert in unit.changing]
+    for task_vector, weight in zip(x[1:], weights, strict=True):
+        if weight != 1:
+            task_vector.mul_(weight)
+    return weights
 
 
 def trim_block(x: Tensor, unit: Unit, thresholds: Sequence[float]) -> None:

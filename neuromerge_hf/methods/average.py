@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neuromerge_hf.config import MergeConfig, check_weights
-from neuromerge_hf.engine.method import Method, Recorder, add_change, summed
-from neuromerge_hf.errors import MergeError
-from neuromerge_hf.options import option
+from neuromerge_hf.config import WeightedConfig
+from neuromerge_hf.engine.method import Method, Recorder, add_change, summed, weigh_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +20,8 @@ if TYPE_CHECKING:
     from neuromerge_hf.storage.layout import Block
 
 
-def parse_weights(text: str) -> tuple[float, ...]:
-    """Return the weights in "0.2,0.3,0.5"."""
-    return tuple(float(number) for number in text.split(","))
-
-
 @dataclass(frozen=True)
-class AverageConfig(MergeConfig):
+class AverageConfig(WeightedConfig):
     """Averaging: the mean of the experts' weights.
 
     Args:
@@ -47,28 +40,6 @@ class AverageConfig(MergeConfig):
     paper = "https://arxiv.org/abs/2203.05482"
     summary = "Every weight is the mean of the fine-tunes' weights, or their weighted mean."
 
-    weights: tuple[float, ...] | None = option(
-        None,
-        "the weight of each expert in the mean",
-        shown="equal weights",
-        command_line={"parser": parse_weights, "metavar": "<float,float,...>"},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weights is not None:
-            object.__setattr__(self, "weights", check_weights("weights", self.weights))
-
-    def expert_weights(self, experts: int) -> tuple[float, ...]:
-        if self.weights is None:
-            return super().expert_weights(experts)
-        if len(self.weights) != experts:
-            raise MergeError(
-                f"weights has {len(self.weights)} entries ({', '.join(f'{weight:g}' for weight in self.weights)}), but "
-                f"there are {experts} experts. Give one for each, in their order."
-            )
-        return self.weights
-
 
 def average(task_vectors: Tensor, total: float) -> Tensor:
     """Return the mean of the task vectors of all experts: (...) float32.
@@ -84,7 +55,5 @@ class Average(Method[AverageConfig], config=AverageConfig):
     """The mean of the experts."""
 
     def merge_block(self, x: Tensor, unit: Unit, block: Block, record: Recorder) -> Tensor:
-        weights = self.config.expert_weights(len(unit.task_vectors))
-        for task_vector, expert in zip(x[1:], unit.changing, strict=True):
-            task_vector.mul_(weights[expert])
-        return add_change(x[0], average(x[1:], sum(weights)))
+        weigh_block(x, unit, self.config)
+        return add_change(x[0], average(x[1:], sum(self.config.expert_weights(len(unit.task_vectors)))))

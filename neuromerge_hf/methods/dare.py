@@ -12,8 +12,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neuromerge_hf.config import MergeConfig, check_density, check_number, is_number
-from neuromerge_hf.engine.method import Method, Recorder, add_change, trim_block
+from neuromerge_hf.config import WeightedConfig, check_density, check_number, is_number
+from neuromerge_hf.engine.method import Method, Recorder, add_change, trim_block, weigh_block
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.methods.ties import disjoint_mean, elect_sign
 from neuromerge_hf.options import option
@@ -30,7 +30,7 @@ NUMBERS_PER_COUNT = 4
 
 
 @dataclass(frozen=True)
-class DARETIESConfig(MergeConfig):
+class DARETIESConfig(WeightedConfig):
     """The hyper-parameters of DARE (Yu et al., arXiv:2311.03099), followed by TIES-Merging.
 
     Args:
@@ -119,7 +119,8 @@ class DARETIES(Method[DARETIESConfig], config=DARETIESConfig):
             raise FloatingPointError("a weight is NaN or infinite")
         _drop(x, unit, block, self.config)
         trim_block(x, unit, [trimming.threshold for trimming in self.trimmings])
-        change = disjoint_mean(x[1:], elect_sign(x[1:]))
+        weights = weigh_block(x, unit, self.config)
+        change = disjoint_mean(x[1:], elect_sign(x[1:]), weights)
         return add_change(x[0], change.mul_(self.config.scale))
 
 

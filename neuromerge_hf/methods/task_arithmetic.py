@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neuromerge_hf.config import MergeConfig, check_number
-from neuromerge_hf.engine.method import Method, Recorder, add_change, summed
+from neuromerge_hf.config import WeightedConfig, check_number
+from neuromerge_hf.engine.method import Method, Recorder, add_change, summed, weigh_block
 from neuromerge_hf.options import option
 
 if TYPE_CHECKING:
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskArithmeticConfig(MergeConfig):
+class TaskArithmeticConfig(WeightedConfig):
     """The hyper-parameters of Task Arithmetic (Ilharco et al., arXiv:2212.04089).
 
     Args:
         scale: the paper's lambda, the weight of the sum of the task vectors. 0.4 is common without validation data.
+        weights: the weight of each expert's task vector in the sum, in their order; None for 1.
         exclude: names of parameters to copy from the base, as shell patterns.
 
     Example:
         >>> merge(["math"], "merged", base_model="base", config=TaskArithmeticConfig(scale=0.3)).settings
-        {'scale': 0.3, 'exclude': []}
+        {'weights': None, 'scale': 0.3, 'exclude': []}
     """
 
     method = "task_arithmetic"
@@ -52,4 +53,5 @@ class TaskArithmetic(Method[TaskArithmeticConfig], config=TaskArithmeticConfig):
     """Task Arithmetic of the experts."""
 
     def merge_block(self, x: Tensor, unit: Unit, block: Block, record: Recorder) -> Tensor:
+        weigh_block(x, unit, self.config)
         return add_change(x[0], add_tasks(x[1:], self.config.scale))

@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neuromerge_hf.config import MergeConfig, check_density, check_number
-from neuromerge_hf.engine.method import Method, Recorder, add_change, summed, trim_block
+from neuromerge_hf.config import WeightedConfig, check_density, check_number
+from neuromerge_hf.engine.method import Method, Recorder, add_change, summed, trim_block, weigh_block
 from neuromerge_hf.options import option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from neuromerge_hf.engine.passes import Passes
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TIESConfig(MergeConfig):
+class TIESConfig(WeightedConfig):
     """The hyper-parameters of TIES-Merging (Yadav et al., arXiv:2306.01708).
 
     The defaults are the paper's choice without validation data.
@@ -32,6 +34,7 @@ class TIESConfig(MergeConfig):
     Args:
         density: the fraction of each task vector's entries that is kept: the largest magnitudes of the whole model.
         scale: the paper's lambda, the weight of the merged task vector.
+        weights: the weight of each expert's vote and of its entries in the mean, in their order; None for equal ones.
         exclude: names of parameters to copy from the base, as shell patterns.
 
     Example:
@@ -64,19 +67,20 @@ def elect_sign(task_vectors: Tensor) -> Tensor:
     return summed(task_vectors).sign_()
 
 
-def disjoint_mean(task_vectors: Tensor, sign: Tensor) -> Tensor:
+def disjoint_mean(task_vectors: Tensor, sign: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the mean of the entries with the elected sign, or 0 if there are none: (...) float32.
 
     Args:
-        task_vectors: (T, ...) float32, trimmed.
+        task_vectors: (T, ...) float32, trimmed, times the weights.
         sign: (...) float32, the elected signs; see `elect_sign`.
+        weights: the weights of the T task vectors, above 0.
     """
     total, count = sign.new_zeros(sign.shape), sign.new_zeros(sign.shape)
-    for task_vector in task_vectors:
+    for task_vector, weight in zip(task_vectors, weights, strict=True):
         agreeing = (task_vector * sign).clamp_(min=0)
         total += agreeing
-        count += agreeing > 0
-    return total.div_(count.clamp_(min=1)).mul_(sign)
+        count.add_(agreeing > 0, alpha=weight)
+    return total.div_(count.clamp_(min=min(weights))).mul_(sign)
 
 
 class TIES(Method[TIESConfig], config=TIESConfig):
@@ -90,5 +94,6 @@ class TIES(Method[TIESConfig], config=TIESConfig):
 
     def merge_block(self, x: Tensor, unit: Unit, block: Block, record: Recorder) -> Tensor:
         trim_block(x, unit, [trimming.threshold for trimming in self.trimmings])
-        change = disjoint_mean(x[1:], elect_sign(x[1:]))
+        weights = weigh_block(x, unit, self.config)
+        change = disjoint_mean(x[1:], elect_sign(x[1:]), weights)
         return add_change(x[0], change.mul_(self.config.scale))

@@ -43,7 +43,7 @@ MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 WHOLE_ROW = 1 << 17
-"""The size in bytes up to which a row is read whole for some of its columns. A call takes as long as reading so much."""
+"""The size in bytes up to which a row is read whole for some of its columns. A call takes as long as reading that."""
 
 ROWS_BYTES = 1 << 20
 """How many bytes of such rows are read at a time."""

@@ -42,6 +42,9 @@ CONFIGURATIONS = {
     "average 1 2 5": AverageConfig(weights=(1, 2, 5)),
     "task arithmetic": TaskArithmeticConfig(),
     "task arithmetic 0.7": TaskArithmeticConfig(scale=0.7),
+    "task arithmetic, weights": TaskArithmeticConfig(weights=(1, 0.5, 3)),
+    "ties, weights": TIESConfig(density=0.5, weights=(1, 0.5, 3)),
+    "dare, weights": DARETIESConfig(drop_rate=0.5, density=1, weights=(1, 0.5, 3)),
     "ties": TIESConfig(),
     "ties 0.5": TIESConfig(density=0.5, scale=1.3),
     "ties 1": TIESConfig(density=1),
@@ -311,7 +314,10 @@ def test_auto_merged_model_takes_any_method(models: list[Path], tmp_path: Path) 
 def test_the_report_says_which_method_and_its_settings(models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
     report = merge(experts, tmp_path / "ties", base_model=base, config=TIESConfig(scale=0.7), **CPU)
-    assert (report.method, report.settings) == ("ties", {"density": 0.2, "scale": 0.7, "exclude": []})
+    assert (report.method, report.settings) == (
+        "ties",
+        {"weights": None, "density": 0.2, "scale": 0.7, "exclude": []},
+    )
     assert (report.density, report.sigma, report.lambda_parallel, report.lambda_orthogonal) == (0.2, None, None, None)
     assert "method ties, density 0.2, scale 0.7" in str(report)
     assert "sigma" not in str(report)
@@ -368,7 +374,6 @@ def test_the_command_line_chooses_the_method(options: str, config: MergeConfig, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method slerp", "method must be one of neuromerging, average, task_arithmetic, ties, dare_ties, pcb"),
         ("--method average --density 0.5", "--method average has no --density"),
         ("--method ties --lambda-orthogonal 2", "--method ties has no --lambda-orthogonal"),
         ("--scale 2 --seed 1", "--method neuro_iso has no --seed"),

@@ -46,12 +46,17 @@ class Flat:
 
 
 def average(flat: Flat, weights: list[float] | None = None) -> Tensor:
-    shares = torch.tensor(weights or [1.0] * len(flat.task_vectors), dtype=torch.float64)
+    shares = shares_of(flat, weights)
     return shares / shares.sum() @ flat.task_vectors.double()
 
 
-def task_arithmetic(flat: Flat, scale: float) -> Tensor:
-    return scale * flat.task_vectors.double().sum(0)
+def shares_of(flat: Flat, weights: list[float] | None) -> Tensor:
+    """The weights of the experts, (T,) float64."""
+    return torch.tensor(weights or [1.0] * len(flat.task_vectors), dtype=torch.float64)
+
+
+def task_arithmetic(flat: Flat, scale: float, weights: list[float] | None = None) -> Tensor:
+    return scale * (shares_of(flat, weights) @ flat.task_vectors.double())
 
 
 def trimmed(task_vectors: Tensor, owned: Tensor, density: float) -> Tensor:
@@ -59,18 +64,26 @@ def trimmed(task_vectors: Tensor, owned: Tensor, density: float) -> Tensor:
     return torch.stack([torch.where(row.abs() >= cut, row, 0.0) for row, cut in zip(task_vectors, cuts, strict=True)])
 
 
-def ties(flat: Flat, density: float, scale: float) -> Tensor:
-    return scale * elect_and_merge(trimmed(flat.task_vectors, flat.owned, density).double())
+def ties(flat: Flat, density: float, scale: float, weights: list[float] | None = None) -> Tensor:
+    tau = trimmed(flat.task_vectors, flat.owned, density).double()
+    return scale * elect_and_merge(tau, shares_of(flat, weights))
 
 
-def elect_and_merge(tau: Tensor) -> Tensor:
-    elected = tau.sum(0).sign()
-    chosen = (tau.sign() == elected) & (elected != 0)
-    return (tau * chosen).sum(0) / chosen.sum(0).clamp(min=1)
+def elect_and_merge(tau: Tensor, weights: Tensor) -> Tensor:
+    elected = (weights @ tau).sign()
+    chosen = ((tau.sign() == elected) & (elected != 0)).double()
+    total = weights @ chosen
+    return (weights @ (tau * chosen)) / total.where(total > 0, 1.0)
 
 
 def dare_ties(
-    flat: Flat, neurons: Mapping[str, Neurons | None], drop_rate: float, density: float, scale: float, seed: int
+    flat: Flat,
+    neurons: Mapping[str, Neurons | None],
+    drop_rate: float,
+    density: float,
+    scale: float,
+    seed: int,
+    weights: list[float] | None = None,
 ) -> Tensor:
     rows = []
     for t, row in enumerate(flat.task_vectors):
@@ -83,7 +96,8 @@ def dare_ties(
             kept.append(view.from_rows(stays.view(view.to_rows(theta).shape), theta.shape) if view else stays)
         mask = torch.cat([stays.flatten() for stays in kept])
         rows.append(torch.where(mask, row * (1 / (1 - drop_rate)), 0.0))
-    return scale * elect_and_merge(trimmed(torch.stack(rows), flat.owned, density).double())
+    tau = trimmed(torch.stack(rows), flat.owned, density).double()
+    return scale * elect_and_merge(tau, shares_of(flat, weights))
 
 
 def pcb(flat: Flat, density: float, scale: float) -> Tensor:
