@@ -1,6 +1,6 @@
 """`merge_at_end`, for a training loop of one's own with accelerate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from neuromerge_hf.callbacks.accelerate_training import AccelerateTraining, Eval
 from neuromerge_hf.callbacks.common.callback import MergingCallback
 from neuromerge_hf.callbacks.common.settings import CALLBACK_NAMES, NOT_TAKEN, CallbackSettings
 from neuromerge_hf.options import check_names, with_options
-from neuromerge_hf.spec import MergeOptions, MergeSpec, ModelId, Runtime
+from neuromerge_hf.spec import MergeOptions, MergeSpec, Models, Runtime
 from neuromerge_hf.tuning.search import TuningGrid
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LoopOptions(MergeOptions, total=False):
 def merge_at_end(
     accelerator: Accelerator,
     model: Any,
-    models: Sequence[ModelId],
+    models: Models,
     *,
     processing_class: Any = None,
     evaluate: Evaluate | None = None,

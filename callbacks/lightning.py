@@ -1,7 +1,6 @@
 """`NeuroMergeCallback` for the Trainer of Lightning, from `lightning` or `pytorch_lightning`."""
 
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from neuromerge_hf.callbacks.common.callback import MergingCallback
@@ -10,7 +9,7 @@ from neuromerge_hf.callbacks.lightning_package import Callback
 from neuromerge_hf.callbacks.lightning_trainer import CheckpointFiles, LightningTraining
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import with_options
-from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
+from neuromerge_hf.spec import MergeSpec, Models, Runtime
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,7 +35,7 @@ class NeuroMergeCallback(MergingCallback, Callback):
     @with_options(CallbackSettings, MergeSpec, Runtime, without=NOT_TAKEN)
     def __init__(
         self,
-        models: Sequence[ModelId] = (),
+        models: Models = (),
         *,
         attribute: str | None = None,
         best_weights: bool = False,

@@ -11,7 +11,7 @@ from neuromerge_hf.callbacks.common.settings import NOT_TAKEN, CallbackOptions, 
 from neuromerge_hf.callbacks.transformers_trainer import TrainerTraining
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import with_options
-from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
+from neuromerge_hf.spec import MergeSpec, Models, Runtime
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,9 +23,7 @@ class NeuroMergeCallback(MergingCallback, TrainerCallback):
     _has_ended = False
 
     @with_options(CallbackSettings, MergeSpec, Runtime, without=NOT_TAKEN)
-    def __init__(
-        self, models: Sequence[ModelId] = (), *, trainer: Trainer | None = None, **options: "Unpack[CallbackOptions]"
-    ):
+    def __init__(self, models: Models = (), *, trainer: Trainer | None = None, **options: "Unpack[CallbackOptions]"):
         """Check the arguments.
 
         Args:

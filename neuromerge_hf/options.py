@@ -107,8 +107,14 @@ def check_names(function: str, options: Collection[str], known: Collection[str])
     """Raise a `TypeError` for a keyword that a function does not take. The error names the nearest known one."""
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise TypeError(f"{function} has no argument {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            near = nearest(name, known)
+            raise TypeError(f"{function} has no argument {name!r}." + (f" Did you mean {near!r}?" if near else ""))
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Return the known name that a name was probably meant to be; None if none is near."""
+    longer = [each for each in known if each.startswith(f"{name}_") or each.endswith(f"_{name}")]
+    return next(iter([*longer, *difflib.get_close_matches(name, known, n=1)]), None)
 
 
 def _keyword(option: Option) -> inspect.Parameter:

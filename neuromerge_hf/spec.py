@@ -6,11 +6,12 @@ Signatures, `help()`, the command line, ``recipe.yaml`` and the cache key are ma
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from neuromerge_hf.config import FIRST_METHOD, MergeConfig, config_class, default_config
+from neuromerge_hf.config import FIRST_METHOD, MergeConfig, as_config, config_class, default_config
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import check_names, option, pick
 from neuromerge_hf.typed import check_fields
@@ -19,13 +20,22 @@ from neuromerge_hf.version import __version__
 if TYPE_CHECKING:
     import torch
 
-OWN_CHECKS = ("models", "config", "dtype", "max_shard_size")
+OWN_CHECKS = ("models", "names", "config", "dtype", "max_shard_size")
 """Fields of a `MergeSpec` whose types are checked with their values."""
+
+EXPERT_NAME = re.compile(r"\w[\w.-]{0,99}")
+"""What the name that a user gives to an expert may look like."""
+
+RESERVED = ("base", "merged", "union")
+"""What no expert can be called: a tokenizer's "base" and "union", and the "base" and "merged" of results."""
 
 MOST_THREADS = 1024
 
 ModelId = str | os.PathLike[str]
 """A folder, or an id on the Hub: ``owner/name`` or ``owner/name/subfolder``, optionally followed by ``@revision``."""
+
+Models = Sequence[ModelId] | Mapping[str, ModelId]
+"""The experts of a merge, or a dictionary of them by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +45,10 @@ class MergeSpec:
     Paths are converted to strings, and dtypes to their names.
 
     Attributes:
-        models: the experts: full checkpoints and PEFT adapters, mixed freely.
+        models: the experts: full checkpoints and PEFT adapters, mixed freely; or a dictionary of them by name.
         base_model: the model that the experts were fine-tuned from; None takes the base that the adapters name.
-        config: the method and its hyper-parameters.
+        config: the method and its hyper-parameters: a configuration, the name of a method, or a dictionary of
+            hyper-parameters with the name of the method under "method".
         dtype: the dtype of the merged weights. The arithmetic is always float32.
         tokenizer: the model that gives the tokenizer: "base", an expert's name or id, or "union". If vocabularies
             differ, the rows of the embeddings are aligned by the text of their tokens. A token that the base lacks
@@ -49,9 +60,10 @@ class MergeSpec:
             are kept apart, unchanged.
         max_shard_size: the largest size of one weight file.
         tuned_on: the data on which the hyper-parameters were chosen. Recipe, report and card name it.
+        names: the names of the experts, if `models` was a dictionary. By default each is the last part of the id.
 
     Raises:
-        MergeError: if `models` is not a list of models, or `config` is not a configuration.
+        MergeError: if `models` is no list or dictionary of models, or `config` is no configuration.
 
     Example:
         >>> MergeSpec(models=["math", "code"], base_model="base").dtype
@@ -76,19 +88,24 @@ class MergeSpec:
     merge_heads: bool = option(False, "merge heads that the base lacks by taking their mean")
     max_shard_size: str | int = option("5GB", "the largest size of a weight file")
     tuned_on: str | None = option(None, "the data on which the hyper-parameters were chosen, for the card")
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        is_list = isinstance(self.models, Iterable) and not isinstance(self.models, str | os.PathLike | Mapping)
+        if isinstance(self.models, Mapping):
+            object.__setattr__(self, "names", tuple(self.models))
+            object.__setattr__(self, "models", tuple(self.models.values()))
+        is_list = isinstance(self.models, Iterable) and not isinstance(self.models, str | os.PathLike)
         models = tuple(self.models) if is_list else ()
         if not is_list or not all(isinstance(each, str | os.PathLike) for each in models):
             raise MergeError(
-                "models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), "
-                f"not {self.models!r}."
+                "models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), or a "
+                f"dictionary of them by name, not {self.models!r:.200}."
             )
+        if self.names is not None:
+            object.__setattr__(self, "names", check_expert_names(self.names, len(models)))
         if self.config is None:
             object.__setattr__(self, "config", default_config())
-        if not isinstance(self.config, MergeConfig):
-            raise MergeError(f"config must be a NeuroMergingConfig, or that of another method, not {self.config!r}.")
+        object.__setattr__(self, "config", as_config(self.config))
         object.__setattr__(self, "models", tuple(os.fspath(each) for each in models))
         object.__setattr__(self, "dtype", _name_of_dtype(self.dtype))
         if isinstance(self.base_model, os.PathLike):
@@ -103,6 +120,7 @@ class MergeSpec:
             "method": self.config.method,
             "config": self.config.to_dict(),
             **{name: getattr(self, name) for name in self._plain_names() if name != "tuned_on" or self.tuned_on},
+            **({"names": list(self.names)} if self.names else {}),
         }
 
     @classmethod
@@ -117,13 +135,13 @@ class MergeSpec:
             models=values["models"],
             base_model=values["base_model"],
             config=config_class(values.get("method", FIRST_METHOD))(**values["config"]),
-            **{name: values[name] for name in cls._plain_names() if name in values},
+            **{name: values[name] for name in (*cls._plain_names(), "names") if name in values},
         )
 
     @classmethod
     def _plain_names(cls) -> list[str]:
         """The fields that need no conversion for ``recipe.yaml``."""
-        return [field.name for field in fields(cls) if field.name not in ("models", "base_model", "config")]
+        return [field.name for field in fields(cls) if field.name not in ("models", "base_model", "config", "names")]
 
     def fingerprint(self, models: Sequence[object]) -> str:
         """Return a key of the merge that depends on the settings, the models and the version of this library.
@@ -182,7 +200,7 @@ class MergeOptions(RuntimeOptions, total=False):
     """The keywords that make a `Runtime` and, with the models, a `MergeSpec`."""
 
     base_model: ModelId | None
-    config: MergeConfig | None
+    config: "MergeConfig | str | Mapping[str, Any] | None"
     dtype: "str | torch.dtype"
     tokenizer: str
     chat_template: str | None
@@ -191,7 +209,7 @@ class MergeOptions(RuntimeOptions, total=False):
     tuned_on: str | None
 
 
-def read_options(function: str, models: Sequence[ModelId], options: Mapping[str, Any]) -> tuple[MergeSpec, Runtime]:
+def read_options(function: str, models: Models, options: Mapping[str, Any]) -> tuple[MergeSpec, Runtime]:
     """Return the spec and the runtime that a function's keywords describe.
 
     Args:
@@ -207,11 +225,29 @@ def read_options(function: str, models: Sequence[ModelId], options: Mapping[str,
     return pick(MergeSpec, options, models=models), pick(Runtime, options)
 
 
-def split_options(models: Sequence[ModelId], options: Mapping[str, Any]) -> tuple[MergeSpec, Runtime, dict[str, Any]]:
+def split_options(models: Models, options: Mapping[str, Any]) -> tuple[MergeSpec, Runtime, dict[str, Any]]:
     """Return the spec, the runtime and all other keywords, for functions that take further keywords."""
     known = {name: value for name, value in options.items() if name in OPTION_NAMES}
     others = {name: value for name, value in options.items() if name not in known}
     return pick(MergeSpec, known, models=models), pick(Runtime, known), others
+
+
+def check_expert_names(names: object, experts: int) -> tuple[str, ...]:
+    """Return the names that a user has given to experts. Folders of heads have these names.
+
+    Raises:
+        MergeError: unless there is one for each expert, all are different, and each can be the name of a folder.
+    """
+    found = tuple(names) if isinstance(names, list | tuple) else ()
+    if len(found) != experts or len(set(found)) != experts:
+        raise MergeError(f"names must be {experts} different names, one for each expert, not {names!r:.200}.")
+    for name in found:
+        if not isinstance(name, str) or not EXPERT_NAME.fullmatch(name) or name in RESERVED:
+            raise MergeError(
+                f"{name!r:.100} cannot be the name of an expert: use letters, digits, '.', '_' and '-', beginning with "
+                f"a letter or digit, and none of {', '.join(RESERVED)}, which mean something else."
+            )
+    return found
 
 
 def _name_of_dtype(dtype: Any) -> Any:
@@ -223,5 +259,5 @@ def _name_of_dtype(dtype: Any) -> Any:
 RUNTIME_NAMES = tuple(each.name for each in fields(Runtime))
 """The keywords that make a `Runtime`."""
 
-OPTION_NAMES = (*(each.name for each in fields(MergeSpec) if each.name != "models"), *RUNTIME_NAMES)
+OPTION_NAMES = (*(each.name for each in fields(MergeSpec) if each.name not in ("models", "names")), *RUNTIME_NAMES)
 """The keywords that make a `Runtime` and, with the models, a `MergeSpec`."""

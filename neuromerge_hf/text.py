@@ -30,3 +30,13 @@ def listed(names: Sequence[str]) -> str:
     """Return the first names, and how many more there are: "a, b, c and 2 more"."""
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+class Summary:
+    """The base class of what `str` summarises. `repr` is one line of it, and notebooks show all."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {str(self).partition(chr(10))[0].rstrip(':')}>"
+
+    def _repr_markdown_(self) -> str:
+        return f"```\n{self}\n```"

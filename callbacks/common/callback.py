@@ -1,6 +1,6 @@
 """The arguments that the callbacks of all frameworks share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from neuromerge_hf.callbacks.common.training import Training
 from neuromerge_hf.folder.report import MergeReport
 from neuromerge_hf.methods.neuromerging import NeuroMergingConfig
 from neuromerge_hf.options import check_names, pick, with_options
-from neuromerge_hf.spec import MergeSpec, ModelId, Runtime
+from neuromerge_hf.spec import MergeSpec, Models, Runtime
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +49,7 @@ class MergingCallback:
     """
 
     @with_options(CallbackSettings, MergeSpec, Runtime, without=NOT_TAKEN)
-    def __init__(self, models: Sequence[ModelId] = (), **options: "Unpack[CallbackOptions]"):
+    def __init__(self, models: Models = (), **options: "Unpack[CallbackOptions]"):
         """Check the arguments.
 
         Args:

@@ -16,10 +16,10 @@ SECRET = ("token",)
 def merge_command(spec: MergeSpec, runtime: Runtime, target: Path) -> str | None:
     """The ``neuromerge merge`` command with all settings of a spec and a runtime that are not defaults.
 
-    It runs in any folder, so paths that are there now are absolute in it. None if the method is the user's own, which
-    the command line does not know.
+    It runs in any folder, so paths that are there now are absolute in it. None if the method is the user's own, or the
+    experts have names of the user's own, neither of which the command line knows.
     """
-    if type(spec.config) not in config_classes():
+    if type(spec.config) not in config_classes() or spec.names:
         return None
     absolute = {model: _absolute(model) for model in (*spec.models, spec.base_model) if model}
     words = ["neuromerge", "merge", *(absolute[model] for model in spec.models)]

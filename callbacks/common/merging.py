@@ -132,7 +132,10 @@ class Merging:
         return average(replace(self.spec, base_model=self.base), models, self.settings.window)
 
     def spec_of(self, experts: Sequence[str]) -> MergeSpec:
-        return replace(self.spec, models=tuple(experts), base_model=self.base)
+        """The spec of a merge of some experts, the last of which are the `models`."""
+        own = experts[: len(experts) - len(self.models)]
+        names = (*(Path(expert).name for expert in own), *self.spec.names) if self.spec.names else None
+        return replace(self.spec, models=tuple(experts), names=names, base_model=self.base)
 
     def runtime_for(self, target: Path) -> Runtime:
         return replace(self.runtime, overwrite=_is_merge(target))

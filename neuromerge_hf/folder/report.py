@@ -15,7 +15,7 @@ from neuromerge_hf.folder.results import Result, check_results
 from neuromerge_hf.folder.rounding import Rounding, load_rounding
 from neuromerge_hf.storage.documents import load_json, reason_of
 from neuromerge_hf.storage.writing import write_file
-from neuromerge_hf.text import different_names, readable_size
+from neuromerge_hf.text import Summary, different_names, readable_size
 from neuromerge_hf.typed import check_fields
 
 REPORT_NAME = "merge_report.json"
@@ -96,8 +96,8 @@ class VocabularyReport:
         )
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Summary):
     """What a merge did. `str()` summarises it, and ``merge_report.json`` keeps it beside the merged weights.
 
     It may be published, so it names local folders only by the last part of their path.
@@ -201,9 +201,13 @@ class MergeReport:
             found[(result.model, *result.measured)] = result
         return dataclasses.replace(self, results=list(found.values()))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain Python objects, for JSON."""
+        return {**dataclasses.asdict(self), "output_dir": str(self.output_dir)}
+
     def save(self, folder: Path) -> None:
         """Write ``merge_report.json`` into a folder."""
-        content = dataclasses.asdict(self)
+        content = self.to_dict()
         del content["output_dir"]
         text = json.dumps(content, indent=2, ensure_ascii=False)
         write_file(folder / REPORT_NAME, text + "\n")

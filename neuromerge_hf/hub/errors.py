@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from neuromerge_hf.errors import MergeError, Printable, printable
 
@@ -44,7 +44,7 @@ def hub_errors_as_merge_errors(
             )
         message = printable(
             f"The push to {repo_id} failed: {_reason(error, repo_id)} {outcome} The model is complete in {folder}. "
-            "This goes on with it:"
+            "To resume:"
         )
         message = Printable(f"{message}\n  {command}")
         if isinstance(token, str) and token:
@@ -57,6 +57,8 @@ def _reason(error: Exception, repo_id: str) -> str:
     if answer is None:
         if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
             return "HF_HUB_OFFLINE is set, so that the Hub is not asked. Unset it."
+        if any(isinstance(cause, LocalTokenNotFoundError) for cause in _causes(error)):
+            return "you are not logged in. Log in with `hf auth login`, or pass token=."
         if isinstance(error, OSError | RuntimeError) or _failed_url(error):
             return f"the connection to the Hub broke off ({_first_line(_causes(error)[-1])})."
         return f"{_first_line(error)}."

@@ -1,7 +1,7 @@
 """`AutoMergedModel` merges experts, or finds their finished merge, and loads it as a plain transformers model."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.inputs import identity_of
 from neuromerge_hf.folder.recipe import RECIPE_NAME
+from neuromerge_hf.loading.arguments import check_arguments, unknown_arguments
 from neuromerge_hf.loading.classes import class_of_files
 from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.loading.loaded_merge import LoadedMerge, settings_of
 from neuromerge_hf.loading.merged_model import merged_class
 from neuromerge_hf.options import with_options
 from neuromerge_hf.planning.planner import make_plan
-from neuromerge_hf.planning.resolve import resolve
-from neuromerge_hf.spec import OPTION_NAMES, MergeSpec, ModelId, Runtime, read_options
+from neuromerge_hf.planning.resolve import load_config, resolve
+from neuromerge_hf.skeleton import model_class_of
+from neuromerge_hf.spec import OPTION_NAMES, MergeSpec, ModelId, Models, Runtime, read_options
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.finite import is_finite, name_of
 from neuromerge_hf.storage.location import Location, locate
@@ -36,6 +38,10 @@ MERGE_ONLY = tuple(name for name in OPTION_NAMES if name not in (*NOT_FOR_LOADIN
 """The merge options that transformers' `from_pretrained` does not take."""
 
 
+OURS = (*MERGE_ONLY, "auto_class", "head", "cache_dir")
+"""The arguments of `AutoMergedModel.from_pretrained` that are not transformers' own."""
+
+
 class AutoMergedModel:
     """Merges experts into their base and loads the result as the transformers class of its architecture."""
 
@@ -46,7 +52,7 @@ class AutoMergedModel:
     @with_options(MergeSpec, Runtime, without=NOT_FOR_LOADING, takes_others=True)
     def from_pretrained(
         cls,
-        models: Sequence[ModelId] | ModelId,
+        models: Models | ModelId,
         *,
         auto_class: Any = None,
         head: str | None = None,
@@ -96,6 +102,7 @@ class AutoMergedModel:
             location = locate(models, revision=revision, token=token)
             if not (location.folder / RECIPE_NAME).is_file():
                 raise MergeError(f"{location} is not a merged model. Give the experts as a list.")
+            _check_arguments(options, location, auto_class, trust_remote_code)
             location.fetch_weights()
             if head and location.commit:
                 heads = [f"{HEADS}/*/config.json", f"{HEADS}/{head}/*"]
@@ -103,7 +110,7 @@ class AutoMergedModel:
         elif revision is not None:
             raise MergeError(f"Each model has its own revision: write it as id@{revision}, and leave revision= out.")
         else:
-            merged = _find_or_merge(models, merging, cache)
+            merged = _find_or_merge(models, merging, cache, auto_class, options)
             location = Location(str(merged), merged)
         folder = location.folder
         if head is not None:
@@ -160,11 +167,26 @@ def _check_options_of_several(options: Collection[str]) -> None:
             )
 
 
-def _find_or_merge(models: Sequence[ModelId], options: Mapping[str, Any], cache: Path) -> Path:
+def _check_arguments(
+    arguments: Mapping[str, Any], location: Location, auto_class: Any, trust_remote_code: bool
+) -> None:
+    """Check the arguments for loading a model like the one at a location, whose class stands for an Auto class."""
+    if not unknown_arguments(arguments):
+        return
+    config = load_config(location, trust_remote_code)
+    is_class = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)
+    model_class = auto_class if is_class else model_class_of(config, location.folder, trust_remote_code)
+    check_arguments(arguments, config, model_class, OURS)
+
+
+def _find_or_merge(
+    models: Models, options: Mapping[str, Any], cache: Path, auto_class: Any, loading: Mapping[str, Any]
+) -> Path:
     spec, runtime = read_options("AutoMergedModel.from_pretrained", models, options)
     resolved = resolve(spec, runtime.token)
     if resolved.problems:
         make_plan(spec, runtime, resolved)  # raises these problems together with the plan's own
+    _check_arguments(loading, resolved.base, auto_class, runtime.trust_remote_code)
     experts = [identity_of(expert.location) for expert in resolved.experts]
     folder = cache / spec.fingerprint([identity_of(resolved.base, is_base=True), *experts])
     remove_leftovers(cache)  # a merge that is there is not made again, which would remove them

@@ -1,7 +1,8 @@
 """The plan of a merge: the units to write, the tensors that they are made from, and the costs."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -17,12 +18,12 @@ from neuromerge_hf.sources.unit import Unit, Work
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.finite import name_of
 from neuromerge_hf.storage.location import Location
-from neuromerge_hf.text import counted, different_names, listed, readable_size
+from neuromerge_hf.text import Summary, counted, different_names, listed, readable_size
 from neuromerge_hf.vocabulary.tokenizer import TokenizerChoice
 
 
-@dataclass(frozen=True)
-class MergePlan:
+@dataclass(frozen=True, repr=False)
+class MergePlan(Summary):
     """What a merge will do. `str` summarises it in a few lines.
 
     Attributes:
@@ -36,7 +37,7 @@ class MergePlan:
         downloaded: the models whose weights were downloaded for the plan, because ``.bin`` files have no header.
         threads: the number of threads that compute.
         modules: the model that gives the files of a SentenceTransformer; None if no model is one.
-        module_notes: remarks on the modules of the others.
+        other_notes: remarks on repeated models, and on the modules of the models that do not give them.
         kernel: the library that computes the weights, "numba" or "torch".
 
     Example:
@@ -55,7 +56,7 @@ class MergePlan:
     downloaded: tuple[str, ...] = ()
     threads: int = 1
     modules: Location | None = None
-    module_notes: tuple[str, ...] = ()
+    other_notes: tuple[str, ...] = ()
     kernel: str = "torch"
 
     @property
@@ -98,7 +99,7 @@ class MergePlan:
     def notes(self) -> list[str]:
         """Remarks on the base and the experts."""
         of_experts = [note for expert in self.experts for note in (*expert.location.notes, *expert.notes)]
-        return [*self.base.location.notes, *of_experts, *self.module_notes]
+        return [*self.base.location.notes, *of_experts, *self.other_notes]
 
     @property
     def model_names(self) -> list[str]:
@@ -177,6 +178,32 @@ class MergePlan:
     def seconds_needed(self) -> float:
         """See `Costs.seconds`."""
         return self.costs.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `str` tells, as plain Python objects, for JSON."""
+        return {
+            "spec": self.spec.to_dict(),
+            "base_model": str(self.base.location),
+            "experts": [
+                {
+                    "name": expert.name,
+                    "kind": expert.kind,
+                    "model": str(expert.location),
+                    "parameters": sum(number in unit.changing for unit in self.units),
+                    "head": sorted(expert.head.tensors) if expert.head else [],
+                    "ignored": list(expert.ignored),
+                }
+                for number, expert in enumerate(self.experts)
+            ],
+            "merged": self.merged,
+            "copied": self.copied,
+            "tokenizer": str(self.tokenizer.location) if self.tokenizer.has_files else None,
+            "vocabulary": asdict(self.vocabulary) if self.vocabulary else None,
+            "costs": asdict(self.costs),
+            "threads": self.threads,
+            "kernel": self.kernel,
+            "notes": self.notes,
+        }
 
     def __str__(self) -> str:
         experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"

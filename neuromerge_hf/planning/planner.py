@@ -19,7 +19,13 @@ from neuromerge_hf.planning.costs import companion_bytes, estimate
 from neuromerge_hf.planning.named_base import other_base_notes
 from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
-from neuromerge_hf.planning.resolve import Resolved, ResolvedExpert, load_config, quantised_base_notes
+from neuromerge_hf.planning.resolve import (
+    Resolved,
+    ResolvedExpert,
+    load_config,
+    quantised_base_notes,
+    repeated_notes,
+)
 from neuromerge_hf.planning.sentence_modules import choose_modules
 from neuromerge_hf.planning.units import for_method, make_units, resolve_dtype
 from neuromerge_hf.skeleton import Skeleton, model_class_of, most_parts, skeleton_of
@@ -152,7 +158,7 @@ def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pa
         tuple(downloaded),
         threads,
         modules,
-        tuple(module_notes),
+        (*repeated_notes(resolved.base, resolved.experts), *module_notes),
         kernel,
     )
 

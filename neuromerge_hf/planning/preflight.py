@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.errors import MergeError, Problems
+from neuromerge_hf.folder.output import check_unused
 from neuromerge_hf.folder.replaceable import check_replaceable, files_of_merge, previous_card
 from neuromerge_hf.planning.costs import Costs
 from neuromerge_hf.spec import MergeSpec, Runtime
@@ -56,14 +57,8 @@ def check_output(target: Path, overwrite: bool, files: Collection[str] | None = 
     """
     target = target.resolve()
     remove_leftovers(target.parent)
-    if target.exists() and not target.is_dir():
-        raise MergeError(f"The output directory {target} is a file.")
+    check_unused(target, overwrite)
     if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise MergeError(
-                f"The output directory {target} exists and is not empty. Choose another one, or pass overwrite=True "
-                "(--overwrite) to replace an earlier merge."
-            )
         check_replaceable(target, files_of_merge if files is None else lambda _: files, kind)
         if files is None:
             previous_card(target)

@@ -1,6 +1,7 @@
 """Finds the models of a merge: the experts, and the base that they share."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,8 @@ class ResolvedExpert:
     """An expert whose files were found.
 
     Attributes:
-        name: the last part of the expert's id, with a number if an earlier expert has the same name.
+        name: the name that the user gave, or the last part of the expert's id, with a number if an earlier expert has
+            the same name.
         location: the location of the expert's files.
         adapter_config: the configuration of an adapter; None for a full checkpoint.
         config: the configuration of a full checkpoint; None until it is loaded, and for an adapter.
@@ -91,10 +93,12 @@ def resolve(spec: MergeSpec, token: str | bool | None = None, problems: Problems
         problems.add([NO_MODELS])
         raise problems.error
     experts: list[ResolvedExpert] = []
-    for location in [problems.attempt(partial(locate, model, token=token)) for model in spec.models]:
+    locations = [problems.attempt(partial(locate, model, token=token)) for model in spec.models]
+    for location, name in zip(locations, spec.names or (None,) * len(locations), strict=True):
         if location:
             with problems:
-                experts.append(_resolve_expert(location))
+                expert = _resolve_expert(location)
+                experts.append(dataclasses.replace(expert, name=name) if name else expert)
     if spec.base_model is None and not any(_named_base(expert) for expert in experts):
         problems.report()  # an expert that was not found may name the base, so its problem comes first
     with problems:
@@ -161,6 +165,23 @@ def _resolve_expert(location: Location) -> ResolvedExpert:
     location = dataclasses.replace(location, weight_names=ADAPTER_FILES)
     with unchanged_inputs([location]):
         return ResolvedExpert(location.name, location, load_adapter_config(location))
+
+
+def repeated_notes(base: Location, experts: Sequence[ResolvedExpert]) -> list[str]:
+    """Return a note for each expert that is another one of them, or the base."""
+    notes = []
+    for number, expert in enumerate(experts):
+        identity = _identity(expert.location)
+        if identity == _identity(base):
+            notes.append(f"{expert.name} is the base itself, which changes nothing, and counts as an expert.")
+        same = [other.name for other in experts[:number] if _identity(other.location) == identity]
+        if same:
+            notes.append(f"{expert.name} is the same model as {same[0]}, and counts as another expert.")
+    return notes
+
+
+def _identity(location: Location) -> tuple[str, str | None]:
+    return (location.id, location.commit) if location.commit else (os.path.realpath(location.folder), None)
 
 
 def _with_unique_names(experts: Sequence[ResolvedExpert]) -> tuple[ResolvedExpert, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from transformers import PreTrainedModel
 
 from neuromerge_hf.assembly.assemble import assemble
-from neuromerge_hf.config import MergeConfig, config_classes
+from neuromerge_hf.config import MergeConfig, as_config, config_classes
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.directory import atomic_directory, work_folder
 from neuromerge_hf.folder.inputs import InputHasher
@@ -26,7 +26,7 @@ from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.planner import can_share_plan, plan_with_weights, with_config
 from neuromerge_hf.planning.preflight import check_output, check_settings
 from neuromerge_hf.planning.resolve import ResolvedExpert, resolve
-from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
+from neuromerge_hf.spec import MergeSpec, Models, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.paths import user_folder, user_path
 from neuromerge_hf.tuning.bootstrap import Interval, differences
@@ -36,10 +36,10 @@ from neuromerge_hf.tuning.evaluation import Evaluate, Scores, check_evaluation, 
 
 @with_options(MergeSpec, Runtime, without=NOT_COMPARED, takes_others=True)
 def compare_methods(
-    models: Sequence[ModelId],
+    models: Models,
     evaluate: Evaluate,
     *,
-    methods: Sequence[MergeConfig] | None = None,
+    methods: Sequence[MergeConfig | str | Mapping[str, Any]] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     auto_class: Any = None,
     work_dir: str | os.PathLike[str] | None = None,
@@ -56,7 +56,7 @@ def compare_methods(
         evaluate: a function that takes a model in evaluation mode and returns its score, a dictionary of scores by
             task, or a dictionary of lists of scores by example, always in the same order. Greater is better. Or a
             dictionary of such functions by expert name, each of which gets every model with that expert's own head.
-        methods: the methods' configurations; by default every method with its default settings.
+        methods: the methods, each like `config` in `merge`; by default every method with its default settings.
         output_dir: the folder for ``comparison.json``, ``.md`` and ``.png``, which appears once they are complete. It
             may hold those of an earlier comparison, but no other files. By default nothing is written.
         auto_class: the Auto class or model class of transformers to load the models with.
@@ -82,10 +82,11 @@ def compare_methods(
             raise TypeError(f"compare_methods has no argument {name!r}: {NOT_COMPARED[name]}.")
     check_evaluation(evaluate)
     parent = None if work_dir is None else user_folder(work_dir, "work_dir")
-    if not isinstance(methods, Sequence | None) or not all(isinstance(each, MergeConfig) for each in methods or ()):
-        raise MergeError(f"methods must be a list of configurations such as [AverageConfig()], not {methods!r:.200}.")
+    if not isinstance(methods, Sequence | None) or isinstance(methods, str):
+        raise MergeError(f'methods must be a list such as ["ties", AverageConfig()], not {methods!r:.200}.')
     target = None if output_dir is None else user_path(output_dir, "output_dir")
-    configs = {label_of(config): config for config in methods or [config() for config in config_classes()]}
+    chosen = [as_config(method) for method in methods or [config() for config in config_classes()]]
+    configs = {label_of(config): config for config in chosen}
     unmerged = TaskArithmeticConfig(scale=0.0)
     spec, runtime, others = split_options(models, {**options, "config": unmerged})
     others |= {"trust_remote_code": True} if runtime.trust_remote_code else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuromerge_hf.storage.writing import write_file
+from neuromerge_hf.text import Summary
 from neuromerge_hf.tuning.evaluation import Scores
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ NOT_COMPARED = {
 """The options of a merge that a comparison does not take, each with the reason or what to do."""
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Summary):
     """The result of `compare_methods`.
 
     Attributes:
@@ -68,9 +69,27 @@ class Comparison:
 
     def save(self, folder: Path) -> None:
         """Write the table as JSON and Markdown into an existing folder, and draw the picture."""
-        write_json(self, folder / f"{TABLE}.json")
+        write_file(folder / f"{TABLE}.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_file(folder / f"{TABLE}.md", str(self))
         draw_bars(self, folder / f"{TABLE}.png")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores and the verdict as plain Python objects, for JSON, without the scores by example."""
+        return {
+            "models": [
+                {"name": name, "tasks": scores.tasks, "average": scores.average, "retained": self.retained(scores)}
+                for name, scores in rows(self).items()
+            ],
+            "intervals": {name: dataclasses.asdict(interval) for name, interval in self.intervals.items()},
+            "winner": self.winner,
+            "verdict": self.verdict,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Comparison: {', '.join(self.methods):.100}; winner: {self.winner}>"
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return f"{to_markdown(self)}\n{self.verdict}\n"
@@ -99,20 +118,6 @@ def to_markdown(comparison: Comparison) -> str:
             if interval := comparison.intervals.get(line[0]):
                 line[-1] = f"{interval.difference:.4f} ({interval.low:.4f} to {interval.high:.4f})"
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def write_json(comparison: Comparison, path: Path) -> None:
-    """Write the comparison as JSON, without the scores by example."""
-    content: dict[str, Any] = {
-        "models": [
-            {"name": name, "tasks": scores.tasks, "average": scores.average, "retained": comparison.retained(scores)}
-            for name, scores in rows(comparison).items()
-        ],
-        "intervals": {name: dataclasses.asdict(interval) for name, interval in comparison.intervals.items()},
-        "winner": comparison.winner,
-        "verdict": comparison.verdict,
-    }
-    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def draw_bars(comparison: Comparison, path: Path) -> None:

@@ -29,7 +29,7 @@ from neuromerge_hf.planning.plan import MergePlan
 from neuromerge_hf.planning.planner import plan_with_weights, with_config
 from neuromerge_hf.planning.preflight import check_settings
 from neuromerge_hf.planning.resolve import resolve
-from neuromerge_hf.spec import MergeSpec, ModelId, Runtime, split_options
+from neuromerge_hf.spec import MergeSpec, Models, Runtime, split_options
 from neuromerge_hf.storage.files import HEADS
 from neuromerge_hf.storage.paths import user_folder, user_path
 from neuromerge_hf.text import readable_size
@@ -71,10 +71,10 @@ class Tuning:
 
 @with_options(MergeSpec, Runtime, without=("config",), takes_others=True)
 def tune_lambdas(
-    models: Sequence[ModelId],
+    models: Models,
     evaluate: Evaluate,
     *,
-    config: NeuroMergingConfig | None = None,
+    config: NeuroMergingConfig | str | Mapping[str, Any] | None = None,
     grid: TuningGrid | None = None,
     densities: Sequence[float] | None = None,
     metric: str | None = None,
@@ -125,6 +125,8 @@ def tune_lambdas(
         15
     """
     started = time.perf_counter()
+    if isinstance(config, Mapping):
+        config = {"method": NeuroMergingConfig.method, **config}
     spec, runtime, others = split_options(
         models, {**options, "config": NeuroMergingConfig() if config is None else config}
     )

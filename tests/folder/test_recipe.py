@@ -86,7 +86,7 @@ def test_the_recipe_says_everything_and_no_more(models, tmp_path):
     text = (tmp_path / "merged" / "recipe.yaml").read_text()
     assert "neuromerge merge recipe.yaml --output" in text
     content = yaml.safe_load(text)
-    apart = {"models", "base_model", "config", "tuned_on"}
+    apart = {"models", "names", "base_model", "config", "tuned_on"}
     settings = ["method", "config", *(each.name for each in fields(MergeSpec) if each.name not in apart)]
     assert list(content) == ["base_model", "models", *settings, "versions"]
     assert (content["method"], content["config"]) == ("neuro_iso", NeuroIsoConfig().to_dict())

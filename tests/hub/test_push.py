@@ -299,3 +299,13 @@ def test_the_command_line_pushes_and_prints_the_address(hub, merged):
     (merged / "generation_config.json").unlink()
     done = CliRunner().invoke(app, ["push", str(merged), "push/command", "--create-pr"])
     assert done.stdout.strip() == f"{hub.url}/push/command/discussions/1"
+
+
+@pytest.mark.parametrize("repo_id", ["me/not-logged-in", "not-logged-in"])
+def test_a_push_without_a_login_says_how_to_log_in(hub, merged, monkeypatch, tmp_path, repo_id):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    with pytest.raises(MergeError, match=r"ou are not logged in|there is none.*hf auth login") as caught:
+        push(merged, repo_id)
+    assert "hf auth login" in str(caught.value)
+    assert "To resume:" in str(caught.value)

@@ -40,6 +40,9 @@ OTHERS = {
 }
 """Another value for each setting of a spec."""
 
+OF_MODELS = {"models", "names"}
+"""The fields of a spec that the argument `models` sets."""
+
 NOT_FOR_LOADING = {"dtype", "max_shard_size", "tuned_on", "overwrite"}
 
 FUNCTIONS = {
@@ -72,10 +75,10 @@ def test_help_and_completion_show_every_option_with_its_default(function):
     ("keywords", "names"),
     [
         (RuntimeOptions, {field.name for field in fields(Runtime)}),
-        (MergeOptions, {field.name for kind in (MergeSpec, Runtime) for field in fields(kind)} - {"models"}),
+        (MergeOptions, {field.name for kind in (MergeSpec, Runtime) for field in fields(kind)} - OF_MODELS),
         (
             CallbackOptions,
-            {field.name for kind in (MergeSpec, Runtime, CallbackSettings) for field in fields(kind)} - {"models"},
+            {field.name for kind in (MergeSpec, Runtime, CallbackSettings) for field in fields(kind)} - OF_MODELS,
         ),
     ],
 )
@@ -128,7 +131,8 @@ def test_one_field_is_all_that_an_option_needs_to_reach_recipes_and_fingerprints
 def test_the_fingerprint_tells_all_settings_and_models_apart():
     specs = [SPEC, *(replace(SPEC, **{name: value}) for name, value in OTHERS.items())]
     specs.append(replace(SPEC, config=NeuroMergingConfig(density=0.3)))
-    assert set(OTHERS) == {field.name for field in fields(MergeSpec)} - {"models", "base_model"}
+    specs.append(replace(SPEC, names=("sums", "python")))
+    assert set(OTHERS) == {field.name for field in fields(MergeSpec)} - {"base_model"} - OF_MODELS
     prints = {spec.fingerprint(models) for spec in specs for models in ([1, 2], [1, 3], [2, 1])}
     assert len(prints) == 3 * len(specs)
     assert SPEC.fingerprint([1]) == replace(SPEC, base_model="./base", models=["./math", "./code"]).fingerprint([1])
@@ -168,9 +172,9 @@ def test_models_that_are_no_list_are_refused(models):
         MergeSpec(models=models)
 
 
-@pytest.mark.parametrize("config", [{"density": 0.1}, NeuroMergingConfig, "ties"])
-def test_a_config_is_an_instance(config):
-    with pytest.raises(MergeError, match="config must be a NeuroMergingConfig, or that of another method"):
+@pytest.mark.parametrize("config", [NeuroMergingConfig, 3, ["ties"]])
+def test_a_config_is_an_instance_a_name_or_a_dictionary(config):
+    with pytest.raises(MergeError, match="config must be a configuration"):
         MergeSpec(models=["math"], config=config)
 
 

@@ -207,7 +207,7 @@ def test_the_command_compares_by_a_function_of_the_user(models: list[Path], tmp_
     assert "no winner is declared" in done.stdout
     assert (tmp_path / "table" / "comparison.md").read_text().strip() == done.stdout.strip()
     done = CliRunner().invoke(app, [*command, "--method", "slerp"])
-    assert (done.exit_code, "method must be one of neuromerging" in done.stderr) == (1, True)
+    assert (done.exit_code, "'slerp' is not one of" in done.stderr) == (2, True)
 
 
 # Heads
