@@ -2,18 +2,18 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from neuromerge_hf.folder.assets import check_own_files
 from neuromerge_hf.folder.inputs import InputHasher
-from neuromerge_hf.folder.recipe import Recipe, load_recipe
+from neuromerge_hf.folder.recipe import Recipe, load_merge
 from neuromerge_hf.folder.report import MergeReport, load_report
 from neuromerge_hf.folder.results import Result
 from neuromerge_hf.options import check_names, pick, with_options
 from neuromerge_hf.planning.preflight import check_settings
 from neuromerge_hf.planning.resolve import Resolved, resolve
-from neuromerge_hf.spec import RUNTIME_NAMES, MergeOptions, MergeSpec, ModelId, Runtime, RuntimeOptions, read_options
+from neuromerge_hf.spec import RUNTIME_NAMES, MergeOptions, MergeSpec, Models, Runtime, RuntimeOptions, read_options
 from neuromerge_hf.storage.paths import user_path
 
 TURN_ON = "On a CPU, `pip install neuromerge-hf[fast]` brings numba."
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 
 @with_options(MergeSpec, Runtime)
-def merge(
-    models: Sequence[ModelId], output_dir: str | os.PathLike[str], **options: "Unpack[MergeOptions]"
-) -> MergeReport:
+def merge(models: Models, output_dir: str | os.PathLike[str], **options: "Unpack[MergeOptions]") -> MergeReport:
     """Merge fine-tunes of one base model, by NeuroMerging (Fang et al., arXiv:2503.05320) or the method of `config`.
 
     Args:
@@ -60,10 +58,11 @@ def merge(
 def merge_recipe(
     path: str | os.PathLike[str], output_dir: str | os.PathLike[str], **options: "Unpack[RuntimeOptions]"
 ) -> MergeReport:
-    """Reproduce a merged model, byte for byte, from the recipe that its merge wrote.
+    """Reproduce a merged model, byte for byte, from the recipe that its merge wrote; or merge what a file describes.
 
     Args:
-        path: the ``recipe.yaml``.
+        path: the ``recipe.yaml``; or a YAML file by hand, with the fields of `MergeSpec` and ``method``; or one of
+            mergekit (linear, task_arithmetic, ties, dare_ties).
         output_dir: the directory for the merged model.
         **options: the fields of `Runtime`.
 
@@ -80,7 +79,9 @@ def merge_recipe(
         'neuro_iso'
     """
     check_names("merge_recipe", options, RUNTIME_NAMES)
-    recipe = load_recipe(user_path(path, "path"))
+    recipe = load_merge(user_path(path, "path"))
+    if isinstance(recipe, MergeSpec):
+        return merge_spec(recipe, output_dir, pick(Runtime, options))
     recipe.check_files()
     report = merge_spec(recipe.spec, output_dir, pick(Runtime, options), recipe=recipe)
     if report.environment["kernel"] != recipe.kernel:
@@ -95,7 +96,7 @@ def merge_recipe(
 
 @with_options(MergeSpec, Runtime)
 def plan_merge(
-    models: Sequence[ModelId],
+    models: Models,
     *,
     output_dir: str | os.PathLike[str] | None = None,
     **options: "Unpack[MergeOptions]",
@@ -136,12 +137,13 @@ def plan_recipe(
     """Plan the merge of a recipe; see `plan_merge`.
 
     Args:
-        path: the ``recipe.yaml``.
+        path: the YAML file, as in `merge_recipe`.
         output_dir: a directory for the merged model, to check that it can be written.
         **options: the fields of `Runtime`.
     """
     check_names("plan_recipe", options, RUNTIME_NAMES)
-    return plan_spec(load_recipe(user_path(path, "path")).spec, output_dir, pick(Runtime, options))
+    found = load_merge(user_path(path, "path"))
+    return plan_spec(found if isinstance(found, MergeSpec) else found.spec, output_dir, pick(Runtime, options))
 
 
 def add_results(folder: str | os.PathLike[str], results: Iterable[Result | Mapping[str, Any]]) -> MergeReport:

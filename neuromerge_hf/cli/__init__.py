@@ -15,8 +15,14 @@ from neuromerge_hf.cli.failures import FLAG, Commands
 from neuromerge_hf.cli.merge import merge_command
 from neuromerge_hf.cli.plan import plan_command
 from neuromerge_hf.cli.publish import card_command, push_command
+from neuromerge_hf.version import __version__
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.command("merge")(merge_command)
 app.command("plan")(plan_command)
 app.command("card")(card_command)
@@ -24,10 +30,19 @@ app.command("push")(push_command)
 app.command("compare")(compare_command)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"neuromerge {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     context: typer.Context,
     traceback: Annotated[bool, typer.Option(FLAG, help="Show where in the code an error came up.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Merge fine-tunes of one base model by NeuroMerging."""
     # Importing torch and transformers creates millions of permanent objects. Searching them for garbage takes a second,

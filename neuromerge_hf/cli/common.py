@@ -1,10 +1,12 @@
 """Functions that several commands share."""
 
 import dataclasses
+import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -41,15 +43,30 @@ def exit_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def echo(found: Any, as_json: bool) -> None:
+    """Print what a command found: its summary, or its `to_dict` as JSON."""
+    typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else found)
+
+
+def models_or_file(models: list[str] | None, config: Path | None) -> list[str]:
+    """The models that a command was given, or the file that describes the merge."""
+    if bool(models) == (config is not None):
+        raise typer.BadParameter(
+            "Name the models to merge, or a file that describes the merge (--config), and not both."
+        )
+    return models or [str(config)]
+
+
 def is_recipe(context: typer.Context, models: list[str]) -> bool:
     """Whether the only argument is a recipe.
 
     Raises:
         MergeError: if an option is given that the recipe sets itself.
     """
-    if len(models) != 1 or not models[0].endswith((".yaml", ".yml")):
+    if len(models) != 1 or not (models[0].endswith((".yaml", ".yml")) or context.params.get("config")):
         return False
-    names = [*(name for name in OPTION_NAMES if name not in RUNTIME_NAMES), *method_options(), *COMMAND_OPTIONS]
+    of_spec = (name for name in OPTION_NAMES if name not in (*RUNTIME_NAMES, "config"))
+    names = [*of_spec, *method_options(), *COMMAND_OPTIONS]
     sources = {name: context.get_parameter_source(name) for name in names if name in context.params}
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if given:
@@ -78,7 +95,7 @@ def _method_of(options: Mapping[str, Any]) -> str:
 
 def _method_config(options: Mapping[str, Any]) -> "MergeConfig":
     """The configuration of the chosen method, made from the options that were given."""
-    method = options["method"] or _method_of(options)
+    method = options["method"].value if options["method"] else _method_of(options)
     config = config_class(method)
     given = {name: options[name] for name in method_options() if options[name] is not None}
     unknown = given.keys() - {field.name for field in dataclasses.fields(config)}

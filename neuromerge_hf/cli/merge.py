@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import is_recipe, merge_options, runtime_options
-from neuromerge_hf.cli.options import Method, Models, takes_options
+from neuromerge_hf.cli.common import is_recipe, merge_options, models_or_file, runtime_options
+from neuromerge_hf.cli.options import ConfigFile, Method, Models, takes_options
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.output import check_unused
 
 if TYPE_CHECKING:
     from neuromerge_hf.folder.report import MergeReport
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 @takes_options(methods=True)
 def merge_command(
     context: typer.Context,
-    models: Models,
-    output: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
+    models: Models = None,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.", show_default=False)],
     method: Method = None,
+    config: ConfigFile = None,
     tune: Annotated[
         str | None,
         typer.Option(help="module:function that scores a model: tune the lambdas with it.", show_default=False),
@@ -29,7 +32,9 @@ def merge_command(
     **options: Any,
 ) -> None:
     """Merge fine-tunes and adapters into their base, or reproduce a merge from its recipe."""
-    from neuromerge_hf.api import merge, merge_recipe
+    models = models_or_file(models, config)
+    check_unused(output.expanduser().resolve(), options["overwrite"])
+    from neuromerge_hf.api import merge, merge_recipe  # imports torch, which takes seconds
 
     if tune_density and not tune:
         raise MergeError("--tune-density says what to try: give --tune module:function to score it.")

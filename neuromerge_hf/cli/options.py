@@ -3,6 +3,8 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
@@ -13,24 +15,44 @@ from neuromerge_hf.spec import MergeSpec, Runtime
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-Models = Annotated[
-    list[str],
-    typer.Argument(
-        help="The experts: folders or ids on the Hub (owner/name, owner/name/folder, id@revision). Or one recipe.yaml.",
-        show_default=False,
-    ),
+EXPERTS: Any = typer.Argument(
+    help="The experts: folders or ids on the Hub (owner/name, owner/name/folder, id@revision). Or one recipe.yaml.",
+    show_default=False,
+)
+Models = Annotated[list[str] | None, EXPERTS]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="A YAML file that describes the merge: a recipe, your own, or mergekit's.", show_default=False),
 ]
+
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and not a summary.")]
+
+MethodName = Enum("MethodName", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+"""The names of the methods, for typer's choices."""
+
 Method = Annotated[
-    str | None,
+    MethodName | None,
     typer.Option(
-        help=f"The method: {', '.join(each.method for each in config_classes())}.",
+        case_sensitive=False,
+        metavar="METHOD",
+        help=f"The method: {', '.join(METHODS)}.",
         show_default=f"{DEFAULT_METHOD}; with --tune or hyper-parameters of neuromerging, that",
     ),
 ]
 
 Token = Annotated[str | None, typer.Option(help="The token for private and gated models.", envvar="HF_TOKEN")]
 
-__all__ = ["Method", "Models", "Token", "method_options", "takes_options"]
+__all__ = [
+    "EXPERTS",
+    "JSON",
+    "ConfigFile",
+    "Method",
+    "MethodName",
+    "Models",
+    "Token",
+    "method_options",
+    "takes_options",
+]
 
 
 def takes_options(*, without: Collection[str] = (), methods: bool = False) -> Callable[[Command], Command]:

@@ -1,14 +1,17 @@
 """The recipe of a merge. Every merge writes one, and it reproduces the merge byte for byte."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
+from neuromerge_hf.config import as_config
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.mergekit import spec_of_mergekit
+from neuromerge_hf.options import nearest
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.documents import load_yaml, reason_of
 from neuromerge_hf.storage.hashing import Algorithm, remembered_hash
@@ -148,6 +151,44 @@ def versions(kernel: str) -> dict[str, str]:
         kernel: the library that computed the weights, "numba" or "torch".
     """
     return {package: version(package) for package in (*PACKAGES, *(() if kernel in PACKAGES else (kernel,)))}
+
+
+def load_merge(path: Path) -> "MergeSpec | Recipe":
+    """Read a merge from a YAML file: a recipe, one that was written by hand, or a configuration of mergekit.
+
+    One by hand has the fields of `MergeSpec`, and ``method`` beside ``config``.
+
+    Raises:
+        MergeError: if the file is missing or describes no merge.
+    """
+    content = load_yaml(path, NO_RECIPE)
+    if not isinstance(content, Mapping) or ("versions" in content or not is_by_hand(content)):
+        return load_recipe(path)
+    try:
+        return spec_of_mergekit(content) if "merge_method" in content else _spec_by_hand(content)
+    except MergeError as error:
+        raise MergeError([f"{path}: {problem}" for problem in error.problems]) from error
+
+
+def is_by_hand(content: Mapping[str, Any]) -> bool:
+    """Whether no merge wrote a file: it is mergekit's, or its models are names alone."""
+    models = content.get("models")
+    entries = models.values() if isinstance(models, Mapping) else models if isinstance(models, list) else ()
+    return "merge_method" in content or (bool(entries) and all(isinstance(each, str) for each in entries))
+
+
+def _spec_by_hand(content: Mapping[str, Any]) -> MergeSpec:
+    known = ("method", *(each.name for each in fields(MergeSpec) if each.name != "names"))
+    for name in content:
+        if name not in known:
+            near = nearest(str(name), known)
+            raise MergeError(f"{name!r} is no setting of a merge." + (f" Did you mean {near!r}?" if near else ""))
+    values = {name: value for name, value in content.items() if name not in ("method", "config")}
+    settings = content.get("config") or {}
+    if not isinstance(settings, Mapping):
+        raise MergeError(f"config must be a table of hyper-parameters, not {settings!r:.100}.")
+    method = {"method": content["method"]} if "method" in content else {}
+    return MergeSpec(**values, config=as_config({**method, **settings}))
 
 
 def load_recipe(path: Path) -> Recipe:

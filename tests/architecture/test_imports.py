@@ -13,6 +13,7 @@ import neuromerge_hf
 ROOT = Path(__file__).parents[2]
 
 ROWS = (
+    ("__main__",),
     ("cli", "callbacks"),
     ("tuning",),
     ("loading",),
