@@ -10,6 +10,10 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/families.md",
+    "docs/usage.md",
+    "docs/methods.md",
+    "docs/callbacks.md",
+    "docs/measurements.md",
     "examples/README.md",
     "benchmarks/README.md",
     "benchmarks/quality/README.md",
@@ -22,6 +26,10 @@ OTHERS = {
     "neuromerge_hf/methods/median.py",  # the method that the guide adds
     "owner/name/folder",  # on the Hub
     "README.before-push.md",  # beside a merge
+    "README.md",
+    "merged/",  # made by the commands on the page
+    "neuromerge/hashes",  # in the Hub's home folder
+    "out/",
 }
 """Names of what is not in the repository."""
 
