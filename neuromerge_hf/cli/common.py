@@ -14,6 +14,7 @@ import typer
 from neuromerge_hf.cli.options import method_options
 from neuromerge_hf.config import DEFAULT_METHOD, config_class
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.folder.output import check_unused
 from neuromerge_hf.spec import OPTION_NAMES, RUNTIME_NAMES
 
 if TYPE_CHECKING:
@@ -46,6 +47,16 @@ def exit_on_signals() -> Iterator[None]:
 def echo(found: Any, as_json: bool) -> None:
     """Print what a command found: its summary, or its `to_dict` as JSON."""
     typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else found)
+
+
+def check_output_early(output: Path, overwrite: bool) -> None:
+    """Check an output directory before torch is imported, unless its path cannot be looked at: a plan says why."""
+    try:
+        target = output.expanduser().resolve()
+        target.exists()
+    except (OSError, RuntimeError, ValueError):
+        return
+    check_unused(target, overwrite)
 
 
 def models_or_file(models: list[str] | None, config: Path | None) -> list[str]:

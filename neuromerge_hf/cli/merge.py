@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import is_recipe, merge_options, models_or_file, runtime_options
+from neuromerge_hf.cli.common import check_output_early, is_recipe, merge_options, models_or_file, runtime_options
 from neuromerge_hf.cli.options import ConfigFile, Method, Models, takes_options
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.folder.output import check_unused
 
 if TYPE_CHECKING:
     from neuromerge_hf.folder.report import MergeReport
@@ -33,7 +32,7 @@ def merge_command(
 ) -> None:
     """Merge fine-tunes and adapters into their base, or reproduce a merge from its recipe."""
     models = models_or_file(models, config)
-    check_unused(output.expanduser().resolve(), options["overwrite"])
+    check_output_early(output, options["overwrite"])
     from neuromerge_hf.api import merge, merge_recipe  # imports torch, which takes seconds
 
     if tune_density and not tune:

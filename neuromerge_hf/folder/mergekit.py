@@ -58,7 +58,8 @@ def spec_of_mergekit(content: Mapping[str, Any]) -> MergeSpec:
     """
     reader = _Reader(content)
     method = content["merge_method"]
-    reader.expect(method in METHODS, f"the merge_method {method!r} is not one of {', '.join(METHODS)}")
+    is_known = isinstance(method, str) and method in METHODS
+    reader.expect(is_known, f"the merge_method {method!r:.100} is not one of {', '.join(METHODS)}")
     for name in content:
         reader.expect(name in KEYS, f"{name} is not supported")
     models, own = _models(reader)

@@ -331,6 +331,7 @@ def test_a_configuration_of_mergekit_is_understood(models, tmp_path, method, par
     ("change", "reason"),
     [
         ({"merge_method": "slerp"}, "the merge_method 'slerp' is not one of linear, task_arithmetic, ties, dare_ties"),
+        ({"merge_method": ["ties"]}, "the merge_method ['ties'] is not one of"),
         ({"slices": []}, "slices is not supported"),
         ({"parameters": {"density": [0.1, 0.9]}}, "density of the configuration is not one number: gradients"),
         ({"parameters": {"epsilon": 0.1}}, "epsilon of the configuration is no parameter"),
@@ -378,6 +379,7 @@ def test_the_module_is_the_command_line():
         (["merge", "a", "-o", "new", "--method", "tiess"], "'tiess' is not one of"),
         (["compare", "a", "--eval", "x:y", "--method", "tiess"], "'tiess' is not one of"),
         (["merge", "-o", "new"], "Name the models to merge"),
+        (["merge", "a", "-o", "{full}/file"], "is a file"),
         (["merge", "a", "-o", "new", "--config", "b.yaml"], "and not both"),
         (["merge", "a", "-o", "new", "--densty", "1"], "No such option"),
     ],
