@@ -58,7 +58,7 @@ class AutoMergedModel:
         head: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         **options: Any,
-    ) -> PreTrainedModel:
+    ) -> Any:
         """Merge the experts, or find their finished merge in the cache, and load it.
 
         Args:
@@ -72,8 +72,9 @@ class AutoMergedModel:
                 ``quantization_config``. ``dtype`` is the dtype of the loaded model.
 
         Returns:
-            A plain transformers model in evaluation mode. Its `save_pretrained` and `push_to_hub` add tokenizer,
-            recipe, report, heads and model card (see `merged_model.MergedModelMixin`).
+            A plain transformers model in evaluation mode: an instance of a class that only the files tell, so that type
+            checkers let it do what any model does (``generate``). Its `save_pretrained` and `push_to_hub` add
+            tokenizer, recipe, report, heads and model card (see `merged_model.MergedModelMixin`).
 
         Raises:
             MergeError: if the models cannot be merged, `head` names no expert with a head, or a weight is too large

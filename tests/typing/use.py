@@ -31,9 +31,14 @@ merge_recipe("recipe.yaml", "merged", dtype="float32")  # type: ignore[call-arg]
 needed: int = plan_merge(["me/math"], output_dir="merged").bytes_to_download
 add_results("merged", [{"model": "merged", "task": "sums", "metric": "accuracy", "value": 0.9}]).results[0].value.hex()
 
+merge({"sums": "me/math", "chat": Path("chat")}, "merged", config="ties")
+merge({"sums": 3}, "merged")  # type: ignore[dict-item]
+plan_merge(["me/math"], config={"method": "ties", "density": 0.3}).to_dict()["notes"]
+
 AutoMergedModel.from_pretrained(["me/math"], base_model="me/base", device_map="auto", dtype="bfloat16").eval()
+AutoMergedModel.from_pretrained("me/merged").generate(max_new_tokens=3)
 tune_lambdas(["me/math"], lambda model: 1.0, grid=TuningGrid(rounds=2), device_map="auto").config.density.hex()
-compare_methods(["me/math"], lambda model: [1.0], methods=[NeuroMergingConfig()]).verdict.upper()
+compare_methods(["me/math"], lambda model: [1.0], methods=[NeuroMergingConfig(), "ties"]).verdict.upper()
 
 NeuroMergeCallback(["me/math"], when="save", tune=True, dtype="bfloat16")
 NeuroMergeCallback(["me/math"], when="never")  # type: ignore[arg-type]
