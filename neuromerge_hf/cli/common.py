@@ -106,7 +106,7 @@ def _method_of(options: Mapping[str, Any]) -> str:
 
 def _method_config(options: Mapping[str, Any]) -> "MergeConfig":
     """The configuration of the chosen method, made from the options that were given."""
-    method = options["method"].value if options["method"] else _method_of(options)
+    method = options["method"] or _method_of(options)
     config = config_class(method)
     given = {name: options[name] for name in method_options() if options[name] is not None}
     unknown = given.keys() - {field.name for field in dataclasses.fields(config)}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from neuromerge_hf.cli.common import echo
-from neuromerge_hf.cli.options import EXPERTS, JSON, MethodName, takes_options
+from neuromerge_hf.cli.options import EXPERTS, JSON, method_name, takes_options
 from neuromerge_hf.tuning.comparison import NOT_COMPARED
 
 
@@ -20,9 +20,9 @@ def compare_command(
         Path | None, typer.Option("--output", "-o", help="The folder for the table (JSON, Markdown) and the picture.")
     ] = None,
     method: Annotated[
-        list[MethodName] | None,
+        list[str] | None,
         typer.Option(
-            case_sensitive=False,
+            parser=method_name,
             metavar="METHOD",
             help="A method to compare. Repeatable.",
             show_default="all, at their defaults",
@@ -35,6 +35,5 @@ def compare_command(
     from neuromerge_hf.tuning.compare import compare_methods
     from neuromerge_hf.tuning.evaluation import load_function
 
-    methods = [each.value for each in method or ()]
     function = load_function(evaluate)
-    echo(compare_methods(models, function, methods=methods, output_dir=output, **options), as_json)
+    echo(compare_methods(models, function, methods=method, output_dir=output, **options), as_json)

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -27,13 +26,19 @@ ConfigFile = Annotated[
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and not a summary.")]
 
-MethodName = Enum("MethodName", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
-"""The names of the methods, for typer's choices."""
+
+def method_name(text: str) -> str:
+    """The name of a method, from one in any case. The table of methods may have grown since this was imported."""
+    name = text.lower().replace("-", "_")
+    if name not in METHODS:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(METHODS)}.")
+    return name
+
 
 Method = Annotated[
-    MethodName | None,
+    str | None,
     typer.Option(
-        case_sensitive=False,
+        parser=method_name,
         metavar="METHOD",
         help=f"The method: {', '.join(METHODS)}.",
         show_default=f"{DEFAULT_METHOD}; with --tune or hyper-parameters of neuromerging, that",
@@ -47,9 +52,9 @@ __all__ = [
     "JSON",
     "ConfigFile",
     "Method",
-    "MethodName",
     "Models",
     "Token",
+    "method_name",
     "method_options",
     "takes_options",
 ]

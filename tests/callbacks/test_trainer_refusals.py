@@ -86,7 +86,7 @@ def test_an_expert_that_the_trained_model_would_overwrite_is_refused(models, tmp
     [
         ({}, MergeError, "nothing to merge"),
         ({"models": "one/model"}, MergeError, "must be a list"),
-        ({"models": ["a"], "config": {"density": 0.1}}, MergeError, "config must be"),
+        ({"models": ["a"], "config": {"densty": 0.1}}, MergeError, "config has 'densty'"),
         ({"models": ["a"], "config": TIESConfig}, MergeError, "config must be"),
         ({"models": ["a"], "when": "never"}, MergeError, 'when must be "train_end"'),
         ({"models": ["a"], "checkpoints": 0}, MergeError, 'checkpoints must be "all"'),
