@@ -169,6 +169,8 @@ def find_kernel(device: torch.device, units: Iterable[Unit]) -> CPUKernel | None
 def _load() -> CPUKernel | None:
     if not _is_installed():
         return None
+    from numba.core import config
+
     from neuromerge_hf import compiled
 
-    return CPUKernel(compiled)
+    return None if config.DISABLE_JIT else CPUKernel(compiled)  # numba reads the environment when it is imported

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from families import Relatives
 from neuromerge_hf import NeuroMergingConfig, TIESConfig, merge, merge_recipe, plan_merge
 from neuromerge_hf.engine import cpu_kernel
-from neuromerge_hf.engine.cpu_kernel import find_kernel, stored_dtype
+from neuromerge_hf.engine.cpu_kernel import find_kernel, kernel_name, stored_dtype
 from tiny_models import contents, save_adapter, save_fine_tune, save_llama
 
-pytest.importorskip("numba", reason="numba is not installed")
+pytestmark = pytest.mark.skipif(kernel_name("cpu") == "torch", reason="numba is not installed, or turned off")
 
 CPU = torch.device("cpu")
 SETTINGS = {
