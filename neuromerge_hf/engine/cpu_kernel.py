@@ -169,8 +169,7 @@ def find_kernel(device: torch.device, units: Iterable[Unit]) -> CPUKernel | None
 def _load() -> CPUKernel | None:
     if not _is_installed():
         return None
-    from numba.core import config
-
     from neuromerge_hf import compiled
 
-    return None if config.DISABLE_JIT else CPUKernel(compiled)  # numba reads the environment when it is imported
+    # numba read the environment when it was imported: functions that it did not wrap would be run by Python.
+    return CPUKernel(compiled) if hasattr(compiled.gram_matrix, "py_func") else None

@@ -107,7 +107,7 @@ def test_torch_computes_the_merge_if_the_compiler_fails(models, tmp_path, monkey
     if failure == "import":
         monkeypatch.setattr(cpu_kernel, "_load", fail)
     else:
-        monkeypatch.setattr("neuromerge_hf.compiled.gram_matrix", fail)
+        monkeypatch.setattr("neuromerge_hf.compiled.combine", fail)
     base, *experts = models["bfloat16"]
     with caplog.at_level(logging.WARNING):
         report = merge(experts, tmp_path / "merged", base_model=base, config=NeuroMergingConfig(), device="cpu")
@@ -152,3 +152,13 @@ def test_the_kernel_is_compiled_where_no_cache_can_be_written(models, tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert found.stdout.strip() == "[[[3.0, 3.0], [3.0, 3.0]]]", found.stderr
+
+
+def test_functions_that_numba_did_not_compile_are_not_used(models, tmp_path):
+    """numba reads its settings when it is imported, which may be before they are changed."""
+    code = (
+        "import os\nos.environ['NUMBA_DISABLE_JIT'] = '1'\nimport numba\ndel os.environ['NUMBA_DISABLE_JIT']\n"
+        "import torch\nfrom neuromerge_hf.engine.cpu_kernel import find_kernel\n"
+        "assert find_kernel(torch.device('cpu'), []) is None"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
