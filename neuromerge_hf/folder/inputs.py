@@ -126,4 +126,6 @@ class InputHasher:
         problems = expected.differences(hashes) if expected else []
         if problems:
             raise MergeError(problems)
-        return ModelRecord(location.id, None, *((hashes, {}) if algorithm == "blake3" else ({}, hashes)))
+        if algorithm == "sha256":
+            return ModelRecord(location.id, sha256=hashes)
+        return ModelRecord(location.id, blake3=hashes)

@@ -33,6 +33,10 @@ class _Reader:
         if not is_right:
             self.problems.append(problem)
 
+    def report(self) -> None:
+        if self.problems:
+            raise MergeError(f"This mergekit configuration cannot be merged: {'; '.join(self.problems)}.")
+
     def parameters_of(self, part: Mapping[str, Any], where: str) -> dict[str, Any]:
         found = part.get("parameters") or {}
         self.expect(isinstance(found, Mapping), f"the parameters of {where} are no table")
@@ -64,12 +68,9 @@ def spec_of_mergekit(content: Mapping[str, Any]) -> MergeSpec:
         reader.expect(name in KEYS, f"{name} is not supported")
     models, own = _models(reader)
     shared = reader.parameters_of(content, "the configuration")
-    if reader.problems:
-        raise MergeError(f"This mergekit configuration cannot be merged: {'; '.join(reader.problems)}.")
+    reader.report()
     values = [{"weight": 1.0, "density": 1.0, **shared, **each} for each in own]
     config = _config(reader, method, values, shared.get("normalize", NORMALIZES[method]), shared.get("lambda", 1.0))
-    if reader.problems or config is None:
-        raise MergeError(f"This mergekit configuration cannot be merged: {'; '.join(reader.problems)}.")
     return MergeSpec(
         models=tuple(models),
         base_model=content.get("base_model") or models[0],  # a mean of models is the same from any base
@@ -99,9 +100,7 @@ def _models(reader: _Reader) -> tuple[list[str], list[dict[str, Any]]]:
     return models, parameters
 
 
-def _config(
-    reader: _Reader, method: str, values: list[dict[str, Any]], normalizes: bool, scale: float
-) -> MergeConfig | None:
+def _config(reader: _Reader, method: str, values: list[dict[str, Any]], normalizes: bool, scale: float) -> MergeConfig:
     weights = [each["weight"] for each in values]
     settings: dict[str, Any] = {"weights": tuple(weights)} if len(set(weights)) > 1 else {}
     reader.expect(all(weight > 0 for weight in weights), "a weight is not above 0")
@@ -120,4 +119,5 @@ def _config(
         else:
             settings |= {"drop_rate": 1 - min(densities), "density": 1}
             reader.expect(all(each.get("rescale", True) for each in values), "rescale is false")
-    return None if reader.problems else as_config({"method": METHODS[method], **settings})
+    reader.report()
+    return as_config({"method": METHODS[method], **settings})

@@ -162,7 +162,7 @@ def load_merge(path: Path) -> "MergeSpec | Recipe":
         MergeError: if the file is missing or describes no merge.
     """
     content = load_yaml(path, NO_RECIPE)
-    if not isinstance(content, Mapping) or ("versions" in content or not is_by_hand(content)):
+    if not isinstance(content, Mapping) or ("versions" in content or not _is_by_hand(content)):
         return load_recipe(path)
     try:
         return spec_of_mergekit(content) if "merge_method" in content else _spec_by_hand(content)
@@ -170,7 +170,7 @@ def load_merge(path: Path) -> "MergeSpec | Recipe":
         raise MergeError([f"{path}: {problem}" for problem in error.problems]) from error
 
 
-def is_by_hand(content: Mapping[str, Any]) -> bool:
+def _is_by_hand(content: Mapping[str, Any]) -> bool:
     """Whether no merge wrote a file: it is mergekit's, or its models are names alone."""
     models = content.get("models")
     entries = models.values() if isinstance(models, Mapping) else models if isinstance(models, list) else ()
