@@ -11,7 +11,7 @@ def limits(card: MergeCard) -> list[str]:
     if not report.results:
         found.append("The merged model has not been evaluated.")
     if card.head_start and card.task and card.task.auto_class == "AutoModel":
-        found.append("Without an expert's head it is a backbone, and does none of the experts' tasks.")
+        found.append("On its own it only produces embeddings. Load an expert's head for its task.")
     if report.head:
         found.append("Its head is a plain mean of the experts' heads: the base has none, so there are no task vectors.")
     if report.vocabulary and report.vocabulary.from_experts:

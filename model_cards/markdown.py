@@ -11,6 +11,9 @@ SPECIAL = re.compile(r"(^[-+#=]|[\\`*_\[\]|~$:@])")
 
 FENCE = "```"
 
+NUMBER = re.compile(r"\**-?\d[\d,.]*%?\**( \(|$)")
+"""A cell with a number, which may be bold and have a remark behind it."""
+
 
 def plain(text: object) -> str:
     """The text on one line, with single spaces and without invisible characters."""
@@ -40,12 +43,21 @@ def block(text: str, language: str = "") -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are already Markdown. Columns that are empty in all rows are left out."""
+    """A table of cells that are already Markdown.
+
+    Columns that are empty in all rows are left out, and columns of numbers are aligned to the right.
+    """
     rows = list(rows)
     kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
-    lines = [[header[column] for column in kept], ["---" for _ in kept]]
+    numeric = [all(NUMBER.match(row[column]) for row in rows if row[column]) for column in kept]
+    lines = [[header[column] for column in kept], ["---:" if is_number else "---" for is_number in numeric]]
     lines += [[row[column] for column in kept] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def folded(summary: str, content: str) -> str:
+    """Content that a reader unfolds by a click on its summary. Both are Markdown; GitHub and the Hub show it so."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def sentence_list(parts: Sequence[str]) -> str:

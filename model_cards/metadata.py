@@ -42,7 +42,8 @@ def metadata(card: MergeCard) -> ModelCardData:
         pipeline_tag=_pipeline_tag(card),
         tags=[*TAGS, card.report.method, *SENTENCE_TAGS * card.is_sentence_transformer],
         language=[name for name in union(parent.languages for parent in parents) if LANGUAGE.fullmatch(name)] or None,
-        datasets=[name for name in union(parent.datasets for parent in parents) if DATASET.fullmatch(name)] or None,
+        # The base's data sets are on its own card: here they would bury those of the experts.
+        datasets=[name for name in union(parent.datasets for parent in parents[1:]) if DATASET.fullmatch(name)] or None,
         eval_results=results or None,
         **licence,
     )
@@ -69,18 +70,25 @@ def _licence(card: MergeCard) -> dict[str, str]:
 
 
 def _results(card: MergeCard) -> list[EvalResult]:
+    results = [result for result in card.report.results if result.model == MERGED and not card.report.changed]
+    unlisted = list(dict.fromkeys(result.task for result in results if not _dataset(result)))
     return [
         EvalResult(
             task_type=result.task_type or _task_type(card, result),
-            dataset_type=plain(result.dataset or result.task),
+            # The Hub asks for an id, and tools tell results apart by it: a made-up one must not be that of a data set.
+            dataset_type=_dataset(result) or f"unlisted-{unlisted.index(result.task) + 1}",
             dataset_name=plain(result.task),
             dataset_split=result.split,
             metric_type=plain(result.metric),
             metric_value=result.value,
         )
-        for result in card.report.results
-        if result.model == MERGED and not card.report.changed
+        for result in results
     ]
+
+
+def _dataset(result: Result) -> str | None:
+    """The id of the data set on the Hub, if the result names one."""
+    return result.dataset if result.dataset and DATASET.fullmatch(result.dataset) else None
 
 
 def _task_type(card: MergeCard, result: Result) -> str:

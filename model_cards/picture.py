@@ -1,18 +1,20 @@
-"""The picture of a model card: the experts' cosines and norms, and the energy of their changes in each layer.
+"""The picture of a model card: how good the merge is, and where each expert changed the model.
 
 It is drawn with matplotlib's objects alone, without a window system or lasting global state. Sizes are in inches, and a
 card shows the width of 8 inches with about 800 pixels.
 """
 
 import io
-import math
+import textwrap
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuromerge_hf.folder.diagnostics import Diagnostics, LayerDiagnostics
+from neuromerge_hf.folder.diagnostics import Diagnostics
+from neuromerge_hf.folder.results import Comparison, Result, comparisons
+from neuromerge_hf.model_cards.layer_axis import label_layers, legible, positions_of
 from neuromerge_hf.storage.writing import write_file
+from neuromerge_hf.text import percent
 
 if TYPE_CHECKING:  # matplotlib is loaded only where something is drawn
     from matplotlib.axes import Axes
@@ -21,48 +23,52 @@ if TYPE_CHECKING:  # matplotlib is loaded only where something is drawn
 NAME = "neuromerge.png"
 """The name of the picture's file, which lies beside README.md."""
 
-PARALLEL, ORTHOGONAL = "#D55E00", "#0072B2"
+MERGED, OTHER = "#0072B2", "#D55E00"
 """Two colours that people with colour blindness can tell apart (Okabe and Ito)."""
 
 WIDTH = 8.0
-LEFT = 0.75
-NAMES = 1.85  # the column of the experts' names
-MATRIX = 3.0
-ROW = 0.3
-PANEL = 1.25
-TICKS = 1.1  # below the lowest panel
-LETTERS = 20  # shown of an expert's name
-LAYER_LETTERS = 14  # shown of a layer's name
-GAP = 0.7  # between a list of blocks and other layers, in bars
-LETTER = 0.07  # the width of a letter
+UNCHANGED = "#F6F2EA"
+
+LEFT = 2.3  # the column of names
+RIGHT = 0.75  # the key of the colours
+ROW = 0.34
+TICKS = 1.1  # below the layers
+TITLE = 0.55  # above a panel
+LETTERS = 32  # of a line of a name
+ROWS = 16  # shown of many tasks
 
 
-def draw(diagnostics: Diagnostics, path: Path) -> None:
-    """Write the picture of a merge's diagnostics as a PNG. The same numbers give the same bytes."""
+def draw(diagnostics: Diagnostics, results: Sequence[Result], path: Path) -> None:
+    """Write the picture of a merge as a PNG. The same numbers give the same bytes.
+
+    The upper panel shows the scores that can be compared, or without them how much the merge keeps of each expert's
+    change. The lower one shows how much each expert changed each layer.
+    """
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
 
     with matplotlib.style.context("default"):  # the user's own settings must not change the picture
-        top = max(2, len(diagnostics.experts)) * ROW
-        layers = [layer for layer in diagnostics.layers if layer.parallel is not None]
-        below = TICKS + 2 * PANEL + 1.1 if layers else 0.1
-        figure = Figure(figsize=(WIDTH, below + top + 0.5), dpi=160, facecolor="white")
+        scores = [each for each in comparisons(results) if each.retained is not None][:ROWS]
+        layers = [layer for layer in diagnostics.layers if layer.relative_norms]
+        top = ROW * max(1, len(scores) or len(diagnostics.experts)) + 0.35
+        heat = ROW * len(diagnostics.experts)
+        below = TICKS + heat + TITLE if layers else 0.1
+        figure = Figure(figsize=(WIDTH, below + top + TITLE), dpi=160, facecolor="white")
         canvas = FigureCanvasAgg(figure)
-        _draw_cosines(_axes(figure, NAMES, below, MATRIX, top), diagnostics)
-        _draw_norms(_axes(figure, NAMES + MATRIX + 0.15, below, WIDTH - NAMES - MATRIX - 0.25, top), diagnostics)
+        width = WIDTH - LEFT - RIGHT
+        upper = _axes(figure, LEFT, below + 0.3, width, top - 0.3)
+        if scores:
+            _draw_scores(upper, scores)
+        else:
+            _draw_kept(upper, diagnostics)
         if layers:
-            width = WIDTH - LEFT - 0.1
-            positions = _positions(layers, width)
-            panels = [_axes(figure, LEFT, TICKS + row * (PANEL + 0.6), width, PANEL) for row in (1, 0)]
-            unit = width / (positions[-1] + 1.4)
-            _draw_energy(panels[0], layers, positions, unit)
-            _draw_conflicts(panels[1], layers, positions)
-            for panel in panels:
-                panel.set_xlim(-0.7, positions[-1] + 0.7)
-                panel.set_xticks([])
-            _label_layers(panels[1], layers, positions, unit)
+            positions = positions_of(layers, width)
+            panel = _axes(figure, LEFT, TICKS, width, heat)
+            key = _axes(figure, WIDTH - RIGHT + 0.12, TICKS, 0.12, max(heat, 0.6))
+            _draw_heat(panel, key, diagnostics, [layer.relative_norms for layer in layers], positions)
+            label_layers(panel, layers, positions, width / (positions[-1] + 1))
         canvas.draw()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
     # A palette makes the file a third as large without a visible difference. This is the fastest of Pillow's methods
@@ -80,140 +86,84 @@ def _axes(figure: "Figure", left: float, bottom: float, width: float, height: fl
     return axes
 
 
-def _draw_cosines(axes: "Axes", diagnostics: Diagnostics) -> None:
-    count = len(diagnostics.experts)
-    values = [[float("nan") if value is None else value for value in row] for row in diagnostics.cosines]
-    axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-    for s, row in enumerate(diagnostics.cosines):
-        for t, value in enumerate(row):
-            colour = "white" if value is not None and abs(value) > 0.6 else "black"
-            text = "–" if value is None else f"{value:.2f}".replace("-", "−")
-            axes.text(t, s, text, ha="center", va="center", fontsize=7.5 if count < 8 else 6.5, color=colour)
-    names = [f"{_legible(expert.name, LETTERS)}  {t}" for t, expert in enumerate(diagnostics.experts, start=1)]
-    axes.set_yticks(range(count), names, parse_math=False)
-    axes.set_xticks(range(count), [str(t) for t in range(1, count + 1)])
-    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    axes.set_title("Cosines between the experts' task vectors", fontsize=9, loc="left", pad=18)
+def _draw_bars(
+    axes: "Axes", names: Sequence[str], shares: Sequence[float], labels: Sequence[str], largest: float
+) -> None:
+    """Draw a bar for each share, with its label, on an axis that ends at `largest` percent."""
+    rows = range(len(names))
+    axes.set_xlim(min(0.0, 110 * min(shares)), largest)
+    axes.barh(rows, [100 * share for share in shares], height=0.6, color=MERGED)
+    for row, (share, label) in enumerate(zip(shares, labels, strict=True)):
+        inside = 100 * share > 0.2 * largest
+        place: dict[str, Any] = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": "black"}
+        x = 100 * max(share, 0.0) + (-0.01 if inside else 0.01) * largest
+        axes.text(x, row, label, va="center", fontsize=8, **place)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(rows, [_wrapped(name) for name in names], parse_math=False, linespacing=0.95)
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(0, linewidth=0.8, color="black")
+    axes.spines["left"].set_visible(False)
 
 
-def _draw_norms(axes: "Axes", diagnostics: Diagnostics) -> None:
-    norms = [expert.relative_norm or 0.0 for expert in diagnostics.experts]
-    longest = max(norms) or 1.0
-    axes.barh(range(len(norms)), norms, height=0.6, color="#777777")
-    for t, expert in enumerate(diagnostics.experts):
-        kept = f", {expert.norm_kept:.0%} kept" if diagnostics.elected else ""
-        axes.text(norms[t] + 0.03 * longest, t, f"{norms[t]:.2%}{kept}", va="center", fontsize=8)
-    axes.set_xlim(0, 2.0 * longest)
-    axes.set_ylim(len(norms) - 0.5, -0.5)
+def _wrapped(name: str) -> str:
+    """A name on at most two lines."""
+    lines = textwrap.wrap(legible(name, 2 * LETTERS), LETTERS, max_lines=2, placeholder="…")
+    return "\n".join(lines)
+
+
+def _draw_scores(axes: "Axes", scores: Sequence[Comparison]) -> None:
+    """Draw each task's merged score as a share of the best expert's, and the base's as a mark."""
+    shares = [each.retained or 0.0 for each in scores]
+    labels = [f"{each.merged.value:.4g}" for each in scores]
+    _draw_bars(axes, [each.task for each in scores], shares, labels, max(105, *(100 * share + 5 for share in shares)))
+    for row, each in enumerate(scores):
+        if (base := each.share_of_base) is not None:
+            label = None if axes.get_legend_handles_labels()[1] else "base"
+            axes.vlines(100 * base, row - 0.38, row + 0.38, linewidth=2, color=OTHER, label=label)
+    axes.axvline(100, linewidth=1.2, color="black", linestyle=":", label="expert")
+    axes.legend(fontsize=8, ncols=2, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.98), borderpad=0)
+    axes.set_title("Score of the merged model, in % of the best expert's", fontsize=9, loc="left", pad=5)
+
+
+def _draw_kept(axes: "Axes", diagnostics: Diagnostics) -> None:
+    """Draw how much the merge keeps of each expert's change, and what a plain mean would keep."""
+    shares = [expert.survival or 0.0 for expert in diagnostics.experts]
+    labels = ["–" if expert.survival is None else percent(expert.survival) for expert in diagnostics.experts]
+    _draw_bars(axes, [expert.name for expert in diagnostics.experts], shares, labels, max(100, 105 * max(shares)))
+    label = "a plain mean of unrelated changes"
+    axes.axvline(100 / len(shares), linewidth=1.2, color="black", linestyle=":", label=label)
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.98), borderpad=0)
+    axes.set_title("Kept of each expert's change, %", fontsize=9, loc="left", pad=5)
+
+
+def _draw_heat(
+    axes: "Axes",
+    key: "Axes",
+    diagnostics: Diagnostics,
+    norms: Sequence[Sequence[float | None]],
+    positions: Sequence[float],
+) -> None:
+    """Draw the relative norm of each expert's change of each layer. What an expert does not change stays grey."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+    from matplotlib.patches import Rectangle
+
+    largest = max((norm for of_layer in norms for norm in of_layer if norm), default=1.0)
+    scale = PowerNorm(0.5, 0, 100 * largest)  # so that layers still differ beside one that changes much more
+    colours = matplotlib.colormaps["Blues"]
+    for position, of_layer in zip(positions, norms, strict=True):
+        for row, norm in enumerate(of_layer):
+            colour = colours(scale(100 * norm)) if norm else UNCHANGED
+            axes.add_patch(Rectangle((position - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="none"))
+    axes.set_xlim(-0.5, positions[-1] + 0.5)
+    axes.set_ylim(len(diagnostics.experts) - 0.5, -0.5)
+    names = [legible(expert.name, LETTERS) for expert in diagnostics.experts]
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines["bottom"].set_visible(False)
-    trimmed = ",\nL1 norm kept by trimming" if diagnostics.elected else ""
-    axes.set_title(f"Norm relative to the base's{trimmed}", fontsize=9, loc="left", pad=5)
-
-
-def _draw_energy(axes: "Axes", layers: Sequence[LayerDiagnostics], positions: Sequence[float], unit: float) -> None:
-    shares = [100 * (layer.parallel or 0.0) for layer in layers]
-    axes.vlines(positions, 0, shares, linewidth=0.75 * unit * 72, color=PARALLEL)  # much faster than bars
-    chances = [100 * (layer.parallel_by_chance or 0.0) for layer in layers]
-    half = 0.45
-    ends = [position - half for position in positions], [position + half for position in positions]
-    axes.hlines(chances, *ends, linewidth=1.5, color="black", label="by chance")
-    axes.set_ylim(0, max(1.1 * max(*shares, *chances), 0.01))
-    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.99), borderpad=0)
-    axes.set_ylabel("%", fontsize=8)
-    axes.set_title("Energy parallel to the base's neurons (the rest is orthogonal)", fontsize=9, loc="left", pad=5)
-
-
-def _draw_conflicts(axes: "Axes", layers: Sequence[LayerDiagnostics], positions: Sequence[float]) -> None:
-    for part, colour, marker in (("orthogonal", ORTHOGONAL, "o"), ("parallel", PARALLEL, "s")):
-        for measure, style in (("conflicting", ":"), ("outvoted", "-")):
-            label = {"conflicting": f"{part}, signs conflict", "outvoted": f"{part}, outvoted"}[measure]
-            for number, section in enumerate(_sections(layers)):
-                values = [getattr(layers[i], f"{measure}_{part}") for i in section]
-                if measure == "outvoted" and all(value is None for value in values):
-                    continue
-                axes.plot(
-                    [positions[i] for i in section],
-                    [float("nan") if value is None else 100 * value for value in values],
-                    style,
-                    color=colour,
-                    marker=marker,
-                    markersize=3,
-                    linewidth=1.2,
-                    label=None if number else label,
-                    markerfacecolor="white" if measure == "conflicting" else colour,
-                )
-    axes.set_ylim(0, 100)
-    axes.set_yticks([0, 25, 50, 75, 100])
-    axes.set_ylabel("%", fontsize=8)
-    axes.legend(fontsize=8, ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 0.99), borderpad=0)
-    axes.set_title("Energy in conflict", fontsize=9, loc="left", pad=20)
-
-
-def _sections(layers: Sequence[LayerDiagnostics]) -> list[list[int]]:
-    """The layers' indices, grouped by their list of blocks. A layer outside such a list is a group of its own."""
-    keys = [_split(layer.name) for layer in layers]
-    groups = groupby(range(len(layers)), key=lambda i: keys[i][0] if keys[i][1] else layers[i].name)
-    return [list(group) for _, group in groups]
-
-
-def _split(name: str) -> tuple[str, str]:
-    """The name of a layer's list of blocks, and its number there, which is empty for a layer outside such a list."""
-    blocks, _, number = name.rpartition(".")
-    return (blocks, number) if number.isdecimal() else (name, "")
-
-
-def _positions(layers: Sequence[LayerDiagnostics], width: float) -> list[float]:
-    """The x coordinate of each layer, in bars. A gap between sections leaves room for two names."""
-    gap = max(GAP, 2.5 * LETTER * len(layers) / width - 1)
-    return [i + gap * number for number, section in enumerate(_sections(layers)) for i in section]
-
-
-def _label_layers(axes: "Axes", layers: Sequence[LayerDiagnostics], positions: Sequence[float], unit: float) -> None:
-    """Label blocks by number and by their list's name, and other layers by name. A bar is `unit` inches wide."""
-    ticks: list[tuple[float, str, dict[str, Any]]] = []
-    for section in _sections(layers):
-        blocks, number = _split(layers[section[0]].name)
-        path = blocks.split(".")
-        ends = (".".join(path[start:]) for start in range(len(path)))
-        label = next((end for end in ends if LETTER * len(end) < len(section) * unit), None)
-        if number and label:
-            step = next(step for step in (1, 2, 4, 8, 16, 32, 64, len(layers)) if step * unit > 3 * LETTER)
-            ticks += [(positions[i], _split(layers[i].name)[1], {}) for i in section[::step]]
-            middle = (positions[section[0]] + positions[section[-1]]) / 2
-            ticks.append((middle, f"\n{_legible(label, len(label))}", {}))
-        else:
-            step = max(1, math.ceil(2 * LETTER / unit - 0.2))
-            ticks += [(positions[i], _short(layers[i].name), {"rotation": 90}) for i in section[::step]]
-    for position, text, options in ticks:
-        axes.annotate(
-            text,
-            (position, 0),
-            (0, -5),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=8,
-            parse_math=False,
-            annotation_clip=False,
-            **options,
-        )
-
-
-def _short(layer: str) -> str:
-    """The end of a layer's name, such as "embed_tokens" or "convs.3"."""
-    path = layer.split(".")
-    name = _legible(".".join(path[-2:] if path[-1].isdecimal() else path[-1:]), len(layer))
-    return name if len(name) <= LAYER_LETTERS else "…" + name[1 - LAYER_LETTERS :]
-
-
-def _legible(name: str, letters: int) -> str:
-    """The name, cut to a number of letters, with "?" for each that the font lacks."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    font = get_font(findfont(FontProperties()))
-    text = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in name)
-    return text if len(text) <= letters else text[: letters - 1] + "…"
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(ScalarMappable(scale, colours), cax=key)
+    bar.outline.set_visible(False)
+    title = "Change of each layer, as % of the base's weights" + (" (after trimming)" if diagnostics.elected else "")
+    axes.set_title(title, fontsize=9, loc="left", pad=5)

@@ -13,7 +13,7 @@ from neuromerge_hf.model_cards.limits import limits
 from neuromerge_hf.model_cards.picture import NAME as PICTURE
 from neuromerge_hf.storage.documents import read_text, reason_of
 from neuromerge_hf.storage.paths import user_path
-from neuromerge_hf.text import readable_size
+from neuromerge_hf.text import percent, readable_size
 from neuromerge_hf.version import __version__
 
 TEMPLATE = "merge.md.jinja"
@@ -72,6 +72,7 @@ def _environment() -> Environment:
         "code": markdown.code,
         "block": markdown.block,
         "size": readable_size,
+        "percent": percent,
         "sentence_list": markdown.sentence_list,
     }
     return environment

@@ -1,16 +1,24 @@
 """The tables of a card, in Markdown."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-from neuromerge_hf.folder.results import BASE, MERGED, Result
+from neuromerge_hf.folder.results import BASE, MERGED, Comparison, Result, comparisons
 from neuromerge_hf.model_cards.card import MergeCard
-from neuromerge_hf.model_cards.markdown import code, escaped, table
+from neuromerge_hf.model_cards.markdown import code, escaped, folded, table
 from neuromerge_hf.options import options_of
+from neuromerge_hf.skeleton.layers import kind_of
 from neuromerge_hf.spec import MergeSpec
+from neuromerge_hf.text import decimal, percent
 
 SHOWN = 8
-"""The number of parameter names that a cell lists."""
+"""The number of names that a cell lists."""
+
+LISTED_KINDS = 40
+"""The number of kinds of parameters that a list names."""
 
 
 def ingredients(card: MergeCard) -> str:
@@ -36,14 +44,14 @@ def _terms(parent: Any) -> str:
 
 
 def settings(card: MergeCard) -> str:
-    """Every hyper-parameter, the value that its rule gave if it has one, and whether it is the default."""
+    """Every hyper-parameter, and the value that its rule gave, if any. Those at their defaults are folded away."""
     spec = card.recipe.spec
     default = MergeSpec(models=spec.models, config=type(spec.config)())
     names = ("dtype", "tokenizer", "chat_template", "merge_heads")
     values = {**spec.config.to_dict(), **{name: getattr(spec, name) for name in names}}
     unset = {each.name: each.shown for each in options_of(type(spec.config)) if each.shown}
     defaults = {**default.config.to_dict(), **{name: getattr(default, name) for name in names}}
-    rows = []
+    chosen, at_default = [], []
     for name, value in values.items():
         given = card.report.settings.get(name)
         is_rule = isinstance(value, str) and isinstance(given, float)
@@ -51,8 +59,13 @@ def settings(card: MergeCard) -> str:
         if value == card.method.own_rules.get(name, ...):
             used = f" (a rule of neuromerge_hf, not the paper's){used}"
         shown = unset.get(name, "none") if value is None else _setting(value)
-        rows.append([code(name), f"{shown}{used}", "default" if value == defaults[name] else "chosen"])
-    return table(["hyper-parameter", "value", ""], rows)
+        (at_default if value == defaults[name] else chosen).append([code(name), f"{shown}{used}"])
+    header = ["hyper-parameter", "value"]
+    parts = [table(header, chosen)] if chosen else []
+    if at_default:
+        summary = f"{len(at_default)} other settings at their defaults" if chosen else "All settings are the defaults"
+        parts.append(folded(summary, table(header, at_default)))
+    return "\n\n".join(parts)
 
 
 def _setting(value: Any) -> str:
@@ -70,20 +83,14 @@ def parameters(card: MergeCard) -> str:
     how = "merged neuron by neuron" if card.method.by_neuron else "merged entry by entry"
     others = "other weights with neurons" if report.by_matrix.names else "weights with neurons"
     classes = [
-        ("weights of linear layers", "merged as whole matrices", report.by_matrix, False),
-        (others, how, report.by_neuron, False),
-        ("vectors (biases, norms) and scalars", "merged entry by entry", report.by_entry, False),
-        ("all others", "the base's", report.from_base, True),
+        ("weights of linear layers", "merged as whole matrices", report.by_matrix),
+        (others, how, report.by_neuron),
+        ("vectors (biases, norms) and scalars", "merged entry by entry", report.by_entry),
+        ("all others", "unchanged (copied from the base)", report.from_base),
     ]
-    rows = [
-        [what, fate, f"{len(found.names):,}", f"{found.entries:,}", _names(found.names) if listed else ""]
-        for what, fate, found, listed in classes
-        if found.names
-    ]
+    rows = [[what, fate, f"{len(found.names):,}", f"{found.entries:,}"] for what, fate, found in classes if found.names]
     if report.head:
-        rows.append(
-            ["head that the base lacks", "a mean of the experts'", f"{len(report.head):,}", "", _names(report.head)]
-        )
+        rows.append(["head that the base lacks", "a mean of the experts'", f"{len(report.head):,}", ""])
     heads = {expert.name: expert.head for expert in report.experts if expert.head}
     for kept, fate in (
         ({name: head for name, head in heads.items() if name == report.loaded_head}, "in the weights, as it was"),
@@ -92,12 +99,22 @@ def parameters(card: MergeCard) -> str:
     ):
         if kept:
             count = f"{sum(map(len, kept.values())):,}"
-            rows.append(["heads that the base lacks", fate, count, "", f"those of {_names(list(kept))}"])
+            rows.append([f"heads that the base lacks: {_names(list(kept))}", fate, count, ""])
     for name, owner in report.tied.items():
-        rows.append(["tied", f"shares {code(owner)}", "1", "", code(name)])
+        rows.append([f"tied: {code(name)}", f"shares {code(owner)}", "1", ""])
     for name in report.untied:
-        rows.append(["tied in the base", "has weights of its own now", "1", "", code(name)])
-    return table(["parameters", "what became of them", "tensors", "numbers", "which"], rows)
+        rows.append([f"tied in the base: {code(name)}", "has weights of its own now", "1", ""])
+    return table(["parameters", "in the merged model", "tensors", "numbers"], rows)
+
+
+def unchanged(card: MergeCard) -> str:
+    """The names of the parameters that were copied from the base, with ``*`` for numbers, folded away."""
+    kinds = Counter(kind_of(name) for name in card.report.from_base.names)
+    if not kinds:
+        return ""
+    names = [f"* {code(kind)}{f' ({count:,})' if count > 1 else ''}" for kind, count in kinds.items()]
+    more = [f"* and {len(names) - LISTED_KINDS:,} more kinds"] if len(names) > LISTED_KINDS else []
+    return folded("Unchanged parameters", "\n".join([*names[:LISTED_KINDS], *more]))
 
 
 def _names(names: list[str]) -> str:
@@ -113,7 +130,7 @@ def rounding(card: MergeCard) -> str:
     rows = [
         [
             "all" if kind is found.model else code(kind.kind),
-            _share(kind.lost, 2),
+            percent(kind.lost, 2),
             "" if kind.cosine is None else f"{kind.cosine:.4f}",
             f"{kind.norm_ratio:.4f}",
         ]
@@ -123,80 +140,89 @@ def rounding(card: MergeCard) -> str:
 
 
 def changes(card: MergeCard) -> str:
-    """Each expert's task vector: its norm, its parallel share and, of an election, what was trimmed and outvoted."""
+    """Each expert's task vector: its norm, what trimming kept, what sign conflicts cost, and what the merge kept."""
     found = card.report.diagnostics
     assert found is not None, "the template asks only where there are some"
     columns = {
         "expert": [code(expert.name) for expert in found.experts],
-        "norm": [f"{expert.norm:.4g}" for expert in found.experts],
-        "of the base's": [_share(expert.relative_norm, 2) for expert in found.experts],
+        "change": [_share(expert.relative_norm, 2) for expert in found.experts],
     }
     if found.elected:
-        columns["entries kept"] = [_share(expert.entries_kept) for expert in found.experts]
-        columns["L1 norm kept"] = [_share(expert.norm_kept) for expert in found.experts]
-        columns["sigma"] = [f"{1 - expert.norm_kept:.3f}" for expert in found.experts]
-    columns["parallel"] = [_share(expert.parallel, 2) for expert in found.experts]
-    if found.elected:
-        columns["outvoted"] = [_share(expert.outvoted_orthogonal) for expert in found.experts]
+        columns["after trimming"] = [_share(expert.norm_kept) for expert in found.experts]
+        columns["lost to sign conflicts"] = [_share(expert.outvoted_orthogonal) for expert in found.experts]
+    columns["kept"] = [_share(expert.survival) for expert in found.experts]
     return table(list(columns), zip(*columns.values(), strict=True))
 
 
 def cosines(card: MergeCard) -> str:
-    """The cosines between the experts' task vectors."""
+    """The cosines between the experts' task vectors, folded away."""
     found = card.report.diagnostics
     assert found is not None, "the template asks only where there are some"
     names = [code(expert.name) for expert in found.experts]
     rows = [
-        [name, *("" if value is None else f"{value:.3f}" for value in values)]
+        [name, *("" if value is None else decimal(value, 3) for value in values)]
         for name, values in zip(names, found.cosines, strict=True)
     ]
-    return table(["cosine", *names], rows)
+    return folded("Cosines between the experts' changes", table(["", *names], rows))
 
 
 def _share(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{100 * value:.{digits}f} %"
+    return "" if value is None else percent(value, digits)
 
 
 def results(card: MergeCard) -> str:
     """Scores of the base, the experts and the merged model, and the share of the best expert's score that it retains.
 
-    If each task was measured with one expert only, as with heads of their own, the experts share a column.
+    If each task was measured with one expert only, as with heads of their own, the experts share a column. The last row
+    has the averages, if all scores are of one metric.
     """
     experts = [expert.name for expert in card.report.experts]
-    measured: dict[tuple[str, str, str | None], dict[str, Result]] = {}
-    for result in card.report.results:
-        measured.setdefault(result.measured, {})[result.model] = result
-    alone = all(len(found.keys() & set(experts)) <= 1 for found in measured.values())
+    found = comparisons(card.report.results)
+    alone = all(len(each.experts) <= 1 for each in found)
     rows = []
-    for (task, metric, split), found in measured.items():
-        of_experts = [_score(found.get(name)) for name in experts]
+    for each in found:
+        of_experts = [_score(each.results.get(name)) for name in experts]
         if alone:
-            of_experts = [f"{_score(found[name])} ({code(name)})" for name in experts if name in found] or [""]
-        what = [escaped(task), escaped(metric), escaped(split or "")]
-        rows.append([*what, _score(found.get(BASE)), *of_experts, _score(found.get(MERGED)), _retained(found)])
-    columns = ["expert"] if alone else map(code, experts)
-    return table(["task", "metric", "split", BASE, *columns, MERGED, "retained"], rows)
+            of_experts = [f"{_score(result)} ({code(name)})" for name, result in each.experts.items()] or [""]
+        what = [escaped(each.task), escaped(each.metric), escaped(each.split or "")]
+        models = each.results
+        retained = _share(each.retained)
+        rows.append([*what, _score(models.get(BASE)), *of_experts, _score(models.get(MERGED)), retained])
+    columns = ["expert"] if alone else list(map(code, experts))
+    average = _averages(found, None if alone else experts)
+    return table(["task", "metric", "split", BASE, *columns, MERGED, "retained"], rows + average)
+
+
+def _averages(found: Sequence[Comparison], experts: Sequence[str] | None) -> list[list[str]]:
+    """A row with the average of each column that has a score of every task. The experts share one if they are None."""
+    if len(found) < 2 or len({each.metric for each in found}) > 1:
+        return []
+    columns: list[list[Result]] = [[each.results[BASE] for each in found if BASE in each.results]]
+    if experts is None:
+        columns.append([result for each in found for result in each.experts.values()])
+    else:
+        columns += [[each.results[name] for each in found if name in each.results] for name in experts]
+    columns.append([each.merged for each in found if MERGED in each.results])
+    means = [fmean(result.value for result in column) if len(column) == len(found) else None for column in columns]
+    if means[-1] is None:
+        return []
+    cells = ["" if mean is None else f"**{mean:.4g}**" for mean in means]
+    comparable = experts is None and means[1] and all(each.retained is not None for each in found)
+    retained = f"**{percent(means[-1] / means[1], 1)}**" if comparable and means[1] else ""
+    return [["**average**", "", "", *cells, retained]]
 
 
 def _score(result: Result | None) -> str:
     return "" if result is None else f"{result.value:.4g}"
 
 
-def _retained(found: dict[str, Result]) -> str:
-    merged = found.get(MERGED)
-    best = max((result.value for model, result in found.items() if model not in (MERGED, BASE)), default=0.0)
-    if merged is None or not merged.greater_is_better or best <= 0 or merged.value < 0:
-        return ""
-    return f"{100 * merged.value / best:.1f} %"
-
-
 def environment(card: MergeCard) -> str:
-    """The software versions and the hardware of the merge."""
+    """The software versions and the hardware of the merge, folded away."""
     rows = [[escaped(name), escaped(value)] for name, value in card.report.environment.items()]
-    return table(["made with", ""], rows)
+    return folded("Software and hardware of the merge", table(["", "version"], rows))
 
 
 def weights(card: MergeCard) -> str:
-    """The sha256 of every weight file."""
+    """The sha256 of every weight file, folded away."""
     rows = [[code(name), code(digest)] for name, digest in sorted(card.report.weights.items())]
-    return table(["file", "sha256"], rows)
+    return folded("Hashes of the weights", table(["file", "sha256"], rows))

@@ -39,7 +39,6 @@ def write_card(
     template: str | os.PathLike[str] | None = None,
     previous: str | None = None,
     recipe: Recipe | None = None,
-    redraw: bool = True,
 ) -> Path:
     """Write or update ``README.md`` and its picture, and return the path of ``README.md``.
 
@@ -53,7 +52,6 @@ def write_card(
         template: as in `render`.
         previous: the text of the previous card, if it is not the ``README.md`` in the folder.
         recipe: as in `MergeCard.of`.
-        redraw: whether to draw the picture if there is one. It shows the merge, and no results.
 
     Raises:
         MergeError: if the folder was not written by a merge, or the template cannot be used.
@@ -65,7 +63,7 @@ def write_card(
     if previous is None and path.is_file():
         previous = read_text(path, encoding="utf-8-sig")
     card = MergeCard.of(folder, repo_id, name, recipe)
-    card = dataclasses.replace(card, has_picture=_draw(card, folder / PICTURE, redraw))
+    card = dataclasses.replace(card, has_picture=_draw(card, folder / PICTURE))
     new = metadata(card).to_dict()
     begin = BEGIN.format(keys=", ".join(new))
     before, after = "", ""
@@ -79,17 +77,15 @@ def write_card(
     return path
 
 
-def _draw(card: MergeCard, path: Path, redraw: bool) -> bool:
+def _draw(card: MergeCard, path: Path) -> bool:
     """Draw the picture if there is something to draw, and return whether there is one. The card does without it.
 
-    An earlier picture stays if a new one cannot be drawn: it shows the same merge.
+    An earlier picture stays if a new one cannot be drawn: it shows the same merge, perhaps without the latest results.
     """
     if card.report.diagnostics is None:
         return False
-    if path.is_file() and not redraw:
-        return True
     try:
-        draw(card.report.diagnostics, path)
+        draw(card.report.diagnostics, card.report.results, path)
     except Exception as error:  # the libraries that draw document no exceptions
         logger.warning("The picture of the card was not drawn: %s", printable(error))
         return path.is_file()

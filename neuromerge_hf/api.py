@@ -172,7 +172,7 @@ def add_results(folder: str | os.PathLike[str], results: Iterable[Result | Mappi
     check_own_files(path)
     report = load_report(path).with_results(results)
     report.save(report.output_dir)
-    write_card(report.output_dir, redraw=False)
+    write_card(report.output_dir)
     return report
 
 

@@ -21,6 +21,16 @@ def readable_size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def decimal(value: float, digits: int) -> str:
+    """Return a number with some digits after the point, and no sign if they are all 0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Return a share in percent: "12%"."""
+    return f"{decimal(100 * share, digits)}%"
+
+
 def counted(parameters: int) -> str:
     """Return a number of parameters with its noun: "1 parameter"."""
     return "1 parameter" if parameters == 1 else f"{parameters} parameters"
@@ -30,6 +40,25 @@ def listed(names: Sequence[str]) -> str:
     """Return the first names, and how many more there are: "a, b, c and 2 more"."""
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose first row is its header. Columns are to the left, but those of numbers.
+
+    Columns that are empty in all rows but the header are left out.
+    """
+    header, *body = rows
+    columns = [column for column in zip(header, *body, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell[:1].isdigit() or cell[:1] in "-" for cell in column[1:]) for column in columns]
+    lines = []
+    for row in zip(*columns, strict=True):
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 class Summary:

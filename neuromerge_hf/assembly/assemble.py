@@ -16,7 +16,7 @@ from neuromerge_hf.engine.base_check import BaseCheck, check_bases
 from neuromerge_hf.engine.cpu_kernel import find_kernel
 from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.engine.merge import merge_weights
-from neuromerge_hf.engine.method import fit_method
+from neuromerge_hf.engine.method import fit_method, is_elected
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.engine.rounding import RoundingCollector
 from neuromerge_hf.engine.statistics import StatisticsCollector
@@ -120,9 +120,7 @@ def _write_weights(plan: MergePlan, folder: Path, device: torch.device) -> Writt
             merge_weights(passes, method, writer, collector.add, roundings.add)
         finally:
             writer.close()
-    config = plan.config
-    trimmings = None if config.by_matrix else method.trimmings
-    diagnostics = collector.diagnostics(trimmings) if config.by_neuron or config.by_matrix else None
+    diagnostics = collector.diagnostics(method.trimmings if is_elected(plan.config) else None)
     rounding = roundings.rounding()
     if rounding and rounding.warning:
         logger.warning(rounding.warning)

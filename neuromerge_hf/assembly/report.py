@@ -25,7 +25,7 @@ class WrittenWeights:
 
     Attributes:
         method: the fitted method.
-        diagnostics: the statistics of the elections, if the method has them.
+        diagnostics: the statistics of the task vectors and of the merge.
         hashes: the sha256 of each weight file.
         base_checks: how each expert relates to the base.
         rounding: what rounding left of the merged change.
@@ -34,7 +34,7 @@ class WrittenWeights:
     """
 
     method: Method[Any]
-    diagnostics: Diagnostics | None
+    diagnostics: Diagnostics
     hashes: dict[str, str]
     base_checks: list[BaseCheck | None]
     rounding: Rounding | None

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -93,6 +93,14 @@ class CPUKernel:
         for rows, tensor in zip(x.view(len(tensors), -1), tensors, strict=True):
             read_rows(tensor, unit.layout, block, rows.view(torch.uint8))
         return x.view(shape)
+
+    def task_vectors(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the T task vectors of a block, see `load`: (neurons, width) float32."""
+        if x.dtype == torch.float32:
+            yield from x[1:]
+        else:
+            base = x[0].float()
+            yield from (expert.float().sub_(base) for expert in x[1:])
 
     def gram_matrix(self, x: Tensor, thresholds: Sequence[float]) -> Tensor:
         """Do what `kernel.trim` and `kernel.gram_matrix` do: (neurons, 1 + T, 1 + T) float64.

@@ -1,6 +1,6 @@
 """Reads the matrices of linear layers whole, for methods that do not merge neuron by neuron."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,31 +64,60 @@ class Matrix:
                 load_task_vector(self.unit, expert, rows, part, self.passes.memory)
             yield _finite(whole)
 
-    def neurons(self, rows: Block) -> tuple[Tensor, Tensor]:
-        """Return some rows of the base, and the inner products of each neuron's old weights and task vectors.
-
-        Returns:
-            (rows, columns) float32, valid until the next call on this thread, and (rows, 1 + T, 1 + T) float64.
-        """
+    def neurons(self, rows: Block) -> "Neurons":
+        """Return some neurons. They are valid until the next call on this thread."""
         memory, device = self.passes.memory, self.passes.device
-        if self.factors:
-            base, left = load_base(self.unit, rows, memory, device), self.factors.rows(self.unit, rows)
-            return base, low_rank_gram(base, left, self.factors.right, self.factors.overlap)
+        if factors := self.factors:
+            base, left = load_base(self.unit, rows, memory, device), factors.rows(self.unit, rows)
+            task_vectors = [Factors(left[:, task], right) for task, right in enumerate(factors.right)]
+            return Neurons(base, low_rank_gram(base, left, factors.right, factors.overlap), task_vectors)
         if kernel := self.passes.kernel:
             stored = kernel.load(self.unit, rows, memory)
-            return stored[0].float(), kernel.gram_matrix(stored, [0.0] * (len(stored) - 1))
+            gram = kernel.gram_matrix(stored, [0.0] * (len(stored) - 1))
+            base = stored[0].float()
+            return Neurons(base, gram, kernel.task_vectors(stored))
         x = load_block(self.unit, rows, memory, device)
-        return x[0], gram_matrix(x.transpose(0, 1))
+        return Neurons(x[0], gram_matrix(x.transpose(0, 1)), x[1:])
 
     def products(self) -> Tensor:
         """Return the inner products of the task vectors: (T, T) float64."""
-        grams = (self.neurons(rows)[1] for rows, _ in self.parts(torch.empty(len(self.block), 0)))
+        grams = (self.neurons(rows).gram for rows, _ in self.parts(torch.empty(len(self.block), 0)))
         return torch.stack([gram[:, 1:, 1:].sum(0) for gram in grams]).sum(0)
 
     def parts(self, whole: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Divide a tensor with the matrix' rows: yield blocks of a fixed size, each with its rows of the tensor."""
         for rows in self.block.split(max(1, BLOCK_ENTRIES // self.unit.layout.width)):
             yield rows, whole[rows.start - self.block.start : rows.stop - self.block.start]
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Some neurons of a matrix.
+
+    Attributes:
+        base: (neurons, columns) float32, their old weights.
+        gram: (neurons, 1 + T, 1 + T) float64, the inner products of their old weights and task vectors.
+        task_vectors: those of the T experts, (neurons, columns) float32 or in factors. They can be read once.
+    """
+
+    base: Tensor
+    gram: Tensor
+    task_vectors: Iterable[Tensor | Factors]
+
+    def inner_products(self, change: Factors, added: Tensor) -> Tensor:
+        """Return the inner products of the task vectors with a merged one, which is given in factors and formed.
+
+        Returns:
+            (T,) float64.
+        """
+        products = []
+        for found in self.task_vectors:
+            if isinstance(found, Factors):
+                in_factors = found.left * (change.left @ (change.right @ found.right.T))
+                products.append(in_factors.sum(1).double().sum())
+            else:
+                products.append((found * added).sum(1).double().sum())
+        return torch.stack(products)
 
 
 def _finite(matrix: Tensor) -> Tensor:

@@ -10,14 +10,16 @@ from neuromerge_hf.engine.blocks import load_base, load_block
 from neuromerge_hf.engine.cpu_kernel import Combination
 from neuromerge_hf.engine.low_rank import find_factors
 from neuromerge_hf.engine.matrices import Matrix
-from neuromerge_hf.engine.method import Method, thresholds_of
+from neuromerge_hf.engine.measured import measured_blocks, measured_share, rows_of
+from neuromerge_hf.engine.method import Method, is_elected, thresholds_of
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
 from neuromerge_hf.engine.rounding import is_rounded, measure
-from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons, sum_untrimmed
+from neuromerge_hf.engine.statistics import BlockStatistics, inner_products, sum_neurons, sum_untrimmed
 from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.kernel import hold_election
 from neuromerge_hf.sources.unit import Unit
+from neuromerge_hf.spectrum import Factors
 from neuromerge_hf.storage.finite import dtype_that_holds, is_finite, largest_finite, name_of
 from neuromerge_hf.storage.layout import Block
 from neuromerge_hf.storage.tensors import read_rows
@@ -57,8 +59,8 @@ class UnitMerger:
 
         Args:
             block: a block of `blocks`.
-            record: called with statistics of the block: those of `Method.merge_block`, or of the untrimmed task
-                vectors if the method merges matrices.
+            record: called with statistics of the block: those of `Method.merge_block` if the method elects, or else of
+                the untrimmed task vectors.
             observe: called with the base and the untrimmed task vectors, (1 + T, neurons, width), if they are formed.
 
         Returns:
@@ -84,21 +86,24 @@ class UnitMerger:
         x = load_block(unit, block, memory, device)
         if observe:
             observe(x)
-        if not self._method.config.by_matrix:
+        if is_elected(self._method.config):
             return self._method.merge_block(x, unit, block, record)
-        base, sums = x[0].clone(), sum_untrimmed(x, unit)
+        measured = [(rows_of(part, block), x[:, rows_of(part, block)].clone()) for part in measured_blocks(unit, block)]
         merged = self._method.merge_block(x, unit, block, lambda _: None)
-        record(sums.with_change(merged - base))
+        for rows, before in measured:
+            change = merged[rows] - before[0]
+            sums = sum_untrimmed(before, unit).with_change(change, inner_products(before[1:], change))
+            record(sums.times(1 / measured_share(unit)))
         return merged
 
     def _merge_matrix(self, matrix: Matrix, record: Callable[[BlockStatistics], object]) -> Tensor:
         change = self._method.find_change(matrix)
         merged = torch.empty(len(matrix.block), matrix.unit.layout.width, device=self._passes.device)
         for (rows, part), (_, left) in zip(matrix.parts(merged), matrix.parts(change.left), strict=True):
-            base, gram = matrix.neurons(rows)
-            added = left @ change.right
-            record(sum_neurons(hold_election(gram, 0.0, 0.0)).with_change(added))
-            part.copy_(self._method.add_rows(base, added))
+            neurons, added = matrix.neurons(rows), left @ change.right
+            kept = neurons.inner_products(Factors(left, change.right), added)
+            record(sum_neurons(hold_election(neurons.gram, 0.0, 0.0)).with_change(added, kept))
+            part.copy_(self._method.add_rows(neurons.base, added))
         return merged
 
 
@@ -118,7 +123,7 @@ def merge_weights(
     Args:
         method: the fitted method; see `fit_method`.
         writer: writes the merged and copied blocks. The caller closes it.
-        record: called with the statistics of every block that the method has them for, in the order of the units.
+        record: called with the statistics of every merged block, in the order of the units.
         record_rounding: called with the products of every rounded block (see `rounding.measure`), in the same order.
 
     Raises:

@@ -92,7 +92,7 @@ class Method(ABC, Generic[Config]):
                 may be overwritten.
             unit: the unit that the block belongs to.
             block: the neurons of the unit that `x` holds.
-            record: called with the statistics of the block, if the configuration has `by_neuron`.
+            record: called with the statistics of the block, if the method elects neurons; see `is_elected`.
 
         Returns:
             (neurons, width) float32. The bits of an entry do not depend on how the unit is divided into blocks.
@@ -132,6 +132,11 @@ class Method(ABC, Generic[Config]):
     def add_rows(self, base: Tensor, change: Tensor) -> Tensor:
         """Add some rows of a matrix' change to the base; see `add_change`. Both are (rows, columns) float32."""
         return add_change(base, change)
+
+
+def is_elected(config: MergeConfig) -> bool:
+    """Whether a method elects neurons everywhere. The statistics of its merges are then those of the elections."""
+    return config.by_neuron and not config.by_matrix
 
 
 def fit_method(config: Config, passes: Passes) -> Method[Config]:

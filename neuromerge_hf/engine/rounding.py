@@ -1,17 +1,16 @@
 """Measures, while the weights are written, what rounding to the dtype of the output leaves of the merged change.
 
-Of a large tensor, one of sixteen runs of neurons is measured. The runs are counted from the tensor's first neuron, so
-the sums do not depend on blocks or threads.
+Large tensors are measured in part; see `engine.measured`.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from neuromerge_hf.engine.blocks import Memory, load_base
 from neuromerge_hf.engine.cpu_kernel import Combination
+from neuromerge_hf.engine.measured import measured_blocks, rows_of
 from neuromerge_hf.folder.rounding import KindRounding, Rounding
 from neuromerge_hf.skeleton.layers import kind_of
 from neuromerge_hf.sources.unit import Unit, Work
@@ -20,12 +19,6 @@ from neuromerge_hf.storage.layout import Block
 
 ROUNDED = (torch.float16, torch.bfloat16)
 """The dtypes to which merged weights are rounded. Merges are computed in float32."""
-
-LARGE = 1 << 20
-"""How many entries a tensor has that is not measured whole."""
-
-RUN, PERIOD = 64, 1024
-"""Of a large tensor, the first `RUN` neurons of every `PERIOD` are measured."""
 
 CHUNK = 1 << 16
 """How many entries are converted to float64 at a time."""
@@ -47,8 +40,8 @@ def measure(unit: Unit, block: Block, merged: Tensor | Combination, written: Ten
         memory: buffers to reuse.
     """
     products = torch.zeros(2, 2, dtype=torch.float64, device=written.device)
-    for part in _measured(unit, block):
-        rows = slice(part.start - block.start, part.stop - block.start)
+    for part in measured_blocks(unit, block):
+        rows = rows_of(part, block)
         base = load_base(unit, part, memory, written.device, buffer="measured")
         parts = (values.flatten().split(CHUNK) for values in (base, merged[rows], written[rows]))
         for before, after, rounded in zip(*parts, strict=True):
@@ -56,17 +49,6 @@ def measure(unit: Unit, block: Block, merged: Tensor | Combination, written: Ten
             product = change @ error
             products += torch.stack([change @ change, product, product, error @ error]).view(2, 2)
     return products.cpu()
-
-
-def _measured(unit: Unit, block: Block) -> Iterator[Block]:
-    """The parts of a block that are measured."""
-    if unit.entries < LARGE:
-        yield block
-        return
-    for start in range(block.start // PERIOD * PERIOD, block.stop, PERIOD):
-        part = Block(block.batch, max(start, block.start), min(start + RUN, block.stop))
-        if part.start < part.stop:
-            yield part
 
 
 class RoundingCollector:

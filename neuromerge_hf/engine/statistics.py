@@ -7,7 +7,7 @@ Directions are weighted by their energy, the sum of the squared coordinates. Pla
 vectors are orthogonal, so all T experts can have equal signs in at most one of the directions that they share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,9 @@ class BlockStatistics:
         outvoted: (2, T), the energy in coordinates without the elected sign.
         shared: (2,), the energy in directions in which at least two tasks have a coordinate.
         conflicting: (2,), the energy in shared directions in which the signs differ.
+        by_chance: (2,), the expectation of `conflicting` if each task vector had a random sign.
         merged: (), the squared norm of the merged task vector.
+        kept: (T,), the inner products of the merged task vector with those of the tasks.
     """
 
     gram: Tensor
@@ -41,11 +43,22 @@ class BlockStatistics:
     outvoted: Tensor
     shared: Tensor
     conflicting: Tensor
+    by_chance: Tensor
     merged: Tensor
+    kept: Tensor
 
-    def with_change(self, change: Tensor) -> "BlockStatistics":
-        """Return the same sums with `merged` for a merged task vector, (neurons, width) float32."""
-        return replace(self, merged=change.double().square().sum().cpu())
+    def with_change(self, change: Tensor, kept: Tensor) -> "BlockStatistics":
+        """Return the same sums for another merged task vector.
+
+        Args:
+            change: (neurons, width) float32, the merged task vector.
+            kept: (T,) float64, its inner products with the task vectors.
+        """
+        return replace(self, merged=change.double().square().sum().cpu(), kept=kept.cpu())
+
+    def times(self, factor: float) -> "BlockStatistics":
+        """Return the sums times a number, to estimate those of a tensor that is measured in part."""
+        return self if factor == 1 else BlockStatistics(*(factor * value for value in vars(self).values()))
 
 
 def sum_neurons(election: Election) -> BlockStatistics:
@@ -61,14 +74,17 @@ def sum_neurons(election: Election) -> BlockStatistics:
     signs = coordinates.sign()
     voters = signs.abs().sum(0)
     by_direction = energy.sum(0)
-    merged = (gram @ coefficients.unsqueeze(2)).squeeze(2).mul_(coefficients).sum()
+    shared = by_direction * (voters > 1)
+    products = (gram @ coefficients.unsqueeze(2)).squeeze(2)
     return BlockStatistics(
         gram=gram.sum(0).cpu(),
         energy=_parts(energy.sum(2)),
         outvoted=_parts(outvoted.sum(2)),
-        shared=_parts((by_direction * (voters > 1)).sum(1)),
+        shared=_parts(shared.sum(1)),
         conflicting=_parts((by_direction * (signs.sum(0).abs() < voters)).sum(1)),
-        merged=merged.clamp(min=0).cpu(),
+        by_chance=_parts(shared.mul_(1 - torch.exp2(1 - voters)).sum(1)),
+        merged=(products * coefficients).sum().clamp(min=0).cpu(),
+        kept=products[:, 1:].sum(0).cpu(),
     )
 
 
@@ -87,7 +103,16 @@ def sum_entries(x: Tensor, merged: Tensor) -> BlockStatistics:
     exact = x.double()
     change = merged.double() - exact[0]
     parts, part = torch.zeros(2, len(x) - 1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    return BlockStatistics((exact @ exact.T).cpu(), parts, parts, part, part, (change @ change).cpu())
+    return BlockStatistics(
+        gram=(exact @ exact.T).cpu(),
+        energy=parts,
+        outvoted=parts,
+        shared=part,
+        conflicting=part,
+        by_chance=part,
+        merged=(change @ change).cpu(),
+        kept=(exact[1:] @ change).cpu(),
+    )
 
 
 def sum_untrimmed(x: Tensor, unit: Unit) -> BlockStatistics:
@@ -97,6 +122,11 @@ def sum_untrimmed(x: Tensor, unit: Unit) -> BlockStatistics:
     return sum_entries(x[:, 0], x[0, 0])
 
 
+def inner_products(task_vectors: Iterable[Tensor], change: Tensor) -> Tensor:
+    """Return the inner products of task vectors with a merged one, all (neurons, width) float32: (T,) float64."""
+    return torch.stack([(task_vector * change).sum(1).double().sum() for task_vector in task_vectors])
+
+
 NEGLIGIBLE = 1e-12
 """A part with less than this share of the energy consists of rounding errors, so shares of it are not reported."""
 
@@ -104,7 +134,7 @@ NEGLIGIBLE = 1e-12
 class InterferenceTotals:
     """The sums of one layer over all E experts; float64 on the CPU.
 
-    `energy`, `outvoted`, `shared`, `conflicting` and `merged` are as in `BlockStatistics`.
+    `energy`, `outvoted`, `shared`, `conflicting`, `by_chance`, `merged` and `kept` are as in `BlockStatistics`.
 
     Attributes:
         base: (E,), the squared norm of the base over the parameters that each expert may change.
@@ -117,8 +147,9 @@ class InterferenceTotals:
         self.base = torch.zeros(experts, dtype=torch.float64)
         self.products, self.norms = torch.zeros(2, experts, experts, dtype=torch.float64)
         self.energy, self.outvoted = torch.zeros(2, 2, experts, dtype=torch.float64)
-        self.shared, self.conflicting = torch.zeros(2, 2, dtype=torch.float64)
+        self.shared, self.conflicting, self.by_chance = torch.zeros(3, 2, dtype=torch.float64)
         self.chance, self.merged = torch.zeros(2, dtype=torch.float64)
+        self.kept = torch.zeros(experts, dtype=torch.float64)
 
     def add(self, sums: BlockStatistics, experts: list[int], width: int) -> None:
         """Add the sums of a block.
@@ -138,7 +169,9 @@ class InterferenceTotals:
         self.chance += sums.energy.sum() / max(1, width)
         self.shared += sums.shared
         self.conflicting += sums.conflicting
+        self.by_chance += sums.by_chance
         self.merged += sums.merged
+        self.kept[experts] += sums.kept
 
     def __iadd__(self, other: "InterferenceTotals") -> "InterferenceTotals":
         for name, value in vars(other).items():
@@ -155,11 +188,11 @@ class StatisticsCollector:
     def __init__(self, work: Work):
         self._experts = work.expert_names
         self._layers = find_layers(unit.parameter for unit in work.merged)
-        self._totals = {layer: InterferenceTotals(len(self._experts)) for layer in self._layers.values()}
+        self._totals = {parameter: InterferenceTotals(len(self._experts)) for parameter in self._layers}
 
     def add(self, unit: Unit, sums: BlockStatistics) -> None:
         """Add the sums of a block of a unit."""
-        self._totals[self._layers[unit.parameter]].add(sums, unit.changing, unit.layout.width)
+        self._totals[unit.parameter].add(sums, unit.changing, unit.layout.width)
 
     def diagnostics(self, trimmings: Sequence[Trimming] | None) -> Diagnostics:
         """Return the diagnostics of the merge. Call this once all blocks are added.
@@ -169,13 +202,16 @@ class StatisticsCollector:
                 and nothing was elected.
         """
         model = InterferenceTotals(len(self._experts))
-        for totals in self._totals.values():
+        layers = {layer: InterferenceTotals(len(self._experts)) for layer in self._layers.values()}
+        for parameter, totals in self._totals.items():
+            layers[self._layers[parameter]] += totals
+        for totals in layers.values():
             model += totals
         elects = trimmings is not None
         return Diagnostics(
             experts=[self._expert(t, model, trimmings[t] if trimmings else None) for t in range(len(self._experts))],
             cosines=_cosines(model),
-            layers=[_layer(name, totals, elects) for name, totals in self._totals.items() if totals.energy.any()],
+            layers=[_layer(name, totals, elects) for name, totals in layers.items() if totals.energy.any()],
             model=_layer("model", model, elects),
             merged_norm=_rounded(model.merged.sqrt()),
         )
@@ -190,6 +226,7 @@ class StatisticsCollector:
             norm_kept=round(1 - trimming.sigma, 6) if trimming else 1.0,
             parallel=_shares(model.energy[:, t], model.energy[:, t].sum())[0],
             **_named("outvoted", _shares(model.outvoted[:, t], model.energy[:, t]), trimming is not None),
+            survival=_survivals(model)[t],
         )
 
 
@@ -203,7 +240,20 @@ def _layer(name: str, totals: InterferenceTotals, elects: bool) -> LayerDiagnost
         parallel_by_chance=round((totals.chance / energy.sum()).item(), 6) if energy.any() else None,
         **_named("conflicting", _shares(totals.conflicting, totals.shared)),
         **_named("outvoted", _shares(totals.outvoted.sum(1), energy), elects),
+        **_named("conflicting_by_chance", _shares(totals.by_chance, totals.shared)),
+        relative_norms=_ratios(totals.products.diagonal().sqrt(), totals.base.sqrt()),
+        survivals=_survivals(totals),
     )
+
+
+def _survivals(totals: InterferenceTotals) -> list[float | None]:
+    return _ratios(totals.kept, totals.products.diagonal())
+
+
+def _ratios(values: Tensor, wholes: Tensor) -> list[float | None]:
+    """Return values divided by others; None where the other is 0."""
+    ratios = torch.where(wholes > 0, values / wholes, torch.nan).tolist()
+    return [None if ratio != ratio else float(f"{ratio:.6g}") for ratio in ratios]
 
 
 def _cosines(model: InterferenceTotals) -> list[list[float | None]]:

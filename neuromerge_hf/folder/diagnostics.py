@@ -1,8 +1,14 @@
 """Diagnostics of the experts and of their conflicts. `engine.statistics` defines and measures them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
+
+from neuromerge_hf.text import decimal, percent
+
+AT_CHANCE = 0.02
+"""Shares of the energy that differ by less from what chance gives are not told apart from it."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,9 @@ class ExpertDiagnostics:
             orthogonal.
         outvoted_parallel: the share of the parallel energy that lacks the elected sign; None without an election.
         outvoted_orthogonal: likewise, of the orthogonal energy.
+        survival: how much of the task vector the merged one holds: their inner product divided by the squared norm of
+            the former. It is 1 if all is kept, 1/T in a mean of T orthogonal task vectors, and negative if the merge
+            moves against it.
     """
 
     name: str
@@ -29,6 +38,7 @@ class ExpertDiagnostics:
     parallel: float | None
     outvoted_parallel: float | None
     outvoted_orthogonal: float | None
+    survival: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class LayerDiagnostics:
         conflicting_orthogonal: the same share of the orthogonal energy, among the singular directions.
         outvoted_parallel: the share of the parallel energy that lacks the elected sign; None without an election.
         outvoted_orthogonal: likewise, of the orthogonal energy.
+        conflicting_by_chance_parallel: what `conflicting_parallel` would be on average if each task vector had a random
+            sign: a direction in which m experts have energy conflicts with a probability of 1 - 2^(1 - m).
+        conflicting_by_chance_orthogonal: likewise, of the orthogonal energy.
+        relative_norms: the relative norm of each expert's trimmed task vector, as in `ExpertDiagnostics`.
+        survivals: what survives of each expert's, as in `ExpertDiagnostics`.
     """
 
     name: str
@@ -56,6 +71,10 @@ class LayerDiagnostics:
     conflicting_orthogonal: float | None
     outvoted_parallel: float | None
     outvoted_orthogonal: float | None
+    conflicting_by_chance_parallel: float | None = None
+    conflicting_by_chance_orthogonal: float | None = None
+    relative_norms: list[float | None] = field(default_factory=list)
+    survivals: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,35 +109,62 @@ class Diagnostics:
         return self.merged_norm / mean if mean else None
 
     @property
-    def sentence(self) -> str:
-        """A summary in two sentences."""
+    def verdict(self) -> str:
+        """One sentence on how much the experts interfere, against what unrelated experts would do by chance."""
+        if not any(expert.norm for expert in self.experts):
+            return "The experts change nothing."
+        if len(self.experts) == 1:
+            return "There is one expert, so nothing interferes with it."
+        found, chance = self.model.conflicting_orthogonal, self.model.conflicting_by_chance_orthogonal
+        if found is None or chance is None:
+            return "No two experts change the same weights, so they do not interfere."
+        shares = f"signs differ in {percent(found)} of the energy that they share, by chance it would be"
+        if found > chance + AT_CHANCE:
+            return f"The experts pull in opposite directions, so expect interference: {shares} {percent(chance)}."
+        if found < chance - AT_CHANCE:
+            return f"The experts agree more than unrelated ones would: {shares} {percent(chance)}."
+        cosines = self._pair_cosines
+        between = f" (cosines {_range(cosines, lambda cosine: decimal(cosine, 2))})" if cosines else ""
+        return f"The experts' changes are nearly independent{between}: little interference is expected."
+
+    @property
+    def details(self) -> str:
+        """Sentences on the size of the experts' changes, and on what the merge keeps of them."""
         norms = [expert.relative_norm for expert in self.experts if expert.relative_norm]
         if not norms:
-            return "The experts change nothing."
+            return ""
         several = len(self.experts) > 1
         trimmed = any(expert.entries_kept < 1 for expert in self.experts)
         first = "After trimming, the norm" if trimmed else "The norm"
-        first += f" of {'each' if several else 'the'} expert's change is {_range(norms, '.2%')} "
-        first += "of that of the weights it may change"
+        size = _range(norms, lambda norm: percent(norm, 1))
+        first += f" of {'each' if several else 'the'} expert's change is {size} of that of the weights it may change."
+        parallel, chance = self.model.parallel, self.model.parallel_by_chance
+        if parallel is not None and chance is not None and parallel > chance + AT_CHANCE:
+            first += f" {percent(parallel)} of the energy is parallel to the base's neurons, by chance it would be "
+            first += f"{percent(chance, 1)}."
+        return " ".join(filter(None, [first, self._kept]))
+
+    @property
+    def _kept(self) -> str:
+        known = [expert for expert in self.experts if expert.survival is not None]
+        if not known:
+            return ""
+        least, most = (choose(known, key=lambda each: each.survival or 0.0) for choose in (min, max))
+        if len(known) == 1:
+            kept = f"The merged change holds {percent(least.survival or 0.0)} of it"
+        else:
+            kept = (
+                f"The merged change holds between {percent(least.survival or 0.0)} ({least.name}) and "
+                f"{percent(most.survival or 0.0)} ({most.name}) of each"
+            )
+        outvoted = self.model.outvoted_orthogonal
+        lost = f"; {percent(outvoted)} of the energy is lost to sign conflicts" if outvoted else ""
+        return f"{kept}{lost}."
+
+    @property
+    def _pair_cosines(self) -> list[float]:
         pairs = combinations(range(len(self.experts)), 2)
-        cosines = [cosine for s, t in pairs if (cosine := self.cosines[s][t]) is not None]
-        if cosines:
-            first += f", and the cosine between two of them {_range(cosines, '.2f')}"
-        if self.model.parallel is not None:
-            first += (
-                f"; {self.model.parallel:.1%} of the energy is parallel to the base's neurons (by chance it would be "
-            )
-            first += f"{self.model.parallel_by_chance:.1%}), the rest orthogonal"
-        second = f"the merged change is {self.merged_relative_norm:.2f} times as long as the experts' are on average"
-        conflicting, outvoted = self.model.conflicting_orthogonal, self.model.outvoted_orthogonal
-        if outvoted is not None:
-            second = f"the election leaves out {outvoted:.0%} of the orthogonal energy, and {second}"
-        if conflicting is not None:
-            second = (
-                f"of the orthogonal energy that experts share, {conflicting:.0%} lies in directions where their signs "
-                f"conflict; {second}"
-            )
-        return f"{first}. {second[0].upper()}{second[1:]}."
+        return [cosine for s, t in pairs if (cosine := self.cosines[s][t]) is not None]
 
 
 def load_diagnostics(values: dict[str, Any]) -> Diagnostics:
@@ -132,6 +178,6 @@ def load_diagnostics(values: dict[str, Any]) -> Diagnostics:
     )
 
 
-def _range(values: list[float], form: str) -> str:
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+def _range(values: list[float], shown: Callable[[float], str]) -> str:
+    low, high = shown(min(values)), shown(max(values))
     return low if low == high else f"{low} to {high}"

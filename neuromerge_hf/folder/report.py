@@ -11,11 +11,11 @@ from neuromerge_hf.config import FIRST_METHOD
 from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.folder.diagnostics import Diagnostics, load_diagnostics
 from neuromerge_hf.folder.parents import Parent
-from neuromerge_hf.folder.results import Result, check_results
+from neuromerge_hf.folder.results import Result, check_results, check_scales
 from neuromerge_hf.folder.rounding import Rounding, load_rounding
 from neuromerge_hf.storage.documents import load_json, reason_of
 from neuromerge_hf.storage.writing import write_file
-from neuromerge_hf.text import Summary, different_names, readable_size
+from neuromerge_hf.text import Summary, aligned, counted, decimal, different_names, percent, readable_size
 from neuromerge_hf.typed import check_fields
 
 REPORT_NAME = "merge_report.json"
@@ -194,11 +194,13 @@ class MergeReport(Summary):
         """A copy of the report with further measurements, which replace older ones of the same. See `add_results`.
 
         Raises:
-            MergeError: if an entry is incomplete, its value is not a finite number, or its model is not in the merge.
+            MergeError: if an entry is incomplete, its value is not a finite number, its model is not in the merge, or
+                shares of 1 stand beside shares of 100.
         """
         found = {(result.model, *result.measured): result for result in self.results}
         for result in check_results(results, [expert.name for expert in self.experts]):
             found[(result.model, *result.measured)] = result
+        check_scales(found.values())
         return dataclasses.replace(self, results=list(found.values()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,24 +216,41 @@ class MergeReport(Summary):
 
     def __str__(self) -> str:
         experts = "1 expert" if len(self.experts) == 1 else f"{len(self.experts)} experts"
-        lines = [f"Merged {experts} into {self.base_model}:"]
-        for expert in self.experts:
-            head = f", own head kept: {', '.join(expert.head)}" if expert.head else ""
-            sigma = f", sigma {expert.sigma:.3f}" if self.sigma is not None else ""
-            lines.append(f"  {expert.name} ({expert.kind}): {expert.entries:,} entries{sigma}{head}")
-        lines += [
-            f"  {self._hyper_parameters}{f', tuned on {self.tuned_on}' if self.tuned_on else ''}",
-            f"  {len(self.merged)} parameters merged, {len(self.copied)} copied from the base",
-            *([f"  heads merged by their mean: {', '.join(self.head)}"] if self.head else []),
-            *([f"  {self.vocabulary}"] if self.vocabulary else []),
-            f"  {self.seconds:.1f} s, {readable_size(self.bytes_read)} read, "
+        lines = [
+            f"Merged {experts} into {self.base_model} in {self.seconds:.1f} s: {readable_size(self.bytes_read)} read, "
             f"{readable_size(self.bytes_written)} written",
-            *([f"  {self.diagnostics.sentence}"] if self.diagnostics else []),
-            *([f"  {self.rounding.sentence}"] if self.rounding and not self.rounding.warning else []),
-            *(f"  Note: {note}" for note in self.notes),
+            "",
+            *self._expert_lines(),
+            "",
+            f"{self._hyper_parameters}{f', tuned on {self.tuned_on}' if self.tuned_on else ''}",
+            f"{counted(len(self.merged))} merged, {len(self.copied)} unchanged (copied from the base)",
+            *([f"heads merged by their mean: {', '.join(self.head)}"] if self.head else []),
+            *([f"{self.vocabulary}"] if self.vocabulary else []),
+            *([self.diagnostics.verdict, self.diagnostics.details] if self.diagnostics else []),
+            *([self.rounding.sentence] if self.rounding and not self.rounding.warning else []),
+            *(f"Note: {note}" for note in self.notes),
             f"The merged model is in {self.output_dir}",
         ]
         return "\n".join(map(printable, lines))
+
+    def _expert_lines(self) -> list[str]:
+        """A table of the experts: the norm of each one's change as a share of the base's, and how much is kept."""
+        rows = [["expert", "kind", "change", "kept", "sigma", "own head"]]
+        found = self.diagnostics.experts if self.diagnostics else [None] * len(self.experts)
+        for expert, measured in zip(self.experts, found, strict=True):
+            change = measured and measured.relative_norm
+            kept = measured and measured.survival
+            rows.append(
+                [
+                    expert.name,
+                    expert.kind,
+                    "" if change is None else percent(change, 2),
+                    "" if kept is None else percent(kept),
+                    decimal(expert.sigma or 0.0, 3) if self.sigma else "",
+                    f"kept in heads/{expert.name}" if expert.head else "",
+                ]
+            )
+        return ["  " + line for line in aligned(rows)]
 
     @property
     def _hyper_parameters(self) -> str:

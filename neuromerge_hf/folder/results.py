@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ class Result:
         dataset: the id of the data set on the Hub; None if it is not there.
         split: the split of the data set.
         greater_is_better: whether greater values are better; false for a loss.
+        benchmark_task: the task's id in the data set's ``eval.yaml``, if the data set is a benchmark on the Hub. A push
+            then reports the result to the benchmark (in ``.eval_results/``).
     """
 
     model: str
@@ -37,11 +40,91 @@ class Result:
     dataset: str | None = None
     split: str | None = None
     greater_is_better: bool = True
+    benchmark_task: str | None = None
 
     @property
     def measured(self) -> tuple[str, str, str | None]:
         """The task, metric and split. Results of different models are compared if these are the same."""
         return self.task, self.metric, self.split
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of one measurement: the merged model's beside those of the base and of the experts.
+
+    Attributes:
+        task: the task, as in `Result`; likewise `metric` and `split`.
+        results: the result of each model, by "merged", "base", or the name of an expert.
+    """
+
+    task: str
+    metric: str
+    split: str | None
+    results: Mapping[str, Result]
+
+    @property
+    def experts(self) -> dict[str, Result]:
+        """The results of the experts."""
+        return {name: result for name, result in self.results.items() if name not in (MERGED, BASE)}
+
+    @property
+    def merged(self) -> Result:
+        """The result of the merged model.
+
+        Raises:
+            KeyError: if it was not measured.
+        """
+        return self.results[MERGED]
+
+    @property
+    def retained(self) -> float | None:
+        """The merged model's value divided by that of the best expert; None if they cannot be compared."""
+        return self._share(MERGED)
+
+    @property
+    def share_of_base(self) -> float | None:
+        """The base's value divided by that of the best expert; None if they cannot be compared."""
+        return self._share(BASE)
+
+    def _share(self, model: str) -> float | None:
+        best = max((result.value for result in self.experts.values()), default=0.0)
+        found = self.results.get(model)
+        if found is None or best <= 0 or found.value < 0 or not found.greater_is_better:
+            return None
+        return found.value / best
+
+
+def comparisons(results: Iterable[Result]) -> list[Comparison]:
+    """Group results by what was measured, in their order."""
+    found: dict[tuple[str, str, str | None], dict[str, Result]] = {}
+    for result in results:
+        found.setdefault(result.measured, {})[result.model] = result
+    return [Comparison(*measured, models) for measured, models in found.items()]
+
+
+SHARES = re.compile(r"(^|[^a-z])(acc|accuracy|f1|precision|recall|exact.?match|em|auc)($|[^a-z])", re.IGNORECASE)
+"""Metrics that are shares of 1 or of 100, by their names."""
+
+
+def check_scales(results: Iterable[Result]) -> None:
+    """Check that the values of one metric are all shares of 1 or all shares of 100.
+
+    Raises:
+        MergeError: if they are not.
+    """
+    by_metric: dict[str, list[Result]] = {}
+    for result in results:
+        if SHARES.search(result.metric) and result.value != 0:
+            by_metric.setdefault(result.metric, []).append(result)
+    for metric, found in by_metric.items():
+        small = [result for result in found if abs(result.value) <= 1]
+        large = [result for result in found if abs(result.value) > 1]
+        if small and large:
+            raise MergeError(
+                f"The results of {metric} are on two scales: {large[0].value:g} of {large[0].model} on "
+                f"{large[0].task!r}, and {small[0].value:g} of {small[0].model} on {small[0].task!r}. Give all of them "
+                f"as shares of 1."
+            )
 
 
 def check_results(results: Iterable[Result | Mapping[str, Any]], experts: Sequence[str]) -> list[Result]:
@@ -98,6 +181,7 @@ def _checked(result: Result | Mapping[str, Any], experts: Sequence[str]) -> Resu
         dataset=result.dataset,
         split=result.split,
         greater_is_better=bool(result.greater_is_better),
+        benchmark_task=result.benchmark_task,
     )
     check_fields(checked)
     return checked
@@ -113,5 +197,8 @@ def _is_finite(value: numbers.Real) -> bool:
 def _from_mapping(entry: Any) -> Result:
     known = [field.name for field in fields(Result)]
     if not isinstance(entry, Mapping) or not {"model", "task", "metric", "value"} <= entry.keys() <= set(known):
-        raise MergeError(f"{entry!r} is no result: it needs model, task, metric and value, and may have {known[4:]}.")
+        raise MergeError(
+            f"{entry!r} cannot be read: each result needs model, task, metric and value, and may have "
+            f"{', '.join(known[4:])}."
+        )
     return Result(**entry)

@@ -23,6 +23,8 @@ from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.hub.card import add_tags, card_to_continue, paths_in, read_card, validate_card
 from neuromerge_hf.hub.errors import hub_errors_as_merge_errors
 from neuromerge_hf.model_cards import write_card
+from neuromerge_hf.model_cards.benchmarks import PATH as BENCHMARKS
+from neuromerge_hf.model_cards.benchmarks import benchmark_results
 from neuromerge_hf.storage.files import CARD
 from neuromerge_hf.storage.paths import user_path
 from neuromerge_hf.typed import check_value
@@ -120,8 +122,10 @@ def push(
             api.create_branch(repo_id, branch=revision, revision=found.sha, exist_ok=True)
     files: dict[str, Path | bytes] = {**files_to_push(folder)}
     files[RECIPE_NAME] = published_recipe(folder, load_report(folder).model_names).encode()
+    if benchmarks := benchmark_results(load_report(folder)):
+        files[BENCHMARKS] = benchmarks.encode()
     additions = [weights.get(path) or CommitOperationAdd(path, file) for path, file in files.items()]
-    stale = [path for path in paths_in(found) if path not in files and is_stale(path)]
+    stale = [path for path in paths_in(found) if path not in files and (is_stale(path) or path == BENCHMARKS)]
 
     def is_unchanged() -> bool:  # the branch does not show whether a pull request was opened
         return not create_pr and api.model_info(repo_id, revision=revision).sha == found.sha

@@ -14,7 +14,7 @@ from changes import DOWN, says
 from engine_runs import merged_weights
 from neuromerge_hf import AverageConfig, IsoCConfig, NeuroMergingConfig, merge, plan_merge
 from neuromerge_hf.config import MergeConfig
-from neuromerge_hf.engine import rounding
+from neuromerge_hf.engine import measured
 from neuromerge_hf.engine.rounding import is_rounded
 from neuromerge_hf.folder.report import load_report
 from tiny_models import save_adapter, save_llama, seeded
@@ -166,9 +166,9 @@ def test_a_plan_says_what_is_known_before_weights_are_read(base: Path, change) -
 def test_the_numbers_depend_neither_on_blocks_nor_on_threads(
     base: Path, change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: int
 ) -> None:
-    monkeypatch.setattr(rounding, "LARGE", 2000)
-    monkeypatch.setattr(rounding, "RUN", 3)
-    monkeypatch.setattr(rounding, "PERIOD", 8)
+    monkeypatch.setattr(measured, "LARGE", 2000)
+    monkeypatch.setattr(measured, "RUN", 3)
+    monkeypatch.setattr(measured, "PERIOD", 8)
     plan = plan_merge([change(1e-4, 1), change(3e-4, 2)], base_model=base)
     want = merged_weights(plan, tmp_path / "want").rounding
     for threads in (1, 3):
@@ -181,9 +181,9 @@ def test_every_large_tensor_is_measured_in_part(
 ) -> None:
     plan = plan_merge([change(1e-4)], base_model=base)
     whole = merged_weights(plan, tmp_path / "whole").rounding
-    monkeypatch.setattr(rounding, "LARGE", 2000)
-    monkeypatch.setattr(rounding, "RUN", 2)
-    monkeypatch.setattr(rounding, "PERIOD", 4)
+    monkeypatch.setattr(measured, "LARGE", 2000)
+    monkeypatch.setattr(measured, "RUN", 2)
+    monkeypatch.setattr(measured, "PERIOD", 4)
     part = merged_weights(plan, tmp_path / "part").rounding
     assert whole is not None
     assert part is not None

@@ -20,7 +20,18 @@ from torch import Tensor
 import reference
 from engine_runs import merged_weights
 from families import Relatives
-from neuromerge_hf import MergeReport, NeuroMergingConfig, merge, plan_merge
+from neuromerge_hf import (
+    AverageConfig,
+    IsoCConfig,
+    MergeReport,
+    NeuroMergingConfig,
+    TaskArithmeticConfig,
+    TIESConfig,
+    merge,
+    plan_merge,
+)
+from neuromerge_hf.config import MergeConfig
+from neuromerge_hf.engine import measured
 from neuromerge_hf.folder.diagnostics import Diagnostics, ExpertDiagnostics, LayerDiagnostics, load_diagnostics
 from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.model_cards.picture import draw
@@ -41,12 +52,14 @@ class Slow:
     outvoted: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
     shared: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     conflicting: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    by_chance: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, part: str, coordinates: list[float], elected: float) -> None:
         total = math.fsum(x * x for x in coordinates)
         signs = [reference.sign(x) for x in coordinates]
         if len(signs) - signs.count(0) > 1:
             self.shared[part] += total
+            self.by_chance[part] += total * conflict_by_chance([sign for sign in signs if sign])
             if 1 in signs and -1 in signs:
                 self.conflicting[part] += total
         for expert, x in enumerate(coordinates):
@@ -62,7 +75,14 @@ class Slow:
             "parallel": share(energy["parallel"], sum(energy.values())),
             **{f"outvoted_{part}": share(outvoted[part], energy[part]) for part in PARTS},
             **{f"conflicting_{part}": share(self.conflicting[part], self.shared[part]) for part in PARTS},
+            **{f"conflicting_by_chance_{part}": share(self.by_chance[part], self.shared[part]) for part in PARTS},
         }
+
+
+def conflict_by_chance(signs: list[int]) -> float:
+    """How many of all ways to turn the experts' changes around make their signs differ."""
+    ways = list(itertools.product((1, -1), repeat=len(signs)))
+    return sum(len({a * b for a, b in zip(way, signs, strict=True)}) > 1 for way in ways) / len(ways)
 
 
 def share(part: float, whole: float) -> float | None:
@@ -151,6 +171,7 @@ def assert_as_summed_slowly(
         lengths = [math.sqrt(norm2([trimmed[e][name] for name in both])) for e in (s, t)]
         assert agrees(diagnostics.cosines[s][t], share(product, math.prod(lengths)))
 
+    change = {name: merged[name].double() - theta.double() for name, theta in base.items()}
     order = list(dict.fromkeys(layers.values()))
     assert [layer.name for layer in diagnostics.layers] == [layer for layer in order if layer in slow]
     for layer in [*diagnostics.layers, diagnostics.model]:
@@ -160,8 +181,14 @@ def assert_as_summed_slowly(
         of_layer = [(e, n) for e, task in enumerate(trimmed) for n in task if layer.name in ("model", layers[n])]
         ratio = norm2([trimmed[e][n] for e, n in of_layer]) / norm2([base[n] for _, n in of_layer])
         assert layer.relative_norm == pytest.approx(math.sqrt(ratio), rel=rel)
-    change = [merged[name].double() - theta.double() for name, theta in base.items()]
-    assert diagnostics.merged_norm == pytest.approx(math.sqrt(norm2(change)), rel=max(rel, 1e-5))
+        for e in range(count):
+            names = [name for expert, name in of_layer if expert == e]
+            norm, base_norm = norm2([trimmed[e][n] for n in names]), norm2([base[n] for n in names])
+            assert agrees(layer.relative_norms[e], math.sqrt(norm / base_norm) if base_norm else None)
+            product = sum(float((change[n] * trimmed[e][n]).sum()) for n in names)
+            assert layer.survivals[e] == (pytest.approx(product / norm, rel=1e-4, abs=1e-4) if norm else None)
+    assert diagnostics.merged_norm == pytest.approx(math.sqrt(norm2(list(change.values()))), rel=max(rel, 1e-5))
+    assert [expert.survival for expert in diagnostics.experts] == diagnostics.model.survivals
 
 
 CASES = {
@@ -230,6 +257,7 @@ def test_identical_experts_have_cosine_one_and_no_conflicts(base: Path, experts:
     for layer in [found.model, *found.layers]:
         assert layer.conflicting_parallel == layer.conflicting_orthogonal == 0
         assert layer.outvoted_parallel == layer.outvoted_orthogonal == 0
+        assert layer.survivals == pytest.approx([1, 1], rel=1e-5)
     assert found.merged_relative_norm == pytest.approx(1, rel=1e-5)
 
 
@@ -248,7 +276,12 @@ def test_opposite_experts_conflict_everywhere(base: Path, tmp_path: Path) -> Non
     for layer in [found.model, *found.layers]:
         assert layer.conflicting_parallel == layer.conflicting_orthogonal == 1
         assert layer.outvoted_parallel == layer.outvoted_orthogonal == 1
+        assert layer.survivals == [0, 0]
     assert found.merged_norm == 0
+    assert found.verdict == (
+        "The experts pull in opposite directions, so expect interference: signs differ in 100% of the energy that they "
+        "share, by chance it would be 50%."
+    )
 
 
 def test_a_purely_parallel_change_has_all_its_energy_parallel(base: Path, tmp_path: Path) -> None:
@@ -288,7 +321,8 @@ def test_an_expert_that_changes_nothing_is_said_to(base: Path, experts: list[Pat
     nothing = found.experts[0]
     assert (nothing.norm, nothing.relative_norm, nothing.parallel, nothing.norm_kept) == (0, 0, None, 1)
     assert found.cosines == [[None, None], [None, 1]]
-    assert diagnose(base, [copy], tmp_path / "same").sentence == "The experts change nothing."
+    same = diagnose(base, [copy], tmp_path / "same")
+    assert (same.verdict, same.details) == ("The experts change nothing.", "")
 
 
 def test_trimming_tells_what_it_kept(base: Path, experts: list[Path], tmp_path: Path) -> None:
@@ -307,8 +341,9 @@ def test_the_order_of_the_experts_does_not_matter(
 ) -> None:
     want = diagnose(base, experts, tmp_path / "want", density=density)
     got = diagnose(base, experts[::-1], tmp_path / "got", density=density)
-    assert got.model == want.model
-    assert got.layers == want.layers
+    for layer, other in zip([got.model, *got.layers], [want.model, *want.layers], strict=True):
+        turned = {"relative_norms": other.relative_norms[::-1], "survivals": other.survivals[::-1]}
+        assert layer == dataclasses.replace(other, **turned)
     assert got.experts == want.experts[::-1]
     assert got.cosines == [row[::-1] for row in want.cosines[::-1]]
     assert got.merged_norm == want.merged_norm
@@ -365,25 +400,86 @@ def test_each_list_of_blocks_has_its_own_layers(tmp_path: Path) -> None:
 # In words and as a picture
 
 
-def test_the_sentence_says_what_was_measured() -> None:
-    found = made_up(["math", "code"], 2)
-    model = dataclasses.replace(found.model, parallel=0.029, conflicting_orthogonal=0.81, outvoted_orthogonal=0.08)
-    found = dataclasses.replace(found, cosines=[[1, -0.0149], [-0.0149, 1]], model=model, merged_norm=3.0)
-    assert found.sentence == (
-        "After trimming, the norm of each expert's change is 1.00% to 1.50% of that of the weights it may change, and "
-        "the cosine between two of them -0.01; 2.9% of the energy is parallel to the base's neurons (by chance it "
-        "would be 2.6%), the rest orthogonal. Of the orthogonal energy that experts share, 81% lies in directions "
-        "where their signs conflict; the election leaves out 8% of the orthogonal energy, and the merged change is "
-        "1.50 times as long as the experts' are on average."
+def told(conflicting: float | None, by_chance: float | None, names: tuple[str, ...] = ("math", "code")) -> Diagnostics:
+    """Diagnostics in which some energy conflicts, and some would by chance."""
+    found = made_up(list(names), 2)
+    conflicts = {"conflicting_orthogonal": conflicting, "conflicting_by_chance_orthogonal": by_chance}
+    model = dataclasses.replace(found.model, parallel=0.029, outvoted_orthogonal=0.08, **conflicts)
+    cosines = [[1.0 if s == t else -0.001 for t in range(len(names))] for s in range(len(names))]
+    return dataclasses.replace(found, cosines=cosines, model=model)
+
+
+def test_what_is_at_chance_is_called_no_conflict() -> None:
+    at_chance = told(0.51, 0.5).verdict
+    assert at_chance == "The experts' changes are nearly independent (cosines 0.00): little interference is expected."
+    assert "agree more than unrelated ones" in told(0.47, 0.5).verdict
+    assert "pull in opposite directions" in told(0.53, 0.5).verdict
+    assert "signs differ in 53% of the energy that they share, by chance it would be 50%" in told(0.53, 0.5).verdict
+    assert told(None, None).verdict == "No two experts change the same weights, so they do not interfere."
+    assert told(0.5, 0.5, ("math",)).verdict == "There is one expert, so nothing interferes with it."
+
+
+def test_random_experts_conflict_by_chance(base: Path, tmp_path: Path) -> None:
+    """The changes of three experts, of very different lengths, are independent."""
+    noise = torch.Generator().manual_seed(0)
+
+    def moved(length: float, number: int) -> Path:
+        def move(_: str, weight: Tensor) -> Tensor:
+            return weight + length * torch.randn(weight.shape, generator=noise)
+
+        return changed(base, tmp_path / f"expert-{number}", move)
+
+    found = diagnose(base, [moved(length, n) for n, length in enumerate((0.001, 0.01, 0.02))], tmp_path / "merged")
+    assert found.model.conflicting_by_chance_orthogonal == 0.75
+    assert found.model.conflicting_orthogonal == pytest.approx(0.75, abs=0.02)
+    assert "nearly independent" in found.verdict
+
+
+def test_the_details_name_who_is_kept_least_and_most() -> None:
+    found = told(0.5, 0.5)
+    experts = [
+        dataclasses.replace(expert, survival=kept) for expert, kept in zip(found.experts, (0.41, 0.9), strict=True)
+    ]
+    found = dataclasses.replace(found, experts=experts)
+    assert found.details == (
+        "After trimming, the norm of each expert's change is 1.0% to 1.5% of that of the weights it may change. "
+        "The merged change holds between 41% (math) and 90% (code) of each; 8% of the energy is lost to sign conflicts."
     )
+    parallel = dataclasses.replace(found, model=dataclasses.replace(found.model, parallel=0.3))
+    assert "30% of the energy is parallel to the base's neurons, by chance it would be 2.6%." in parallel.details
 
 
-def test_the_sentence_says_nothing_of_conflicts_where_there_are_none(
-    base: Path, experts: list[Path], tmp_path: Path
+@pytest.mark.parametrize("config", [AverageConfig(), TaskArithmeticConfig(scale=0.3), TIESConfig(), IsoCConfig()])
+def test_every_method_tells_what_it_keeps(config: MergeConfig, base: Path, experts: list[Path], tmp_path: Path) -> None:
+    models = [experts[0], experts[1]]
+    report = merge(models, tmp_path / "merged", base_model=base, config=config, dtype="float32", **CPU)
+    before, after = load_file(base / WEIGHTS), load_file(tmp_path / "merged" / WEIGHTS)
+    assert report.diagnostics is not None
+    for model, found in zip(models, report.diagnostics.experts, strict=True):
+        weights = load_file(model / WEIGHTS)
+        task_vector = torch.cat([(weights[name] - before[name]).double().flatten() for name in before])
+        change = torch.cat([(after[name] - before[name]).double().flatten() for name in before])
+        assert found.norm == pytest.approx(float(task_vector.norm()), rel=1e-5)
+        assert found.survival == pytest.approx(float(change @ task_vector / task_vector.square().sum()), rel=1e-4)
+        assert found.outvoted_orthogonal is None
+
+
+def test_large_tensors_are_measured_in_part_by_methods_without_elections(
+    base: Path, experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sentence = diagnose(base, experts[:1], tmp_path / "merged").sentence
-    assert sentence.startswith("The norm of the expert's change is ")
-    assert not any(word in sentence for word in ("trimming", "conflict", "cosine", "None", "nan"))
+    plan = plan_merge(experts[:2], base_model=base, config=TIESConfig(density=0.5))
+    whole = merged_weights(plan, tmp_path / "whole").diagnostics
+    monkeypatch.setattr(measured, "LARGE", 500)
+    monkeypatch.setattr(measured, "RUN", 2)
+    monkeypatch.setattr(measured, "PERIOD", 4)
+    part = merged_weights(plan, tmp_path / "part").diagnostics
+    assert part != whole
+    for of_part, of_whole in zip(part.experts, whole.experts, strict=True):
+        assert of_part.norm == pytest.approx(of_whole.norm, rel=0.1)
+        assert of_part.survival == pytest.approx(of_whole.survival, rel=0.1)
+    for threads in (1, 3):
+        again = merged_weights(plan, tmp_path / f"{threads}", threads=threads, block_entries=150)
+        assert again.diagnostics == part
 
 
 def made_up(names: list[str], blocks: int) -> Diagnostics:
@@ -391,7 +487,8 @@ def made_up(names: list[str], blocks: int) -> Diagnostics:
 
     def layer(name: str, number: int) -> LayerDiagnostics:
         shares = [(number * step % 10) / 10 for step in (3, 7, 9, 1)]
-        return LayerDiagnostics(name, 0.01, number % 7 / 100, 0.026, *shares)
+        norms = [(number + expert) % 5 / 100 for expert in range(len(names))]
+        return LayerDiagnostics(name, 0.01, number % 7 / 100, 0.026, *shares, relative_norms=list(norms))
 
     layers = ["model.embed_tokens", *(f"model.layers.{block}" for block in range(blocks)), "lm_head"]
     return Diagnostics(
@@ -410,7 +507,7 @@ def made_up(names: list[str], blocks: int) -> Diagnostics:
 def test_the_picture_is_small_and_always_the_same(experts: int, blocks: int, tmp_path: Path) -> None:
     found = made_up([f"expert-{number}" for number in range(experts)], blocks)
     for name in ("one.png", "two.png"):
-        draw(found, tmp_path / name)
+        draw(found, [], tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert (tmp_path / "one.png").stat().st_size < 200_000
     with Image.open(tmp_path / "one.png") as image:
@@ -425,15 +522,15 @@ def test_the_picture_is_small_and_always_the_same(experts: int, blocks: int, tmp
 def test_the_picture_takes_any_name(name: str, tmp_path: Path) -> None:
     found = made_up([name, "other"], 2)
     strange = [dataclasses.replace(layer, name=layer.name.replace("model", name)) for layer in found.layers]
-    draw(dataclasses.replace(found, layers=strange), tmp_path / "picture.png")  # warnings are errors here
-    draw(made_up(["plain", "other"], 2), tmp_path / "plain.png")
+    draw(dataclasses.replace(found, layers=strange), [], tmp_path / "picture.png")  # warnings are errors here
+    draw(made_up(["plain", "other"], 2), [], tmp_path / "plain.png")
     assert (tmp_path / "picture.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
 
 
 def test_the_picture_shows_what_is_missing_as_missing(base: Path, experts: list[Path], tmp_path: Path) -> None:
     copy = changed(base, tmp_path / "copy", lambda _, weight: weight)
     for name, models in {"one": experts[:1], "with a copy": [copy, experts[0]], "nothing": [copy]}.items():
-        draw(diagnose(base, models, tmp_path / name), tmp_path / f"{name}.png")
+        draw(diagnose(base, models, tmp_path / name), [], tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
@@ -441,5 +538,5 @@ def test_drawing_leaves_no_setting_behind(tmp_path: Path) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    draw(made_up(["a", "b"], 2), tmp_path / "picture.png")
+    draw(made_up(["a", "b"], 2), [], tmp_path / "picture.png")
     assert dict(matplotlib.rcParams) == before

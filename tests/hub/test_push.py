@@ -6,13 +6,16 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from neuromerge_hf import AutoMergedModel, MergeError, merge
+from neuromerge_hf.api import add_results
 from neuromerge_hf.cli import app
 from neuromerge_hf.folder.report import REPORT_NAME, load_report
+from neuromerge_hf.folder.results import Result
 from neuromerge_hf.hub.push import push
 from tiny_models import load, logits, save_classifiers, save_llamas
 
@@ -309,3 +312,25 @@ def test_a_push_without_a_login_says_how_to_log_in(hub, merged, monkeypatch, tmp
         push(merged, repo_id)
     assert "hf auth login" in str(caught.value)
     assert "To resume:" in str(caught.value)
+
+
+def test_results_of_benchmarks_reach_the_benchmarks(hub, merged):
+    path = ".eval_results/neuromerge.yaml"
+    push(merged, "me/merged")
+    assert path not in HfApi().list_repo_files("me/merged")
+    known = {"dataset": "org/sums", "benchmark_task": "small"}
+    add_results(
+        merged,
+        [
+            Result("merged", "sums", "accuracy", 0.5, **known),
+            Result("base", "sums", "accuracy", 0.4, **known),
+            Result("merged", "words", "accuracy", 0.6, dataset="org/words"),
+        ],
+    )
+    push(merged, "me/merged")
+    with open(hf_hub_download("me/merged", path), encoding="utf-8") as file:
+        assert yaml.safe_load(file) == [{"dataset": {"id": "org/sums", "task_id": "small"}, "value": 0.5}]
+    report = load_report(merged)
+    dataclasses.replace(report, results=[]).save(merged)
+    push(merged, "me/merged")
+    assert path not in HfApi().list_repo_files("me/merged")

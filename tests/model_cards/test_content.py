@@ -4,8 +4,10 @@ import pytest
 
 from cards import SECTIONS, card_of, headings, table_under
 from neuromerge_hf import MergeError, NeuroMergingConfig, merge
+from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.model_cards import MergeCard, write_card
 from neuromerge_hf.model_cards.tasks import task_of
+from neuromerge_hf.skeleton.layers import kind_of
 from neuromerge_hf.storage.hashing import file_hash
 
 
@@ -18,7 +20,7 @@ def test_a_merge_writes_its_card_with_the_sections_that_it_can_fill(finished):
 
 def test_the_ingredients_are_listed_with_kind_task_and_licence(finished):
     _, body = card_of(finished)
-    assert table_under(body, "What went in") == [
+    assert table_under(body, "Merged models") == [
         ["role", "model", "kind", "task", "licence"],
         ["base", "`base`", "", "", "apache-2.0"],
         ["expert", "`math`", "full fine-tune", "text-classification", "apache-2.0"],
@@ -26,24 +28,36 @@ def test_the_ingredients_are_listed_with_kind_task_and_licence(finished):
     ]
 
 
-def test_every_hyper_parameter_is_marked_default_or_chosen(models, tmp_path):
+def test_chosen_settings_are_shown_and_those_at_their_defaults_are_folded_away(models, tmp_path):
     config = NeuroMergingConfig(density=0.5, exclude=("pooler.*",))
     report = merge([models / "math"], tmp_path / "merged", base_model=models / "base", config=config, tokenizer="base")
-    table = {row[0]: row[1:] for row in table_under(card_of(tmp_path / "merged")[1], "Method")}
-    assert table["`density`"] == ["`0.5`", "chosen"]
-    assert table["`exclude`"] == ["`pooler.*`", "chosen"]
-    assert table["`lambda_parallel`"] == ["`0.0`", "default"]
-    assert table["`lambda_orthogonal`"] == [f"`auto`, which gave {report.lambda_orthogonal:.4g}", "default"]
-    assert table["`tokenizer`"] == ["`base`", "default"]
+    body = card_of(tmp_path / "merged")[1]
+    assert table_under(body, "Method")[1:] == [["`density`", "`0.5`"], ["`exclude`", "`pooler.*`"]]
+    folded = body.partition("<summary>6 other settings at their defaults</summary>")[2].partition("</details>")[0]
+    assert "| `lambda_parallel` | `0.0` |" in folded
+    assert f"| `lambda_orthogonal` | `auto`, which gave {report.lambda_orthogonal:.4g} |" in folded
+    assert "| `tokenizer` | `base` |" in folded
+    assert "density" not in folded
+
+
+def test_names_of_unchanged_parameters_are_folded_by_their_kinds(models, tmp_path):
+    merge([models / "code"], tmp_path / "merged", base_model=models / "base")
+    body = card_of(tmp_path / "merged")[1]
+    folded = body.partition("<summary>Unchanged parameters</summary>")[2].partition("</details>")[0]
+    names = load_report(tmp_path / "merged").copied
+    kinds = {kind_of(name) for name in names}
+    listed = {line.split("`")[1] for line in folded.splitlines() if line.startswith("* ")}
+    assert listed == kinds
+    assert len(kinds) < len(names)
 
 
 def test_the_fate_of_every_parameter_adds_up_to_the_model(finished):
-    table = table_under(card_of(finished)[1], "What became of the parameters")
-    counts = {row[0]: row[2:4] for row in table}
+    table = table_under(card_of(finished)[1], "Parameters")
+    counts = {row[0]: row[2:] for row in table}
     assert counts["weights of linear layers"] == ["13", "9,792"]
     assert counts["other weights with neurons"] == ["3", "1,776"]
     assert counts["vectors (biases, norms) and scalars"] == ["23", "600"]
-    assert table[-1] == ["heads that the base lacks", "kept apart, in `heads/`", "2", "", "those of `math`"]
+    assert table[-1] == ["heads that the base lacks: `math`", "kept apart, in `heads/`", "2", ""]
 
 
 def test_the_weights_are_listed_with_the_hashes_of_the_files(merged):
@@ -60,7 +74,7 @@ def test_metadata_has_what_the_parents_agree_on_and_all_that_they_name(finished)
         "tags": ["merge", "neuro_iso"],
         "license": "apache-2.0",
         "language": ["en", "pt"],
-        "datasets": ["org/sums", "org/words"],
+        "datasets": ["org/sums"],
     }
 
 
@@ -72,7 +86,7 @@ def test_models_on_the_hub_are_named_in_the_metadata_and_linked_at_their_commits
     assert metadata["base_model"] == ["org/base", "org/many"]
     assert metadata["base_model_relation"] == "merge"
     assert ["base", "[`org/base`](https://huggingface.co/org/base)", f"`{commit[:8]}`"] == table_under(
-        body, "What went in"
+        body, "Merged models"
     )[1][:3]
     assert "[`org/many/math`](https://huggingface.co/org/many)" in body
     assert "Not on the Hub is `code`.\n" in body

@@ -18,7 +18,7 @@ OF_ONE_RUN = {
 
 
 def comparable(text):
-    head, heading, tail = text.partition("## Make it again")
+    head, heading, tail = text.partition("## Reproduce")
     for pattern, replacement in OF_ONE_RUN.items():
         tail = re.sub(pattern, replacement, tail)
     return head + heading + tail

@@ -57,7 +57,7 @@ def test_sections_are_overridden_by_a_template_of_the_users(merged, tmp_path):
     write_card(merged, template=template)
     _, body = card_of(merged)
     assert "Many, merged." in body
-    assert headings(body)[-2:] == ["Make it again", "Known flaws"]
+    assert headings(body)[-2:] == ["Reproduce", "Known flaws"]
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,15 @@ def test_metadata_that_the_hub_would_refuse_are_left_out(models, tmp_path):
             tmp_path / name,
             license=["Apache 2.0"],
             language=["English", "en", "multilingual"],
-            datasets=["/home/somebody/data.csv", "org/words"],
+            datasets=["/home/somebody/data.csv", "org/words", f"org/of-{name}"],
         )
     merge([tmp_path / "math"], tmp_path / "merged", base_model=tmp_path / "base")
     metadata, body = card_of(tmp_path / "merged")
     assert "license" not in metadata
     assert metadata["language"] == ["en", "multilingual"]
-    assert metadata["datasets"] == ["org/words"]
+    assert metadata["datasets"] == ["org/of-math", "org/words"], "the base's own are on its card"
     assert "somebody" not in body
-    assert [row[-1] for row in table_under(body, "What went in")] == ["licence", "Apache 2.0", "Apache 2.0"]
+    assert [row[-1] for row in table_under(body, "Merged models")] == ["licence", "Apache 2.0", "Apache 2.0"]
 
 
 def test_licences_that_differ_are_left_out_of_the_metadata_and_flagged(merged):
@@ -101,7 +101,7 @@ def test_licences_and_notices_of_all_parents_go_along(models, tmp_path, hub):
 def test_gated_parents_are_named(merged):
     _, body = with_parents(merged, Parent(license="mit", gated=True), Parent(license="mit"), Parent(license="mit"))
     assert "Access to `base` is gated" in body
-    assert table_under(body, "What went in")[1][-1] == "mit, gated"
+    assert table_under(body, "Merged models")[1][-1] == "mit, gated"
 
 
 def test_whether_a_parent_is_gated_is_asked_of_the_hub(models, hub):

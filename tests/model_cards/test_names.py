@@ -50,7 +50,7 @@ def test_no_name_breaks_the_yaml_or_the_markdown(name, merged):
     assert metadata["license_name"] == name
     assert metadata["datasets"] == ["org/words"]
     assert outline(body) == outline(plain_body)
-    assert [len(row) for row in table_under(body, "What went in")] == [5, 5, 5, 5]
+    assert [len(row) for row in table_under(body, "Merged models")] == [5, 5, 5, 5]
     assert not any(letter in body for letter in "\u202e\u200b")
     write_card(merged, name=name)
     assert card_of(merged) == (metadata, body), "the markers are found again"

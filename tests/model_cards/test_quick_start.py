@@ -99,6 +99,6 @@ def test_a_card_of_a_model_with_one_head_on_promises_no_others(merged, tmp_path)
     _, body = card_of(tmp_path / "one")
     assert "It has the task head of `math`." in body
     assert "lie beside the merged weights" not in body
-    fates = {row[1]: row[4] for row in table_under(body, "What became of the parameters")}
-    assert fates["in the weights, as it was"] == "those of `math`"
+    fates = {row[1]: row[0] for row in table_under(body, "Parameters")}
+    assert fates["in the weights, as it was"] == "heads that the base lacks: `math`"
     assert "kept apart, in `heads/`" not in fates

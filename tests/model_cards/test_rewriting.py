@@ -6,15 +6,14 @@ from neuromerge_hf import add_results
 from neuromerge_hf.model_cards import write_card
 
 
-def test_results_do_not_draw_the_picture_again(merged):
-    picture, card = merged / "neuromerge.png", merged / "README.md"
-    before, text = picture.stat(), card.read_text()
-    add_results(merged, [{"model": "merged", "task": "sums", "metric": "accuracy", "value": 0.9}])
-    assert card.read_text() != text
-    assert (picture.stat().st_ino, picture.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    picture.unlink()
+def test_the_picture_shows_scores_once_they_can_be_compared(merged):
+    picture = merged / "neuromerge.png"
+    without = picture.read_bytes()
     add_results(merged, [{"model": "merged", "task": "sums", "metric": "accuracy", "value": 0.8}])
-    assert picture.is_file()
+    assert picture.read_bytes() == without, "no expert's score stands beside it"
+    add_results(merged, [{"model": "math", "task": "sums", "metric": "accuracy", "value": 0.9}])
+    assert picture.read_bytes() != without
+    assert "![Scores of the merged model" in (merged / "README.md").read_text()
 
 
 def test_what_acts_on_a_terminal_in_an_edited_report_does_not_reach_the_card(merged):

@@ -16,12 +16,12 @@ from neuromerge_hf.model_cards import write_card
 
 SECTIONS = [
     "Quick start",
-    "What went in",
-    "Method",
-    "What became of the parameters",
-    "What the fine-tunes changed",
     "Evaluation",
-    "Make it again",
+    "Merged models",
+    "Method",
+    "Parameters",
+    "What each expert changed",
+    "Reproduce",
     "Licences",
     "Limits",
     "Citation",

@@ -8,7 +8,7 @@ import torch
 
 from neuromerge_hf import MergePlan
 from neuromerge_hf.engine.merge import merge_weights
-from neuromerge_hf.engine.method import Method, fit_method
+from neuromerge_hf.engine.method import Method, fit_method, is_elected
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.engine.rounding import RoundingCollector
 from neuromerge_hf.engine.statistics import StatisticsCollector
@@ -40,5 +40,5 @@ def merged_weights(plan: MergePlan, folder: Path, max_shard_size: str | int = "5
     finally:
         writer.close()
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    diagnostics = collector.diagnostics(method.trimmings)
+    diagnostics = collector.diagnostics(method.trimmings if is_elected(plan.config) else None)
     return MergedWeights(files, writer.hashes, method, diagnostics, roundings.rounding())
