@@ -104,7 +104,7 @@ class MergeCard:
     # --------------------------------------------------------------------------------------------- merged models
 
     @property
-    def ingredients(self) -> list[ModelRecord]:
+    def models(self) -> list[ModelRecord]:
         """The base and then the experts."""
         return [self.recipe.base_model, *self.recipe.models]
 
@@ -127,7 +127,7 @@ class MergeCard:
     @property
     def local(self) -> list[str]:
         """The names of the folders that the recipe needs, because these models are not on the Hub."""
-        named = zip(self.ingredients, self.report.model_names, strict=True)
+        named = zip(self.models, self.report.model_names, strict=True)
         return [name for model, name in named if not model.revision]
 
     @property

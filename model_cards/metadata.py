@@ -30,7 +30,7 @@ RESULT_KEYS = ("model-index", "model_name")
 
 def metadata(card: MergeCard) -> ModelCardData:
     """The metadata of a merged model's card."""
-    on_hub = list(dict.fromkeys(ingredient.repo for ingredient in card.ingredients if ingredient.revision))
+    on_hub = list(dict.fromkeys(model.repo for model in card.models if model.revision))
     parents = card.report.parents
     results = _results(card)
     licence: dict[str, Any] = _licence(card)

@@ -10,9 +10,8 @@ from neuromerge_hf.folder.results import BASE, MERGED, Comparison, Result, compa
 from neuromerge_hf.model_cards.card import MergeCard
 from neuromerge_hf.model_cards.markdown import code, escaped, folded, table
 from neuromerge_hf.options import options_of
-from neuromerge_hf.skeleton.layers import kind_of
 from neuromerge_hf.spec import MergeSpec
-from neuromerge_hf.text import decimal, percent
+from neuromerge_hf.text import decimal, kind_of, percent
 
 SHOWN = 8
 """The number of names that a cell lists."""
@@ -21,7 +20,7 @@ LISTED_KINDS = 40
 """The number of kinds of parameters that a list names."""
 
 
-def ingredients(card: MergeCard) -> str:
+def merged_models(card: MergeCard) -> str:
     """The merged models and their licences."""
     parents = card.report.parents
     rows = [["base", card.base_link, _commit(card.recipe.base_model.revision), "", "", _terms(parents[0])]]

@@ -191,7 +191,7 @@ def merge_spec(
     """
     target = user_path(output_dir, "output_dir").absolute()
     problems = check_settings(spec, runtime, target, resolved.problems if resolved else None)
-    resolved = resolved or resolve(spec, runtime.token, problems)
+    resolved = resolved or resolve(spec, runtime.access, problems)
     with InputHasher(resolved.base, [expert.location for expert in resolved.experts], recipe) as inputs:
         # Imported here, because loading transformers takes seconds, in which the inputs are hashed.
         from neuromerge_hf.assembly.assemble import assemble
@@ -206,4 +206,4 @@ def plan_spec(spec: MergeSpec, output_dir: str | os.PathLike[str] | None, runtim
 
     target = None if output_dir is None else user_path(output_dir, "output_dir").absolute()
     problems = check_settings(spec, runtime, target)
-    return make_plan(spec, runtime, resolve(spec, runtime.token, problems), target)
+    return make_plan(spec, runtime, resolve(spec, runtime.access, problems), target)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from neuromerge_hf.access import Access
 from neuromerge_hf.config import FIRST_METHOD, MergeConfig, as_config, config_class, default_config
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.options import check_names, option, pick
@@ -177,6 +178,16 @@ class Runtime:
         repr=False,
     )
     trust_remote_code: bool = option(False, "run model code from the repositories")
+    local_files_only: bool = option(False, "use only what is in the Hub's cache already")
+    force_download: bool = option(False, "download again what is in the Hub's cache already")
+    cache_dir: str | os.PathLike[str] | None = option(
+        None, "the folder of the Hub's cache", shown="the one that HF_HOME or HF_HUB_CACHE name"
+    )
+
+    @property
+    def access(self) -> Access:
+        """How files are downloaded from the Hub."""
+        return Access(self.token, self.local_files_only, self.force_download, self.cache_dir)
 
     def __post_init__(self) -> None:
         if self.device is not None and not isinstance(self.device, int):  # torch takes an index for an accelerator
@@ -194,6 +205,9 @@ class RuntimeOptions(TypedDict, total=False):
     overwrite: bool
     token: str | bool | None
     trust_remote_code: bool
+    local_files_only: bool
+    force_download: bool
+    cache_dir: str | os.PathLike[str] | None
 
 
 class MergeOptions(RuntimeOptions, total=False):

@@ -1,8 +1,12 @@
 """Functions that write numbers, sizes and names for people to read."""
 
+import re
 from collections.abc import Sequence
 
 from neuromerge_hf.errors import LISTED
+
+NUMBER = re.compile(r"(-?[\d.,]+(%| ?[kMG]?B)?)?")
+"""A number, a share or a size; or nothing."""
 
 
 def different_names(base: str, experts: list[str]) -> list[str]:
@@ -31,6 +35,11 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{decimal(100 * share, digits)}%"
 
 
+def kind_of(parameter: str) -> str:
+    """The kind of a parameter: its name with ``*`` for numbers, such as ``model.layers.*.mlp.up_proj.weight``."""
+    return ".".join("*" if name.isdecimal() else name for name in parameter.split("."))
+
+
 def counted(parameters: int) -> str:
     """Return a number of parameters with its noun: "1 parameter"."""
     return "1 parameter" if parameters == 1 else f"{parameters} parameters"
@@ -50,7 +59,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     header, *body = rows
     columns = [column for column in zip(header, *body, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(cell[:1].isdigit() or cell[:1] in "-" for cell in column[1:]) for column in columns]
+    numeric = [all(NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]
     lines = []
     for row in zip(*columns, strict=True):
         cells = [

@@ -52,7 +52,7 @@ def prepare(merging: Merging, training: Training, places: Places) -> Merging:
                 plan = plan_spec(merging.average_of([Path(experts[0])]), averaged, merging.runtime_for(averaged))
             if not merging.averages_alone:
                 if outlined and merging.spec.base_model is None:
-                    resolved = resolve(merging.spec_of(experts), runtime.token)
+                    resolved = resolve(merging.spec_of(experts), runtime.access)
                     base = shared_base(resolved, merging.base, is_adapter=is_adapter)
                     merging = replace(merging, base=base)
                 plan = plan_spec(merging.spec_of(experts), places.merged, merging.runtime_for(places.merged))

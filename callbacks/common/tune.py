@@ -43,7 +43,7 @@ def tune(
 
     spec = replace(spec, tuned_on=spec.tuned_on or TASK)
     problems = check_settings(spec, runtime, target)
-    plan = plan_with_weights(spec, runtime, resolve(spec, runtime.token, problems), target)
+    plan = plan_with_weights(spec, runtime, resolve(spec, runtime.access, problems), target)
     trained = plan.experts[0]
     tune_plan(
         plan,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from neuromerge_hf.cli.messages import fitted
 from neuromerge_hf.cli.options import method_options
 from neuromerge_hf.config import DEFAULT_METHOD, config_class
 from neuromerge_hf.errors import MergeError
@@ -46,7 +48,8 @@ def exit_on_signals() -> Iterator[None]:
 
 def echo(found: Any, as_json: bool) -> None:
     """Print what a command found: its summary, or its `to_dict` as JSON."""
-    typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else found)
+    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else str(found)
+    typer.echo(text if as_json else fitted(text, sys.stdout.isatty()))
 
 
 def check_output_early(output: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from neuromerge_hf.cli.common import echo
+from neuromerge_hf.cli.messages import say
 from neuromerge_hf.cli.options import EXPERTS, JSON, method_name, takes_options
 from neuromerge_hf.tuning.comparison import NOT_COMPARED
 
@@ -32,6 +33,7 @@ def compare_command(
     **options: Any,
 ) -> None:
     """Merge with each method, evaluate each merge, the base and every expert, and print one table."""
+    say("Loading torch and transformers")
     from neuromerge_hf.tuning.compare import compare_methods
     from neuromerge_hf.tuning.evaluation import load_function
 

@@ -11,9 +11,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from neuromerge_hf.cli.messages import fitted
 from neuromerge_hf.errors import MergeError, printable
 
 FLAG = "--traceback"
+
+GLOBAL = {FLAG: FLAG, "--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
+"""Options of all commands, which are accepted anywhere in a command line, and their long forms."""
 
 INPUT, OURS, INTERRUPTED, BROKEN_PIPE = 1, 70, 130, 141
 """Exit codes: an error in what was given, or of the machine; an error of this library (EX_SOFTWARE); 128 + SIGINT;
@@ -24,10 +28,10 @@ class Commands(TyperGroup):
     """The commands. What they raise becomes one message on stderr, which ``--traceback`` extends."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Accept ``--traceback`` anywhere before a ``--``."""
+        """Accept the options of all commands anywhere before a ``--``."""
         end = args.index("--") if "--" in args else len(args)
-        if FLAG in args[:end]:
-            args = [FLAG, *(each for each in args[:end] if each != FLAG), *args[end:]]
+        given = [GLOBAL[each] for each in args[:end] if each in GLOBAL]
+        args = [*dict.fromkeys(given), *(each for each in args[:end] if each not in GLOBAL), *args[end:]]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -70,7 +74,7 @@ def _explain(error: BaseException, lines: Sequence[str], show_traceback: bool) -
     if show_traceback:
         typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     for line in lines:
-        typer.echo(line, err=True)
+        typer.echo(fitted(line, sys.stderr.isatty()), err=True)
 
 
 def _forget_output() -> None:

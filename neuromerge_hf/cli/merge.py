@@ -1,11 +1,13 @@
 """``neuromerge merge``."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuromerge_hf.cli.common import check_output_early, is_recipe, merge_options, models_or_file, runtime_options
+from neuromerge_hf.cli.common import check_output_early, echo, is_recipe, merge_options, models_or_file, runtime_options
+from neuromerge_hf.cli.messages import say
 from neuromerge_hf.cli.options import ConfigFile, Method, Models, takes_options
 from neuromerge_hf.errors import MergeError
 
@@ -33,6 +35,7 @@ def merge_command(
     """Merge fine-tunes and adapters into their base, or reproduce a merge from its recipe."""
     models = models_or_file(models, config)
     check_output_early(output, options["overwrite"])
+    say("Loading torch and transformers")
     from neuromerge_hf.api import merge, merge_recipe  # imports torch, which takes seconds
 
     if tune_density and not tune:
@@ -43,7 +46,12 @@ def merge_command(
         report = _tuned(models, output, tune, tune_density, merge_options(context))
     else:
         report = merge(models, output, **merge_options(context))
-    typer.echo(report)
+    if context.find_root().params["quiet"]:
+        typer.echo(report.output_dir)
+        return
+    echo(report, as_json=False)
+    folder = shlex.quote(str(output))
+    typer.echo(f"\nNext:\n  neuromerge card {folder} --results results.json\n  neuromerge push {folder} OWNER/NAME")
 
 
 def _tuned(

@@ -70,8 +70,17 @@ def takes_options(*, without: Collection[str] = (), methods: bool = False) -> Ca
 
     def decorate(command: Command) -> Command:
         hyper_parameters = [_combined(by_method) for by_method in method_options().values()] if methods else []
-        fields = [*hyper_parameters, *options_of(MergeSpec), *options_of(Runtime)]
-        parameters = [_parameter(each) for each in fields if each.name not in ("config", *without)]
+        panels = {
+            "Settings of the method": hyper_parameters,
+            "Merged model": options_of(MergeSpec),
+            "How to run it": options_of(Runtime),
+        }
+        parameters = [
+            _parameter(each, panel)
+            for panel, options in panels.items()
+            for each in options
+            if each.name not in ("config", *without)
+        ]
         signature = inspect.signature(command)
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
         command.__signature__ = signature.replace(parameters=[*own, *parameters])  # type: ignore[attr-defined]
@@ -101,8 +110,8 @@ def _combined(by_method: Mapping[str, Option]) -> Option:
     return Option(first.name, first.type, None, f"{methods}{first.help}", shown, first.command_line)
 
 
-def _parameter(option: Option) -> inspect.Parameter:
-    """The parameter of a command from which typer makes an option."""
+def _parameter(option: Option, panel: str) -> inspect.Parameter:
+    """The parameter of a command from which typer makes an option, in a panel of the help."""
     kind = _kind(option.type)
     flags = [f"--{option.name.replace('_', '-')}"] if kind is bool else []
     starts_with_method = option.help.split()[0].strip(",:") in METHODS
@@ -112,6 +121,7 @@ def _parameter(option: Option) -> inspect.Parameter:
         *flags,
         help=f"{words}." + (" Repeatable." if kind == list[str] else ""),
         show_default=shown,
+        rich_help_panel=panel,
         **{**_parser(option.type), **option.command_line},
     )
     annotation = Annotated[kind | None if option.default is None else kind, description]  # type: ignore[valid-type]

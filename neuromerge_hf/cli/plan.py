@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from neuromerge_hf.cli.common import echo, is_recipe, merge_options, models_or_file, runtime_options
+from neuromerge_hf.cli.messages import say
 from neuromerge_hf.cli.options import JSON, ConfigFile, Method, Models, takes_options
 
 
@@ -24,6 +25,7 @@ def plan_command(
 ) -> None:
     """Show what a merge will do and need, or everything that is wrong with it, without downloading the weights."""
     models = models_or_file(models, config)
+    say("Loading torch and transformers")
     from neuromerge_hf.api import plan_merge, plan_recipe
 
     if is_recipe(context, models):

@@ -12,10 +12,10 @@ from neuromerge_hf.engine.blocks import Memory, load_base
 from neuromerge_hf.engine.cpu_kernel import Combination
 from neuromerge_hf.engine.measured import measured_blocks, rows_of
 from neuromerge_hf.folder.rounding import KindRounding, Rounding
-from neuromerge_hf.skeleton.layers import kind_of
 from neuromerge_hf.sources.unit import Unit, Work
 from neuromerge_hf.storage.finite import name_of
 from neuromerge_hf.storage.layout import Block
+from neuromerge_hf.text import kind_of
 
 ROUNDED = (torch.float16, torch.bfloat16)
 """The dtypes to which merged weights are rounded. Merges are computed in float32."""

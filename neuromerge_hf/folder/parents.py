@@ -109,11 +109,13 @@ def _read_card(location: Location) -> tuple[dict[str, Any], str]:
 
 
 def is_gated(location: Location) -> bool:
-    """Whether users must accept a model's terms before a download; false if the Hub cannot be reached."""
-    if location.commit is None:
+    """Whether users must accept a model's terms before a download; false if the Hub cannot be asked."""
+    if location.commit is None or location.access.local_files_only:
         return False
     try:
-        return bool(HfApi(token=location.token).model_info(location.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated)
+        return bool(
+            HfApi(token=location.access.token).model_info(location.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).gated
+        )
     except Exception:  # offline, unreachable or no access: the merge does not depend on it
         return False
 

@@ -35,7 +35,6 @@ OF_TRANSFORMERS = (
     "offload_folder",
     "offload_state_dict",
     "output_loading_info",
-    "proxies",
     "quantization_config",
     "state_dict",
     "token",
@@ -54,6 +53,7 @@ OF_TRANSFORMERS = (
 INSTEAD = {
     "subfolder": 'write the folder into the id: "owner/name/folder"',
     "gguf_file": "a merge writes safetensors",
+    "proxies": "huggingface_hub takes them from the environment: set HTTPS_PROXY",
 }
 """What to do instead of some arguments that users expect."""
 

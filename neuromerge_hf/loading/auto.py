@@ -10,6 +10,7 @@ import torch
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from neuromerge_hf.access import PUBLIC
 from neuromerge_hf.api import merge_spec
 from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
@@ -20,7 +21,7 @@ from neuromerge_hf.loading.classes import class_of_files
 from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.loading.loaded_merge import LoadedMerge, settings_of
 from neuromerge_hf.loading.merged_model import merged_class
-from neuromerge_hf.options import with_options
+from neuromerge_hf.options import pick, with_options
 from neuromerge_hf.planning.planner import make_plan
 from neuromerge_hf.planning.resolve import load_config, resolve
 from neuromerge_hf.skeleton import model_class_of
@@ -34,11 +35,13 @@ from neuromerge_hf.storage.temporary import remove_leftovers
 NOT_FOR_LOADING = ("dtype", "max_shard_size", "tuned_on", "overwrite")
 """Merge options that loading does not take. Its `dtype` is transformers' own: the dtype of the loaded model."""
 
-MERGE_ONLY = tuple(name for name in OPTION_NAMES if name not in (*NOT_FOR_LOADING, "token", "trust_remote_code"))
+SHARED = ("token", "trust_remote_code", "local_files_only", "force_download", "cache_dir")
+"""The merge options that transformers' `from_pretrained` takes as well."""
+
+MERGE_ONLY = tuple(name for name in OPTION_NAMES if name not in (*NOT_FOR_LOADING, *SHARED))
 """The merge options that transformers' `from_pretrained` does not take."""
 
-
-OURS = (*MERGE_ONLY, "auto_class", "head", "cache_dir")
+OURS = (*MERGE_ONLY, "auto_class", "head", "merge_cache_dir")
 """The arguments of `AutoMergedModel.from_pretrained` that are not transformers' own."""
 
 
@@ -56,7 +59,7 @@ class AutoMergedModel:
         *,
         auto_class: Any = None,
         head: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        merge_cache_dir: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Any:
         """Merge the experts, or find their finished merge in the cache, and load it.
@@ -67,7 +70,8 @@ class AutoMergedModel:
                 experts' class, or the base's class if the experts' classes differ or have heads of their own.
             head: the name of an expert (see `MergeReport.experts`) whose task head is put on the merged backbone. The
                 model is then loaded as that expert's task model.
-            cache_dir: the folder that keeps finished merges. The default is ``neuromerge`` in the Hub's home folder.
+            merge_cache_dir: the folder that keeps finished merges. The default is ``neuromerge`` in the Hub's home
+                folder. ``neuromerge cache`` lists and deletes them.
             **options: any other argument of transformers' `from_pretrained`, such as ``device_map``, ``max_memory`` or
                 ``quantization_config``. ``dtype`` is the dtype of the loaded model.
 
@@ -83,27 +87,29 @@ class AutoMergedModel:
                 merged folder alone with several.
 
         Example:
-            >>> model = AutoMergedModel.from_pretrained(["math", "code-lora"], base_model="base", cache_dir="cache")
+            >>> model = AutoMergedModel.from_pretrained(["math", "code-lora"], base_model="base", merge_cache_dir="tmp")
             >>> type(model).__name__
             'LlamaForCausalLM'
         """
         _check_dtype(options.get("dtype"))
-        cache = user_path(cache_dir or user_cache(), "cache_dir").absolute()
+        cache = user_path(merge_cache_dir or user_cache(), "merge_cache_dir").absolute()
         if isinstance(models, str | os.PathLike):
             _check_options_of_one(models, options)
             merging: dict[str, Any] = {}
         else:
             _check_options_of_several(options)
             merging = {name: options.pop(name) for name in MERGE_ONLY if name in options}
-        shared: dict[str, Any] = {name: options[name] for name in ("token", "trust_remote_code") if name in options}
+        shared: dict[str, Any] = {name: options[name] for name in SHARED if name in options}
         merging |= shared
-        token, trust_remote_code = shared.get("token"), shared.get("trust_remote_code", False)
+        runtime = pick(Runtime, shared)
+        for name in ("force_download", "cache_dir"):  # what transformers then loads is a folder on this machine
+            options.pop(name, None)
         revision = options.pop("revision", None)
         if isinstance(models, str | os.PathLike):
-            location = locate(models, revision=revision, token=token)
+            location = locate(models, revision=revision, access=runtime.access)
             if not (location.folder / RECIPE_NAME).is_file():
                 raise MergeError(f"{location} is not a merged model. Give the experts as a list.")
-            _check_arguments(options, location, auto_class, trust_remote_code)
+            _check_arguments(options, location, auto_class, runtime.trust_remote_code)
             location.fetch_weights()
             if head and location.commit:
                 heads = [f"{HEADS}/*/config.json", f"{HEADS}/{head}/*"]
@@ -116,7 +122,7 @@ class AutoMergedModel:
         folder = location.folder
         if head is not None:
             folder = folder_with_head(folder, folder / HEADS, head, cache)
-        model_class: Any = class_of_files(folder, auto_class, trust_remote_code=trust_remote_code)
+        model_class: Any = class_of_files(folder, auto_class, trust_remote_code=runtime.trust_remote_code)
         loaded = merged_class(model_class).from_pretrained(folder, **options)
         model = loaded[0] if options.get("output_loading_info") else loaded
         if options.get("dtype", options.get("torch_dtype")) not in (None, "auto"):
@@ -124,7 +130,7 @@ class AutoMergedModel:
         if location.commit and location.id == location.repo and head is None:
             # PEFT writes this name into adapters as their base. Otherwise it would be a path in the local cache.
             model.name_or_path = location.id
-        merged_from = replace(location, folder=location.folder.absolute(), token=None)
+        merged_from = replace(location, folder=location.folder.absolute(), access=PUBLIC)
         model._origin = LoadedMerge(merged_from, cache, head, settings_of(model))
         return loaded
 
@@ -184,7 +190,7 @@ def _find_or_merge(
     models: Models, options: Mapping[str, Any], cache: Path, auto_class: Any, loading: Mapping[str, Any]
 ) -> Path:
     spec, runtime = read_options("AutoMergedModel.from_pretrained", models, options)
-    resolved = resolve(spec, runtime.token)
+    resolved = resolve(spec, runtime.access)
     if resolved.problems:
         make_plan(spec, runtime, resolved)  # raises these problems together with the plan's own
     _check_arguments(loading, resolved.base, auto_class, runtime.trust_remote_code)

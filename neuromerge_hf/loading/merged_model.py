@@ -15,6 +15,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from neuromerge_hf.access import Access
 from neuromerge_hf.folder.assets import BESIDE_CARD, copy_merge, remove_older_weights
 from neuromerge_hf.folder.directory import complete_directory
 from neuromerge_hf.folder.report import REPORT_NAME
@@ -140,7 +141,7 @@ class MergedModelMixin(PreTrainedModel if TYPE_CHECKING else object):  # type: i
                 return push(location.folder, repo_id, template=template, **arguments)
         check_repo_id(repo_id)
         if not is_local and not origin.head:  # loading fetched neither heads nor pictures
-            replace(location, token=token).download([f"{HEADS}/*", *BESIDE_CARD], ignore=None)
+            replace(location, access=Access(token)).download([f"{HEADS}/*", *BESIDE_CARD], ignore=None)
         pushes = origin.cache / "pushes"
         pushes.mkdir(parents=True, exist_ok=True)
         folder = pushes / f"{repo_id.rpartition('/')[2]}-{secrets.token_hex(4)}"

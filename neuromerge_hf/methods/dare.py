@@ -58,7 +58,7 @@ takes the mean over the fine-tunes that have it."""
     drop_rate: float = option(0.2, "the share of entries dropped at random")
     density: float = option(0.2, "the fraction of each task vector that is kept")
     scale: float = option(1.0, "the weight of the merged task vector")
-    seed: int = option(0, "the seed of the random numbers")
+    seed: int = option(0, "the random seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -218,7 +218,7 @@ class MergePlan(Summary):
         merged, copied, costs = self.merged, self.copied, self.costs
         lines += [
             f"  merged: {counted(len(merged))}, {self._ways}",
-            f"  copied from the base: {counted(len(copied))}" + (f" ({listed(copied)})" if copied else ""),
+            f"  unchanged (copied from the base): {counted(len(copied))}" + (f", {listed(copied)}" if copied else ""),
             *([f"  heads merged by their mean: {', '.join(sorted(self.head.tensors))}"] if self.head else []),
             *([f"  tokenizer of {self.tokenizer.location}"] if self.tokenizer.is_expert else []),
             *([f"  {self.vocabulary}"] if self.vocabulary else []),

@@ -1,12 +1,14 @@
 """Finds the models of a merge: the experts, and the base that they share."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from neuromerge_hf.access import PUBLIC, Access
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.folder.inputs import unchanged_inputs
 from neuromerge_hf.planning.configs import check_config_file
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NO_MODELS = "models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), but it is empty."
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,12 @@ class Resolved:
             location.fetch_weights()
 
 
-def resolve(spec: MergeSpec, token: str | bool | None = None, problems: Problems | None = None) -> Resolved:
+def resolve(spec: MergeSpec, access: Access = PUBLIC, problems: Problems | None = None) -> Resolved:
     """Find the base and the experts from their small files alone, without importing transformers for full checkpoints.
 
     Args:
         spec: the spec that names the models.
-        token: the token for private and gated models.
+        access: how files are downloaded from the Hub.
         problems: problems that were found before, to report them together.
 
     Returns:
@@ -92,8 +96,9 @@ def resolve(spec: MergeSpec, token: str | bool | None = None, problems: Problems
     if not spec.models:
         problems.add([NO_MODELS])
         raise problems.error
+    logger.info("Reading the metadata of the models")
     experts: list[ResolvedExpert] = []
-    locations = [problems.attempt(partial(locate, model, token=token)) for model in spec.models]
+    locations = [problems.attempt(partial(locate, model, access=access)) for model in spec.models]
     for location, name in zip(locations, spec.names or (None,) * len(locations), strict=True):
         if location:
             with problems:
@@ -102,7 +107,7 @@ def resolve(spec: MergeSpec, token: str | bool | None = None, problems: Problems
     if spec.base_model is None and not any(_named_base(expert) for expert in experts):
         problems.report()  # an expert that was not found may name the base, so its problem comes first
     with problems:
-        return Resolved(_find_base(spec.base_model, experts, token), _with_unique_names(experts), problems)
+        return Resolved(_find_base(spec.base_model, experts, access), _with_unique_names(experts), problems)
     raise problems.error
 
 
@@ -139,7 +144,7 @@ def quantised_base_notes(expert: ResolvedExpert, base: Location) -> list[str]:
         return []
     location = expert.location
     try:
-        trained_on = locate(named[0], revision=named[1], token=location.token)
+        trained_on = locate(named[0], revision=named[1], access=location.access)
         quantization = load_json(trained_on.folder / "config.json").get("quantization_config")
     except MergeError:  # the named base is gone or private; the merge does not need it
         return []
@@ -202,9 +207,9 @@ def _named_base(expert: ResolvedExpert) -> tuple[str, str | None] | None:
     return (config.base_model_name_or_path, config.revision) if config and config.base_model_name_or_path else None
 
 
-def _find_base(base_model: str | None, experts: Sequence[ResolvedExpert], token: str | bool | None) -> Location:
+def _find_base(base_model: str | None, experts: Sequence[ResolvedExpert], access: Access) -> Location:
     if base_model is not None:
-        return locate(base_model, token=token)
+        return locate(base_model, access=access)
     named = {known: expert.location for expert in experts if (known := _named_base(expert))}
     if not named:
         raise MergeError(
@@ -219,6 +224,6 @@ def _find_base(base_model: str | None, experts: Sequence[ResolvedExpert], token:
         )
     (((base, revision), location),) = named.items()
     try:
-        return locate(base, revision=revision, token=token)
+        return locate(base, revision=revision, access=access)
     except MergeError as error:
         raise MergeError(f"{location} names its base {base!r}: {error} Or pass base_model=.") from error

@@ -24,11 +24,6 @@ def find_layers(parameters: Iterable[str]) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: _sort_key(item[1])))
 
 
-def kind_of(parameter: str) -> str:
-    """The kind of a parameter: its name with ``*`` for numbers, such as ``model.layers.*.mlp.up_proj.weight``."""
-    return ".".join("*" if name.isdecimal() else name for name in parameter.split("."))
-
-
 def _first_number(path: list[str]) -> int:
     """The position of the first number in a path; 0 if there is none."""
     return next((i for i, name in enumerate(path) if name.isdecimal()), 0)

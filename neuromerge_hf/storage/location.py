@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from neuromerge_hf.access import PUBLIC, Access
 from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.storage.file_state import State, state_of
 from neuromerge_hf.storage.files import CARD, CHECKPOINT_FILES, COMPANIONS, LICENCE_FILES, weight_files
@@ -32,6 +33,7 @@ from neuromerge_hf.storage.tensors import StoredTensor
 METADATA = ["*.json", *COMPANIONS, *LICENCE_FILES, CARD, "recipe.yaml"]
 """Patterns of the small files: configurations, tokenizers, indexes, recipes, licences."""
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Location:
         id: the folder or the id that the user gave, without the revision. An id may include a subfolder.
         folder: where the files are on this machine.
         commit: the commit on the Hub; None for a local folder.
-        token: the Hub token for downloads.
+        access: how files are downloaded from the Hub.
         weight_names: the possible names of the weight file or index. The first that exists is used.
         notes: remarks on the weight files for the report.
         listed: the size in bytes of each file of this folder on the Hub, if it is known already.
@@ -53,7 +55,7 @@ class Location:
     id: str
     folder: Path
     commit: str | None = None
-    token: str | bool | None = field(default=None, repr=False)
+    access: Access = field(default=PUBLIC, repr=False)
     weight_names: tuple[str, ...] = CHECKPOINT_FILES
     notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     listed: dict[str, int] | None = field(default=None, repr=False, compare=False)
@@ -92,7 +94,7 @@ class Location:
         Raises:
             MergeError: if the files cannot be downloaded.
         """
-        _download(self.id, self.commit, self.token, patterns, ignore)
+        _download(self.id, self.commit, self.access, patterns, ignore)
 
     # ---------------------------------------------------------------------------------------------------- weights
 
@@ -185,7 +187,7 @@ class Location:
     def _sizes(self) -> dict[str, int] | None:
         if self.listed is not None:
             return self.listed
-        return list_sizes(*_split(self.id), self.commit, self.token) if self.commit else {}
+        return list_sizes(*_split(self.id), self.commit, self.access) if self.commit else {}
 
     @cached_property
     def _opened(self) -> dict[tuple[Path, bool], Mapping[str, StoredTensor]]:
@@ -209,17 +211,17 @@ class Location:
     def _open_remote(self, file: Path) -> Mapping[str, StoredTensor]:
         repo, prefix = _split(self.id)
         url = hf_hub_url(repo, prefix + file.name, revision=self.commit)
-        return open_remote(file, url, (self._sizes or {})[file.name], self.token)
+        return open_remote(file, url, (self._sizes or {})[file.name], self.access.token)
 
 
-def locate(model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Location:
+def locate(model: str | os.PathLike[str], *, revision: str | None = None, access: Access = PUBLIC) -> Location:
     """Find a model, and download its small files if it is on the Hub.
 
     Args:
         model: a folder, or an id on the Hub. An id may include a subfolder (``owner/name/folder``), and may end in
             ``@revision`` (a branch, a tag or a commit).
         revision: the revision for an id without one.
-        token: the Hub token for private and gated repositories.
+        access: how files are downloaded from the Hub.
 
     Raises:
         MergeError: if the folder or repository does not exist or cannot be accessed.
@@ -240,22 +242,25 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
     if text.startswith((".", "/", "~")) or not all(name.split("/")) or ".." in name.split("/"):
         raise MergeError(f"{text} is not a folder on this machine, and no id of a model on the Hub.")
     repo, prefix = _split(name)
-    commit, sizes = repository_sizes(repo, prefix, named or revision, token) or (None, {})
+    commit, sizes = repository_sizes(repo, prefix, named or revision, access) or (None, {})
     check_sizes(name, sizes)
     metadata = METADATA
     if sizes.get(CARD, 0) > LARGEST_CARD:
         logger.warning("The card of %s is not read: it has more than %d bytes.", name, LARGEST_CARD)
         metadata = [pattern for pattern in METADATA if pattern != CARD]
-    snapshot = _download(name, named or revision, token, metadata)
+    snapshot = _download(name, named or revision, access, metadata)
     if prefix and not (snapshot / prefix).is_dir():
         raise MergeError(
             f"{name} is not a folder on this machine, and the model {repo} on the Hub (at {snapshot.name[:8]}) has no "
             f"model in a folder {prefix.rstrip('/')}. Check the spelling and the revision."
         )
     if folders := module_folders(snapshot / prefix):
-        _download(name, snapshot.name, token, [f"{glob.escape(folder)}/*" for folder in folders], ignore=None)
+        _download(name, snapshot.name, access, [f"{glob.escape(folder)}/*" for folder in folders], ignore=None)
+    if access.force_download:  # what is not there yet is downloaded later, and once
+        kept = [path.name for path in (snapshot / prefix).glob("*") if path.suffix in WEIGHT_SUFFIXES]
+        _download(name, snapshot.name, access, [glob.escape(file) for file in kept])
     listed = sizes if commit == snapshot.name else None
-    location = _watched(Location(name, snapshot / prefix, commit=snapshot.name, token=token, listed=listed))
+    location = _watched(Location(name, snapshot / prefix, commit=snapshot.name, access=access, listed=listed))
     check_small_files(location.folder, is_cached=True)
     return location
 
@@ -278,17 +283,21 @@ def _split(model_id: str) -> tuple[str, str]:
 
 
 def _download(
-    model_id: str, revision: str | None, token: str | bool | None, patterns: Sequence[str], ignore: str | None = "*/*"
+    model_id: str, revision: str | None, access: Access, patterns: Sequence[str], ignore: str | None = "*/*"
 ) -> Path:
     """Download the matching files of a model. Returns the snapshot's folder, whose name is the commit."""
     repo, prefix = _split(model_id)
     at = f"{model_id} at revision {revision}" if revision else model_id
     inside = glob.escape(prefix)
+    cache = None if access.cache_dir is None else user_path(access.cache_dir, "cache_dir")
     try:
         snapshot = snapshot_download(
             repo,
             revision=revision,
-            token=token,
+            token=access.token,
+            local_files_only=access.local_files_only,
+            force_download=access.force_download,
+            cache_dir=cache,
             allow_patterns=[inside + pattern for pattern in patterns],
             ignore_patterns=inside + ignore if ignore else None,
         )
@@ -313,8 +322,12 @@ def _download(
         ) from error
     except LocalEntryNotFoundError as error:
         raise MergeError(
-            f"{at} is not a folder on this machine, is not in the Hub's cache, and the Hub cannot be reached. "
-            "Check the spelling and the network."
+            f"{at} is not a folder on this machine, is not in the Hub's cache, and "
+            + (
+                "local_files_only=True (--local-files-only) forbids a download. Check the spelling, or leave that out."
+                if access.local_files_only
+                else "the Hub cannot be reached. Check the spelling and the network."
+            )
         ) from error
     except HfHubHTTPError as error:
         raise MergeError(f"The Hub refused to give {at}: {error}") from error

@@ -11,6 +11,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # re-exported
     http_stream_backoff,
 )
 
+from neuromerge_hf.access import Access
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.storage.formats import check_header, read_header
 from neuromerge_hf.storage.tensors import RemoteTensor
@@ -19,25 +20,30 @@ FIRST_BYTES = 100_000
 """The bytes of the first request, which hold most headers. For a small file it is a thousandth of the file."""
 
 
-def list_sizes(repo: str, folder: str, commit: str, token: str | bool | None) -> dict[str, int] | None:
-    """The size in bytes of each file in a folder of a repository, by file name; None if the Hub cannot be reached.
+def list_sizes(repo: str, folder: str, commit: str, access: Access) -> dict[str, int] | None:
+    """The size in bytes of each file in a folder of a repository, by file name; None if the Hub is not to be asked or
+    cannot be reached.
 
     Args:
         folder: the folder with a slash at its end; "" for the top of the repository.
     """
+    if access.local_files_only:
+        return None
     try:
-        entries = list(HfApi(token=token).list_repo_tree(repo, folder.rstrip("/") or None, revision=commit))
+        entries = list(HfApi(token=access.token).list_repo_tree(repo, folder.rstrip("/") or None, revision=commit))
     except Exception:  # offline, unreachable or no access: the cached files may be enough
         return None
     return {PurePosixPath(entry.path).name: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
 
 def repository_sizes(
-    repo: str, folder: str, revision: str | None, token: str | bool | None
+    repo: str, folder: str, revision: str | None, access: Access
 ) -> tuple[str | None, dict[str, int]] | None:
-    """The commit of a revision, and the sizes of `list_sizes` at it; None if the Hub cannot be reached."""
+    """The commit of a revision, and the sizes of `list_sizes` at it; None if it is not to be asked or reached."""
+    if access.local_files_only:
+        return None
     try:
-        info = HfApi(token=token).model_info(
+        info = HfApi(token=access.token).model_info(
             repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
     except Exception:  # offline, unreachable or no access: the download says which

@@ -95,7 +95,7 @@ def compare_methods(
         problems.attempt(partial(check_output, target, True, FILES, "comparison"))
     for config in configs.values():
         problems.attempt(partial(config.expert_weights, len(spec.models)))
-    resolved = resolve(spec, runtime.token, problems)
+    resolved = resolve(spec, runtime.access, problems)
     progress = tqdm(total=1 + len(spec.models) + len(configs), desc="Comparing", name="neuromerge_hf.comparison")
 
     with work_folder(parent or Path(tempfile.gettempdir())) as folder, progress:
@@ -164,7 +164,7 @@ def judge(methods: dict[str, Scores]) -> tuple[dict[str, Interval], str | None, 
     if within:
         verdict = f"{lead}, but no winner is declared: its lead is within the noise over {', '.join(within)}."
         return intervals, None, verdict
-    return intervals, best, f"{lead}, and wins: its lead over every other method is beyond the noise."
+    return intervals, best, f"{lead}, and wins: its lead over every other method is statistically significant."
 
 
 def label_of(config: MergeConfig) -> str:

@@ -141,7 +141,7 @@ def tune_lambdas(
         dataclasses.replace(spec.config, density=density)  # raises if it is out of range
     target = None if output_dir is None else user_path(output_dir, "output_dir").absolute()
     problems = check_settings(spec, runtime, target)
-    plan = plan_with_weights(spec, runtime, resolve(spec, runtime.token, problems), target)
+    plan = plan_with_weights(spec, runtime, resolve(spec, runtime.access, problems), target)
     tuning = tune_plan(
         plan,
         runtime,

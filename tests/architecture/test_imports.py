@@ -29,7 +29,7 @@ ROWS = (
     ("model_cards",),
     ("folder",),
     ("storage",),
-    ("spec", "config", "kernel", "compiled", "spectrum", "options", "typed", "text", "errors", "version"),
+    ("spec", "config", "kernel", "compiled", "spectrum", "options", "typed", "text", "access", "errors", "version"),
 )
 """The folders and files of the package, from the top down."""
 

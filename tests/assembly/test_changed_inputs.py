@@ -117,7 +117,9 @@ def test_the_cache_keeps_no_merge_of_files_that_changed(models, tmp_path, at_mom
     file = models / "math" / "model.safetensors"
     at_moment("before a pass", lambda: rewrite(file, way))
     with pytest.raises(MergeError, match="has changed since it was opened"):
-        AutoMergedModel.from_pretrained([models / "math"], base_model=models / "base", cache_dir=tmp_path / "cache")
+        AutoMergedModel.from_pretrained(
+            [models / "math"], base_model=models / "base", merge_cache_dir=tmp_path / "cache"
+        )
     assert contents(tmp_path / "cache") == {}
 
 
@@ -210,7 +212,9 @@ def test_a_recipe_is_not_made_again_from_files_that_changed_after_their_check(mo
 
 def test_the_cache_has_no_merge_of_an_older_file_of_the_same_size_and_time(models, tmp_path):
     def merged():
-        AutoMergedModel.from_pretrained([models / "math"], base_model=models / "base", cache_dir=tmp_path / "cache")
+        AutoMergedModel.from_pretrained(
+            [models / "math"], base_model=models / "base", merge_cache_dir=tmp_path / "cache"
+        )
         recipes = (tmp_path / "cache").glob("*/recipe.yaml")
         hashes = {yaml.safe_load(path.read_text())["models"][0]["blake3"]["model.safetensors"] for path in recipes}
         return len(hashes), file_hash(models / "math" / "model.safetensors", "blake3") in hashes
@@ -259,7 +263,9 @@ def test_the_cache_knows_the_shards_of_a_base_whose_folder_holds_an_adapter(mode
     models = models_with_adapters
 
     def merged():
-        AutoMergedModel.from_pretrained([models / "math"], base_model=models / "base", cache_dir=tmp_path / "cache")
+        AutoMergedModel.from_pretrained(
+            [models / "math"], base_model=models / "base", merge_cache_dir=tmp_path / "cache"
+        )
         return len(list((tmp_path / "cache").glob("*/recipe.yaml")))
 
     assert merged() == 1

@@ -199,7 +199,7 @@ def test_tuning_refuses_lambdas_that_the_live_model_cannot_hold(models: Path, tm
 def test_loading_in_a_dtype_that_does_not_hold_the_weights_is_refused(models: Path, tmp_path: Path) -> None:
     for name in ("base", "math"):
         put(models / name, NORM, 7e4)
-    options = {"base_model": models / "base", "cache_dir": tmp_path / "cache"}
+    options = {"base_model": models / "base", "merge_cache_dir": tmp_path / "cache"}
     with pytest.raises(MergeError) as caught:
         AutoMergedModel.from_pretrained([models / "math"], dtype=torch.float16, **options)
     assert says(str(caught.value), NORM, "not finite in float16", "bfloat16")

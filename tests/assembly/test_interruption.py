@@ -143,8 +143,8 @@ def test_two_processes_share_one_cache(tmp_path):
     assert [path for path in cache.rglob(".*") if path.name.startswith(".")] == []
     assert len([path for path in cache.iterdir() if path.name != "heads"]) == 1
     options = {"base_model": base, "head": "topics"}
-    shared = AutoMergedModel.from_pretrained([expert], cache_dir=cache, **options)
-    alone = AutoMergedModel.from_pretrained([expert], cache_dir=tmp_path / "other", **options)
+    shared = AutoMergedModel.from_pretrained([expert], merge_cache_dir=cache, **options)
+    alone = AutoMergedModel.from_pretrained([expert], merge_cache_dir=tmp_path / "other", **options)
     assert torch.equal(logits(shared), logits(alone))
 
 
@@ -153,7 +153,7 @@ def test_what_a_killed_process_left_is_removed_although_the_merge_is_there(tmp_p
     expert = save_fine_tune(
         base, tmp_path / "expert", model_class="BertForSequenceClassification", num_labels=2, seed=1
     )
-    options = {"base_model": base, "head": "expert", "cache_dir": tmp_path / "cache"}
+    options = {"base_model": base, "head": "expert", "merge_cache_dir": tmp_path / "cache"}
     AutoMergedModel.from_pretrained([expert], **options)
     with temporary_path(tmp_path / "cache" / "merged") as path:
         lock = path.with_name(path.name + ".lock")

@@ -86,7 +86,7 @@ def test_merging_heads_changes_nothing_else(models, tmp_path):
 
 
 def test_one_expert_is_given_back_with_its_head(models, tmp_path):
-    options = {"base_model": models / "base", "config": GIVES_BACK, "cache_dir": tmp_path}
+    options = {"base_model": models / "base", "config": GIVES_BACK, "merge_cache_dir": tmp_path}
     model = AutoMergedModel.from_pretrained([models / "films"], merge_heads=True, **options)
     assert type(model).__name__ == TASK
     torch.testing.assert_close(logits(model), logits(load(models / "films")), rtol=0, atol=1e-5)

@@ -155,7 +155,7 @@ def test_the_quick_start_runs_as_it_is_pasted(merged, monkeypatch):
 def test_the_merged_object_is_of_the_own_class(models, merged, tmp_path):
     base, *experts = models
     options = {"base_model": base, "config": NeuroMergingConfig(), **TRUSTED}
-    model = AutoMergedModel.from_pretrained(experts, cache_dir=tmp_path / "cache", **options)
+    model = AutoMergedModel.from_pretrained(experts, merge_cache_dir=tmp_path / "cache", **options)
     assert type(model).__name__ == "TongueForSequenceClassification"
     assert torch.equal(logits(model), logits(load(merged)))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -187,7 +187,7 @@ def test_an_auto_class_loads_the_own_class_and_saves_its_code(models, tmp_path):
         experts,
         base_model=base,
         auto_class=AutoModelForSequenceClassification,
-        cache_dir=tmp_path / "cache",
+        merge_cache_dir=tmp_path / "cache",
         **TRUSTED,
     )
     assert type(model).__name__ == "TongueForSequenceClassification"
@@ -209,7 +209,7 @@ def test_candidates_are_evaluated_under_an_own_head(models, tmp_path):
 
     found = tune_lambdas([math, chat], {"math": score}, grid=TuningGrid((0.0,), (0.5,), 0), **arguments)
     merged = AutoMergedModel.from_pretrained(
-        [math, chat], config=found.config, head="math", cache_dir=tmp_path / "cache", **arguments
+        [math, chat], config=found.config, head="math", merge_cache_dir=tmp_path / "cache", **arguments
     )
     assert type(merged).__name__ == "TongueForSequenceClassification"
     assert found.best.score == pytest.approx(score(merged), rel=1e-5)

@@ -191,7 +191,9 @@ def test_a_merge_is_scored_as_the_model_that_is_loaded_with_the_head(bench, tmp_
     scores = scorer.score(add(load_base(), direction, 1))
     merge(list(folders.values()), tmp_path / "merged", base_model=BASE, config=NeuroMergingConfig())
     for task in folders:
-        model = AutoMergedModel.from_pretrained(tmp_path / "merged", head=task, cache_dir=tmp_path / "heads").eval()
+        model = AutoMergedModel.from_pretrained(
+            tmp_path / "merged", head=task, merge_cache_dir=tmp_path / "heads"
+        ).eval()
         right = [model(**inputs).logits.argmax(dim=-1) == labels for inputs, labels in scorer.batches[task]]
         share = scores[task].count("1") / len(scores[task])
         assert share == pytest.approx(torch.cat(right).float().mean().item(), abs=0.05)

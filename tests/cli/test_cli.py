@@ -33,18 +33,20 @@ def test_the_command_merges_and_reports(models, tmp_path):
     merge([models / "math", models / "code"], tmp_path / "same", base_model=models / "base")
     assert contents(tmp_path / "merged") == contents(tmp_path / "same")
     for part in (
-        "Merged 2 experts into base:",
-        "math (full): 18,080 entries, sigma 0.",
-        "code (LoRA r=4): 15,360 entries, sigma 0.",
+        "Merged 2 experts into base in ",
+        "  expert  kind       change  kept  sigma\n  math    full ",
+        "\n  code    LoRA r=4 ",
         "density 0.2",
         "lambda_parallel 0",
         "lambda_orthogonal 2.",
-        "21 parameters merged, 0 copied from the base",
+        "21 parameters merged, 0 unchanged (copied from the base)",
+        "The experts' changes are nearly independent",
+        f"neuromerge push {tmp_path / 'merged'} OWNER/NAME",
         "72.3 kB written",
         f"The merged model is in {tmp_path / 'merged'}",
     ):
         assert part in done.stdout
-    assert re.search(r"\d+\.\d s, .* read", done.stdout)
+    assert re.search(r"in \d+\.\d s: .* read", done.stdout)
 
 
 def test_the_report_counts_one_expert_as_one(models, tmp_path):

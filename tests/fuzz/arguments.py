@@ -83,7 +83,7 @@ def _calls(out: Path) -> dict[Callable[..., Any], dict[str, Any]]:
         write_card: {"folder": root / "merged", "repo_id": "a/b", "template": None},
         push: {"folder": root / "merged", "repo_id": "arguments/merged", "tags": (), "template": None,
         "revision": None},
-        AutoMergedModel.from_pretrained: {**merging, "config": AverageConfig(), "cache_dir": out / "cache",
+        AutoMergedModel.from_pretrained: {**merging, "config": AverageConfig(), "merge_cache_dir": out / "cache",
         "head": None},
         tune_lambdas: {**merging, "evaluate": score, "grid": TuningGrid((0.0,), (1.0,), rounds=0), "densities": None,
                        "metric": None, "output_dir": None, "work_dir": None, "auto_class": None},

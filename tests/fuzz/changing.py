@@ -166,7 +166,9 @@ def _merged(how: str, models: Path, folder: Path) -> Path:
     output = folder / "out" / "merged"
     if how == "cache":
         made = set((folder / "out").glob("*"))
-        AutoMergedModel.from_pretrained(experts, base_model=base, cache_dir=folder / "out", device="cpu", threads=1)
+        AutoMergedModel.from_pretrained(
+            experts, base_model=base, merge_cache_dir=folder / "out", device="cpu", threads=1
+        )
         return next(iter(set((folder / "out").glob("*")) - made), output)
     if how == "recipe":
         merge_recipe(folder / "recipe.yaml", output, device="cpu", threads=1)

@@ -27,7 +27,7 @@ def load_merged(models: Path, cache: Path) -> Callable[..., Any]:
     def from_pretrained(**arguments: Any) -> Any:
         names, base = (["math", "code"], "base") if "head" not in arguments else (["topics", "moods"], "encoder")
         experts = [models / name for name in names]
-        return AutoMergedModel.from_pretrained(experts, base_model=models / base, cache_dir=cache, **arguments)
+        return AutoMergedModel.from_pretrained(experts, base_model=models / base, merge_cache_dir=cache, **arguments)
 
     return from_pretrained
 

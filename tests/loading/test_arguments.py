@@ -49,7 +49,7 @@ def no_merge(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("no_merge")
 def test_an_argument_that_nobody_takes_is_found_before_anything_is_merged(models, tmp_path, argument, message):
-    experts, options = [models / "math"], {"base_model": models / "base", "cache_dir": tmp_path, **CPU}
+    experts, options = [models / "math"], {"base_model": models / "base", "merge_cache_dir": tmp_path, **CPU}
     with pytest.raises(TypeError) as caught:
         AutoMergedModel.from_pretrained(experts, **options, **argument)
     assert message in str(caught.value)
@@ -62,7 +62,7 @@ def test_arguments_of_the_class_and_the_configuration_are_passed_on(models, tmp_
     model = AutoMergedModel.from_pretrained(
         [expert],
         base_model=base,
-        cache_dir=tmp_path / "cache",
+        merge_cache_dir=tmp_path / "cache",
         output_attentions=True,
         attn_implementation="eager",
         low_cpu_mem_usage=True,
@@ -89,5 +89,5 @@ def test_every_argument_that_transformers_takes_is_known():
     function = PreTrainedModel.from_pretrained
     named = [name for name, each in inspect.signature(function).parameters.items() if each.kind is each.KEYWORD_ONLY]
     popped = re.findall(r'kwargs\.(?:pop|get)\("([a-z]\w*)"', inspect.getsource(function.__func__))
-    ours = {"cache_dir", "revision"}
+    ours = {"cache_dir", "revision"}  # which the downloads take
     assert {*named, *popped} - ours <= {*OF_TRANSFORMERS, *INSTEAD}

@@ -69,7 +69,7 @@ def merges(cache: Path) -> dict[str, tuple[int, int]]:
 
 def test_the_architectures_own_class_is_returned(llamas, cache):
     model = AutoMergedModel.from_pretrained(
-        [llamas / "math", llamas / "code"], base_model=llamas / "base", cache_dir=cache
+        [llamas / "math", llamas / "code"], base_model=llamas / "base", merge_cache_dir=cache
     )
     assert isinstance(model, transformers.LlamaForCausalLM)
     assert not model.training
@@ -78,10 +78,10 @@ def test_the_architectures_own_class_is_returned(llamas, cache):
 
 def test_one_expert_unchanged_has_the_experts_logits(llamas, cache):
     merged = AutoMergedModel.from_pretrained(
-        [llamas / "math"], base_model=llamas / "base", config=UNCHANGED, cache_dir=cache
+        [llamas / "math"], base_model=llamas / "base", config=UNCHANGED, merge_cache_dir=cache
     )
     assert close(logits(merged), logits(load(llamas / "math")))
-    merged = AutoMergedModel.from_pretrained([llamas / "code"], config=UNCHANGED, cache_dir=cache)
+    merged = AutoMergedModel.from_pretrained([llamas / "code"], config=UNCHANGED, merge_cache_dir=cache)
     assert close(logits(merged), logits(load_adapted(llamas / "base", llamas / "code")))
 
 
@@ -92,27 +92,27 @@ def test_it_cannot_be_constructed():
 
 def test_arguments_go_to_from_pretrained(llamas, cache):
     model = AutoMergedModel.from_pretrained(
-        [llamas / "code"], cache_dir=cache, dtype="bfloat16", attn_implementation="eager", use_cache=False
+        [llamas / "code"], merge_cache_dir=cache, dtype="bfloat16", attn_implementation="eager", use_cache=False
     )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
     assert model.config.use_cache is False
-    model, info = AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache, output_loading_info=True)
+    model, info = AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
 
 
 def test_device_map_auto_places_the_model(llamas, cache):
-    model = AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache, device_map="auto")
+    model = AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache, device_map="auto")
     assert {parameter.device.type for parameter in model.parameters()} == {PartialState().device.type}
-    assert close(logits(model), logits(AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache)))
+    assert close(logits(model), logits(AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache)))
 
 
 @pytest.mark.parametrize("head", [None, "topics"])
 def test_layers_can_stay_on_the_disk(llamas, berts, cache, tmp_path, head):
     experts = [llamas / "math"] if head is None else [berts / "topics"]
     base = (llamas if head is None else berts) / "base"
-    plain = AutoMergedModel.from_pretrained(experts, base_model=base, head=head, cache_dir=cache)
+    plain = AutoMergedModel.from_pretrained(experts, base_model=base, head=head, merge_cache_dir=cache)
     device_map = {name: "cpu" for name, _ in plain.named_children()}
     if head is None:
         device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
@@ -122,7 +122,7 @@ def test_layers_can_stay_on_the_disk(llamas, berts, cache, tmp_path, head):
         device_map.pop("bert")
         device_map |= {"bert.embeddings": "cpu", "bert.encoder.layer.0": "cpu", "bert.pooler": "cpu"}
     model = AutoMergedModel.from_pretrained(
-        experts, base_model=base, head=head, cache_dir=cache, device_map=device_map, offload_folder=tmp_path
+        experts, base_model=base, head=head, merge_cache_dir=cache, device_map=device_map, offload_folder=tmp_path
     )
     assert set(map(str, model.hf_device_map.values())) == {"cpu", "disk"}
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
@@ -131,15 +131,15 @@ def test_layers_can_stay_on_the_disk(llamas, berts, cache, tmp_path, head):
 
 def test_max_memory_sends_the_rest_to_the_disk(llamas, cache, tmp_path):
     arguments = {"device_map": "auto", "max_memory": {"cpu": "40KB"}, "offload_folder": tmp_path}
-    model = AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache, **arguments)
+    model = AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache, **arguments)
     assert "disk" in model.hf_device_map.values()
-    assert close(logits(model), logits(AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache)))
+    assert close(logits(model), logits(AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache)))
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, BertForSequenceClassification])
 def test_auto_class_is_an_auto_class_or_a_model_class(berts, cache, auto_class):
     experts = [berts / "topics", berts / "moods"]
-    arguments = {"base_model": berts / "base", "cache_dir": cache, "auto_class": auto_class}
+    arguments = {"base_model": berts / "base", "merge_cache_dir": cache, "auto_class": auto_class}
     model = AutoMergedModel.from_pretrained(experts, head="moods", **arguments)
     assert isinstance(model, BertForSequenceClassification)
     assert model.config.num_labels == 5
@@ -150,7 +150,7 @@ def test_auto_class_is_an_auto_class_or_a_model_class(berts, cache, auto_class):
 def test_what_is_no_class_of_transformers_is_refused(llamas, cache):
     for wrong in ("LlamaForCausalLM", torch.nn.Linear):
         with pytest.raises(MergeError, match="auto_class must be an Auto class or a model class of transformers, not"):
-            AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache, auto_class=wrong)
+            AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache, auto_class=wrong)
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -158,11 +158,11 @@ def test_what_is_no_class_of_transformers_is_refused(llamas, cache):
 
 def test_the_second_call_finds_the_merge(llamas, tmp_path):
     experts, base = [llamas / "math", llamas / "code"], llamas / "base"
-    first = AutoMergedModel.from_pretrained(experts, base_model=base, cache_dir=tmp_path)
+    first = AutoMergedModel.from_pretrained(experts, base_model=base, merge_cache_dir=tmp_path)
     made = merges(tmp_path)
     assert len(made) == 1
     for arguments in ({"base_model": base}, {"base_model": str(base), "config": NeuroIsoConfig()}, {}):
-        again = AutoMergedModel.from_pretrained(experts, cache_dir=tmp_path, dtype="float32", **arguments)
+        again = AutoMergedModel.from_pretrained(experts, merge_cache_dir=tmp_path, dtype="float32", **arguments)
         assert torch.equal(logits(first), logits(again))
     assert merges(tmp_path) == made
     assert list(tmp_path.glob(".*")) == []
@@ -175,7 +175,7 @@ def test_changed_inputs_make_another_merge(llamas, tmp_path):
     cache = tmp_path / "cache"
 
     def count(*experts, **arguments):
-        AutoMergedModel.from_pretrained(experts, cache_dir=cache, **arguments)
+        AutoMergedModel.from_pretrained(experts, merge_cache_dir=cache, **arguments)
         return len(merges(cache))
 
     assert count(math, code, base_model=base) == 1
@@ -199,7 +199,7 @@ def test_changed_inputs_make_another_merge(llamas, tmp_path):
 @pytest.mark.parametrize(("head", "width"), [("topics", 3), ("moods", 5), ("tags", 6)])
 def test_a_full_fine_tunes_head_stands_on_the_merged_backbone(berts, cache, head, width):
     experts = [berts / "topics", berts / "moods", berts / "tags"]
-    merged = AutoMergedModel.from_pretrained(experts, base_model=berts / "base", head=head, cache_dir=cache)
+    merged = AutoMergedModel.from_pretrained(experts, base_model=berts / "base", head=head, merge_cache_dir=cache)
     expert = load(berts / head)
     assert isinstance(merged, type(expert))
     assert logits(merged).shape[-1] == width
@@ -209,14 +209,14 @@ def test_a_full_fine_tunes_head_stands_on_the_merged_backbone(berts, cache, head
 
 @pytest.mark.parametrize("head", ["topics", "moods", "tags"])
 def test_one_fine_tune_unchanged_is_the_fine_tune_with_its_head(berts, cache, head):
-    arguments = {"base_model": berts / "base", "config": UNCHANGED, "cache_dir": cache}
+    arguments = {"base_model": berts / "base", "config": UNCHANGED, "merge_cache_dir": cache}
     merged = AutoMergedModel.from_pretrained([berts / head], head=head, **arguments)
     assert close(logits(merged), logits(load(berts / head)))
 
 
 @pytest.mark.parametrize(("head", "labels", "task"), [("spam", 3, "Sequence"), ("names", 7, "Token")])
 def test_one_adapter_unchanged_is_the_adapted_model_with_its_head(berts, cache, head, labels, task):
-    merged = AutoMergedModel.from_pretrained([berts / head], head=head, config=UNCHANGED, cache_dir=cache)
+    merged = AutoMergedModel.from_pretrained([berts / head], head=head, config=UNCHANGED, merge_cache_dir=cache)
     expert = load_adapted(berts / "base", berts / head, f"BertFor{task}Classification", num_labels=labels)
     assert type(merged).__name__ == f"BertFor{task}Classification"
     assert close(logits(merged), logits(expert))
@@ -225,13 +225,13 @@ def test_one_adapter_unchanged_is_the_adapted_model_with_its_head(berts, cache, 
 def test_adapters_and_fine_tunes_keep_their_heads_side_by_side(berts, cache):
     experts = [berts / name for name in ("topics", "spam", "names")]
     for name, width in {"topics": 3, "spam": 3, "names": 7}.items():
-        merged = AutoMergedModel.from_pretrained(experts, base_model=berts / "base", head=name, cache_dir=cache)
+        merged = AutoMergedModel.from_pretrained(experts, base_model=berts / "base", head=name, merge_cache_dir=cache)
         assert logits(merged).shape[-1] == width
 
 
 def test_a_head_takes_the_place_of_the_bases_own(berts, cache):
     base, expert = berts / "classifier", berts / "of-classifier"
-    arguments = {"base_model": base, "config": UNCHANGED, "cache_dir": cache}
+    arguments = {"base_model": base, "config": UNCHANGED, "merge_cache_dir": cache}
     assert close(
         logits(AutoMergedModel.from_pretrained([expert], head="of-classifier", **arguments)), logits(load(expert))
     )
@@ -243,21 +243,21 @@ def test_a_sharded_merge_takes_a_head(berts, cache, tmp_path):
     experts = [berts / "topics", berts / "moods"]
     merge(experts, tmp_path / "merged", base_model=berts / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
-    model = AutoMergedModel.from_pretrained(tmp_path / "merged", head="moods", cache_dir=cache)
-    same = AutoMergedModel.from_pretrained(experts, base_model=berts / "base", head="moods", cache_dir=cache)
+    model = AutoMergedModel.from_pretrained(tmp_path / "merged", head="moods", merge_cache_dir=cache)
+    same = AutoMergedModel.from_pretrained(experts, base_model=berts / "base", head="moods", merge_cache_dir=cache)
     assert torch.equal(logits(model), logits(same))
 
 
 def test_an_unknown_head_is_refused_with_the_heads_that_there_are(berts, llamas, cache):
     with pytest.raises(MergeError, match=r"head='mods' names no expert with a head.*There are: moods, topics\."):
         AutoMergedModel.from_pretrained(
-            [berts / "topics", berts / "moods"], base_model=berts / "base", head="mods", cache_dir=cache
+            [berts / "topics", berts / "moods"], base_model=berts / "base", head="mods", merge_cache_dir=cache
         )
     with pytest.raises(MergeError, match=r"head='code'.*No expert of this merge has one"):
-        AutoMergedModel.from_pretrained([llamas / "code"], head="code", cache_dir=cache)
+        AutoMergedModel.from_pretrained([llamas / "code"], head="code", merge_cache_dir=cache)
     for outside in ("..", "", ".", "topics/../moods"):
         with pytest.raises(MergeError, match="names no expert"):
-            AutoMergedModel.from_pretrained([berts / "spam"], head=outside, cache_dir=cache)
+            AutoMergedModel.from_pretrained([berts / "spam"], head=outside, merge_cache_dir=cache)
 
 
 # ------------------------------------------------------------------------------------------------- a merged model again
@@ -266,9 +266,9 @@ def test_an_unknown_head_is_refused_with_the_heads_that_there_are(berts, llamas,
 def test_a_merged_folder_is_loaded(berts, cache, tmp_path):
     merge([berts / "topics"], tmp_path / "merged", base_model=berts / "base", config=UNCHANGED)
     before = contents(tmp_path / "merged")
-    model = AutoMergedModel.from_pretrained(tmp_path / "merged", cache_dir=cache)
+    model = AutoMergedModel.from_pretrained(tmp_path / "merged", merge_cache_dir=cache)
     assert isinstance(model, transformers.BertModel)
-    model = AutoMergedModel.from_pretrained(str(tmp_path / "merged"), head="topics", cache_dir=cache)
+    model = AutoMergedModel.from_pretrained(str(tmp_path / "merged"), head="topics", merge_cache_dir=cache)
     assert close(logits(model), logits(load(berts / "topics")))
     assert contents(tmp_path / "merged") == before
 
@@ -276,7 +276,7 @@ def test_a_merged_folder_is_loaded(berts, cache, tmp_path):
 def test_a_merged_folder_that_was_replaced_is_loaded_anew(berts, cache, tmp_path):
     for config in (UNCHANGED, NeuroMergingConfig()):
         merge([berts / "topics"], tmp_path / "merged", base_model=berts / "base", config=config, overwrite=True)
-        model = AutoMergedModel.from_pretrained(tmp_path / "merged", head="topics", cache_dir=cache)
+        model = AutoMergedModel.from_pretrained(tmp_path / "merged", head="topics", merge_cache_dir=cache)
         is_the_expert = close(logits(model), logits(load(berts / "topics")))
         assert is_the_expert == (config == UNCHANGED)
 
@@ -284,16 +284,16 @@ def test_a_merged_folder_that_was_replaced_is_loaded_anew(berts, cache, tmp_path
 def test_a_merged_model_on_the_hub_is_loaded_with_the_head_that_is_asked_for(hub, berts, cache, tmp_path):
     merge([berts / "topics", berts / "moods"], tmp_path / "merged", base_model=berts / "base")
     hub.add_folder("auto/merged", tmp_path / "merged")
-    local = AutoMergedModel.from_pretrained(tmp_path / "merged", head="moods", cache_dir=cache)
+    local = AutoMergedModel.from_pretrained(tmp_path / "merged", head="moods", merge_cache_dir=cache)
     hub.forget_traffic()
-    model = AutoMergedModel.from_pretrained("auto/merged", head="moods", cache_dir=cache)
+    model = AutoMergedModel.from_pretrained("auto/merged", head="moods", merge_cache_dir=cache)
     assert torch.equal(logits(model), logits(local))
     assert hub.bytes_served["auto/merged/heads/moods/head.safetensors"]
     assert not hub.bytes_served["auto/merged/heads/topics/head.safetensors"]
     with pytest.raises(MergeError, match=r"There are: moods, topics\."):
-        AutoMergedModel.from_pretrained("auto/merged", head="mods", cache_dir=cache)
+        AutoMergedModel.from_pretrained("auto/merged", head="mods", merge_cache_dir=cache)
     plain = transformers.AutoModel.from_pretrained("auto/merged")
-    assert torch.equal(logits(plain), logits(AutoMergedModel.from_pretrained("auto/merged", cache_dir=cache)))
+    assert torch.equal(logits(plain), logits(AutoMergedModel.from_pretrained("auto/merged", merge_cache_dir=cache)))
 
 
 def test_a_revision_of_a_merged_model_is_loaded(hub, llamas, cache, tmp_path):
@@ -306,22 +306,22 @@ def test_a_revision_of_a_merged_model_is_loaded(hub, llamas, cache, tmp_path):
         (("auto/revisions@sparse", {}), sparse),
         (("auto/revisions", {"revision": "sparse"}), sparse),
     ):
-        model = AutoMergedModel.from_pretrained(arguments[0], cache_dir=cache, **arguments[1])
+        model = AutoMergedModel.from_pretrained(arguments[0], merge_cache_dir=cache, **arguments[1])
         assert torch.equal(logits(model), logits(expected))
     with pytest.raises(MergeError, match="id@sparse"):
-        AutoMergedModel.from_pretrained([llamas / "code"], revision="sparse", cache_dir=cache)
+        AutoMergedModel.from_pretrained([llamas / "code"], revision="sparse", merge_cache_dir=cache)
 
 
 def test_a_model_that_is_not_merged_is_refused(llamas, cache):
     with pytest.raises(MergeError, match=r"is not a merged model\. Give the experts as a list"):
-        AutoMergedModel.from_pretrained(llamas / "math", cache_dir=cache)
+        AutoMergedModel.from_pretrained(llamas / "math", merge_cache_dir=cache)
 
 
 @pytest.mark.parametrize("option", [{"overwrite": True}, {"max_shard_size": "1GB"}, {"tuned_on": "texts"}])
 def test_an_option_of_the_written_folder_is_refused_before_merging(option, llamas, tmp_path):
     (name,) = option
     with pytest.raises(TypeError, match=f"from_pretrained has no argument '{name}': it is one of `merge`"):
-        AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=tmp_path / "cache", **option)
+        AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=tmp_path / "cache", **option)
     assert not (tmp_path / "cache").exists()
 
 
@@ -354,17 +354,17 @@ def test_transformers_own_configuration_is_that_of_a_merged_model(llamas, cache,
     config = transformers.AutoConfig.from_pretrained(tmp_path / "merged", attention_dropout=0.5)
     for given in (config, None):
         model = AutoMergedModel.from_pretrained(
-            tmp_path / "merged", config=given, base_model=None, dtype="bfloat16", token=False, cache_dir=cache
+            tmp_path / "merged", config=given, base_model=None, dtype="bfloat16", token=False, merge_cache_dir=cache
         )
         assert model.config.attention_dropout == (0.5 if given else 0)
         assert model.dtype == torch.bfloat16
 
 
 def test_a_saved_model_is_reloaded_by_plain_transformers(berts, llamas, cache, tmp_path):
-    model = AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache)
+    model = AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
-    model = AutoMergedModel.from_pretrained([berts / "spam"], head="spam", cache_dir=cache)
+    model = AutoMergedModel.from_pretrained([berts / "spam"], head="spam", merge_cache_dir=cache)
     model.save_pretrained(tmp_path / "with-head")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "with-head")
     assert torch.equal(logits(again), logits(model))
@@ -372,6 +372,6 @@ def test_a_saved_model_is_reloaded_by_plain_transformers(berts, llamas, cache, t
 
 
 def test_the_model_pushes_itself_to_the_hub(hub, llamas, cache):
-    model = AutoMergedModel.from_pretrained([llamas / "code"], cache_dir=cache)
+    model = AutoMergedModel.from_pretrained([llamas / "code"], merge_cache_dir=cache)
     model.push_to_hub("auto/pushed")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("auto/pushed")), logits(model))

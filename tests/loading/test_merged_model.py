@@ -56,13 +56,13 @@ def test_a_copy_is_the_same_kind_of_object(hub, model, through):
 
 
 def test_a_pickle_holds_no_token(models, cache):
-    model = AutoMergedModel.from_pretrained([models / "code"], cache_dir=cache, token="hf_secret")
+    model = AutoMergedModel.from_pretrained([models / "code"], merge_cache_dir=cache, token="hf_secret")
     assert b"hf_secret" not in pickle.dumps(model)
 
 
 def test_a_pickle_of_a_model_from_the_hub_holds_no_token(hub, model, cache):
     hub.add_folder("object/secret", merged_folder(model))
-    loaded = AutoMergedModel.from_pretrained("object/secret", cache_dir=cache, token="hf_secret")
+    loaded = AutoMergedModel.from_pretrained("object/secret", merge_cache_dir=cache, token="hf_secret")
     assert b"object/secret" in pickle.dumps(loaded)
     assert b"hf_secret" not in pickle.dumps(loaded)
 

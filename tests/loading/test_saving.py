@@ -118,7 +118,7 @@ def test_a_new_head_is_no_change_of_the_merge_but_a_change_of_its_backbone_is(mo
     model = AutoMergedModel.from_pretrained(
         [models / "topics"],
         base_model=models / "encoder",
-        cache_dir=cache,
+        merge_cache_dir=cache,
         auto_class=transformers.BertForTokenClassification,
         num_labels=2,
     )

@@ -302,7 +302,9 @@ def test_excluded_parameters_are_the_bases(models: list[Path], tmp_path: Path) -
 def test_auto_merged_model_takes_any_method(models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
     for config in (TIESConfig(), TIESConfig(density=0.3), AverageConfig()):
-        model = AutoMergedModel.from_pretrained(experts, base_model=base, config=config, cache_dir=tmp_path / "cache")
+        model = AutoMergedModel.from_pretrained(
+            experts, base_model=base, config=config, merge_cache_dir=tmp_path / "cache"
+        )
         merge(experts, tmp_path / repr(config), base_model=base, config=config)
         for name, tensor in weights(tmp_path / repr(config)).items():
             assert torch.equal(model.get_parameter(name), tensor)

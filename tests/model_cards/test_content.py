@@ -7,8 +7,8 @@ from neuromerge_hf import MergeError, NeuroMergingConfig, merge
 from neuromerge_hf.folder.report import load_report
 from neuromerge_hf.model_cards import MergeCard, write_card
 from neuromerge_hf.model_cards.tasks import task_of
-from neuromerge_hf.skeleton.layers import kind_of
 from neuromerge_hf.storage.hashing import file_hash
+from neuromerge_hf.text import kind_of
 
 
 def test_a_merge_writes_its_card_with_the_sections_that_it_can_fill(finished):
@@ -18,7 +18,7 @@ def test_a_merge_writes_its_card_with_the_sections_that_it_can_fill(finished):
     assert "has not been evaluated" in body
 
 
-def test_the_ingredients_are_listed_with_kind_task_and_licence(finished):
+def test_the_merged_models_are_listed_with_kind_task_and_licence(finished):
     _, body = card_of(finished)
     assert table_under(body, "Merged models") == [
         ["role", "model", "kind", "task", "licence"],

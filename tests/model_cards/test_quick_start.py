@@ -95,7 +95,9 @@ def test_the_lines_that_put_a_head_on_run_as_they_are_pasted(merged, monkeypatch
 
 
 def test_a_card_of_a_model_with_one_head_on_promises_no_others(merged, tmp_path):
-    AutoMergedModel.from_pretrained(merged, head="math", cache_dir=tmp_path / "cache").save_pretrained(tmp_path / "one")
+    AutoMergedModel.from_pretrained(merged, head="math", merge_cache_dir=tmp_path / "cache").save_pretrained(
+        tmp_path / "one"
+    )
     _, body = card_of(tmp_path / "one")
     assert "It has the task head of `math`." in body
     assert "lie beside the merged weights" not in body

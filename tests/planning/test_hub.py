@@ -199,11 +199,48 @@ def test_a_merge_of_cached_models_needs_no_network(hub, publish, tmp_path, monke
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     merge(["offline/math", "offline/code"], tmp_path / "merged")
     assert contents(tmp_path / "merged") == contents(tmp_path / "online")
-    model = AutoMergedModel.from_pretrained(["offline/code"], cache_dir=tmp_path / "cache")
+    model = AutoMergedModel.from_pretrained(["offline/code"], merge_cache_dir=tmp_path / "cache")
     assert type(model).__name__ == "LlamaForCausalLM"
     with pytest.raises(MergeError, match=r"offline/never-seen.*not in the Hub's cache"):
         merge(["offline/never-seen"], tmp_path / "other", base_model="offline/base")
     assert hub.requests == []
+
+
+def test_local_files_only_asks_the_hub_nothing(hub, publish, tmp_path):
+    publish("local", "base", "code")
+    with pytest.raises(MergeError, match=r"local/code is not a folder .* local_files_only=True .*forbids a download"):
+        merge(["local/code"], tmp_path / "merged", local_files_only=True)
+    assert hub.requests == []
+    merge(["local/code"], tmp_path / "online")
+    hub.forget_traffic()
+    merge(["local/code"], tmp_path / "merged", local_files_only=True)
+    assert contents(tmp_path / "merged") == contents(tmp_path / "online")
+    AutoMergedModel.from_pretrained(["local/code"], local_files_only=True, merge_cache_dir=tmp_path / "kept")
+    assert hub.requests == []
+
+
+def test_a_cache_of_ones_own_takes_the_downloads(publish, tmp_path):
+    publish("own-cache", "base", "code")
+    options = {"cache_dir": tmp_path / "hub", "merge_cache_dir": tmp_path / "kept"}
+    model = AutoMergedModel.from_pretrained(["own-cache/code"], **options)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert {path.name for path in (tmp_path / "hub").glob("models--*")} == {
+        "models--own-cache--base",
+        "models--own-cache--code",
+    }
+    with pytest.raises(MergeError, match=r"cache_dir=.* is no path that can be used here"):
+        plan_merge(["own-cache/code"], cache_dir=" \0")
+
+
+def test_force_download_downloads_again(hub, publish, tmp_path):
+    publish("again", "base", "code")
+    merge(["again/code"], tmp_path / "first")
+    hub.forget_traffic()
+    merge(["again/code"], tmp_path / "second")
+    file = "adapter_model.safetensors"
+    assert not any(file in request for request in hub.requests if request.startswith("GET"))
+    merge(["again/code"], tmp_path / "third", force_download=True)
+    assert any(file in request for request in hub.requests if request.startswith("GET"))
 
 
 def test_the_merged_model_of_hub_models_loads(publish, tmp_path):

@@ -64,9 +64,9 @@ def test_a_header_is_read_again_where_a_model_is_located_again(models, counted):
 
 def test_a_model_that_is_loaded_is_resolved_and_planned_once(models, counted, tmp_path):
     experts = [models / "math", models / "code"]
-    AutoMergedModel.from_pretrained(experts, base_model=models / "base", cache_dir=tmp_path)
+    AutoMergedModel.from_pretrained(experts, base_model=models / "base", merge_cache_dir=tmp_path)
     assert once(counted, "planned", "located base", "located math", "located code")
-    AutoMergedModel.from_pretrained(experts, base_model=models / "base", cache_dir=tmp_path)
+    AutoMergedModel.from_pretrained(experts, base_model=models / "base", merge_cache_dir=tmp_path)
     assert counted["planned"] == 1
 
 

@@ -70,7 +70,7 @@ def test_the_command_prints_the_plan_and_the_merge_keeps_it(hub, models, publish
         f"2 experts into printed/base@{commit}:",
         f"  code (LoRA r=4), {models / 'code'}: may change 14 parameters",
         "  merged: 20 parameters, 14 as whole matrices, 1 by neurons, 5 by single entries",
-        "  copied from the base: 1 parameter (lm_head.weight)",
+        "  unchanged (copied from the base): 1 parameter, lm_head.weight",
         f"  to download: {readable_size(download)}",
         f"  disk needed: {readable_size(download + disk)}",
     ):

@@ -67,7 +67,7 @@ def test_a_head_is_not_left_out_of_its_model(bare, relatives_of, tmp_path: Path)
 def test_a_head_of_its_own_is_kept_beside_a_base_that_would_tie_it(bare, relatives_of, tmp_path: Path) -> None:
     expert = relatives_of("llama").full(0)
     model = AutoMergedModel.from_pretrained(
-        [expert], base_model=bare["llama-tied"], head=expert.name, cache_dir=tmp_path / "cache", device="cpu"
+        [expert], base_model=bare["llama-tied"], head=expert.name, merge_cache_dir=tmp_path / "cache", device="cpu"
     )
     assert isinstance(model, transformers.LlamaForCausalLM)
     assert_same_bits(model.lm_head.weight, load(expert).lm_head.weight)

@@ -55,7 +55,7 @@ def berts(tmp_path: Path) -> Path:
 def test_the_head_of_an_expert_without_a_class_is_kept(berts, name, labels) -> None:
     expert = without_class(berts / name)
     loaded = AutoMergedModel.from_pretrained(
-        [expert], base_model=berts / "base", head=name, cache_dir=berts / "cache", device="cpu"
+        [expert], base_model=berts / "base", head=name, merge_cache_dir=berts / "cache", device="cpu"
     )
     assert loaded.classifier.weight.shape[0] == labels
 

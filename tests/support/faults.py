@@ -119,7 +119,7 @@ def run_load(root: Path, folder: Path) -> None:
     from neuromerge_hf import AutoMergedModel
 
     inputs = [root / "math", root / "code"]
-    AutoMergedModel.from_pretrained(inputs, base_model=root / "base", head="math", cache_dir=folder / "cache")
+    AutoMergedModel.from_pretrained(inputs, base_model=root / "base", head="math", merge_cache_dir=folder / "cache")
 
 
 def run_save(root: Path, folder: Path) -> None:

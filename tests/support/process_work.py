@@ -21,7 +21,7 @@ def load_merged(everyone: Barrier, base: Path, expert: Path, cache: Path) -> Non
     from neuromerge_hf import AutoMergedModel
 
     everyone.wait()
-    model = AutoMergedModel.from_pretrained([expert], base_model=base, head=expert.name, cache_dir=cache)
+    model = AutoMergedModel.from_pretrained([expert], base_model=base, head=expert.name, merge_cache_dir=cache)
     print(type(model).__name__)
 
 

@@ -39,7 +39,7 @@ def test_a_recipe_notices_another_tokenizer_of_an_expert(models, tmp_path):
 def test_each_tokenizer_has_its_own_merge_in_the_cache(models, tmp_path):
     def rows(**options) -> int:
         experts, options = [models / "chat", models / "tools"], {"base_model": models / "base", **options}
-        return AutoMergedModel.from_pretrained(experts, cache_dir=tmp_path, **options).config.vocab_size
+        return AutoMergedModel.from_pretrained(experts, merge_cache_dir=tmp_path, **options).config.vocab_size
 
     assert (rows(), rows(tokenizer="union"), rows(tokenizer="chat")) == (14, 16, 17)
     assert len(list(tmp_path.iterdir())) == 3

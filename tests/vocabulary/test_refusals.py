@@ -91,6 +91,6 @@ def test_an_own_head_with_a_row_for_each_token_is_refused(models_of, tmp_path):
     refused([bert / "chat"], match, base_model=headless)
     merged = tmp_path / "merged"
     merge([bert / "chat"], merged, base_model=headless, tokenizer="chat", config=GIVES_BACK, **CPU)
-    model = AutoMergedModel.from_pretrained(merged, head="chat", cache_dir=tmp_path / "cache")
+    model = AutoMergedModel.from_pretrained(merged, head="chat", merge_cache_dir=tmp_path / "cache")
     ids = [list(range(6, 14))]
     torch.testing.assert_close(logits(model, ids), logits(load(bert / "chat"), ids), rtol=0, atol=1e-5)

@@ -55,12 +55,12 @@ def test_the_head_of_an_expert_fits_the_merged_vocabulary(models, tmp_path):
     headless = save(load(models / "base", "LlamaModel"), tmp_path / "base", make_tokenizer())
     options = {"base_model": headless, "config": GIVES_BACK}
     model = AutoMergedModel.from_pretrained(
-        [tmp_path / "expert"], tokenizer="expert", head="expert", cache_dir=tmp_path / "cache", **options
+        [tmp_path / "expert"], tokenizer="expert", head="expert", merge_cache_dir=tmp_path / "cache", **options
     )
     ids = [[1, 12, 13, 5, 12, 12]]
     torch.testing.assert_close(logits(model, ids), logits(expert, ids), rtol=0, atol=1e-5)
     model = AutoMergedModel.from_pretrained(
-        [tmp_path / "expert"], head="expert", cache_dir=tmp_path / "cache", **options
+        [tmp_path / "expert"], head="expert", merge_cache_dir=tmp_path / "cache", **options
     )
     assert (model.config.vocab_size, model.config.pad_token_id) == (len(WORDS) + 2, None)
     ids = [[1, 5, 7, 8]]
