@@ -128,7 +128,13 @@ class MergeCard:
     def local(self) -> list[str]:
         """The names of the folders that the recipe needs, because these models are not on the Hub."""
         named = zip(self.models, self.report.model_names, strict=True)
-        return [name for model, name in named if not model.revision]
+        return [name for model, name in named if not (model.revision or model.in_memory)]
+
+    @property
+    def in_memory(self) -> list[str]:
+        """The names of the models that were in memory."""
+        named = zip(self.models, self.report.model_names, strict=True)
+        return [name for model, name in named if model.in_memory]
 
     @property
     def remarks(self) -> list[str]:

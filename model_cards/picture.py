@@ -116,10 +116,11 @@ def _draw_scores(axes: "Axes", scores: Sequence[Comparison]) -> None:
     shares = [each.retained or 0.0 for each in scores]
     labels = [f"{each.merged.value:.4g}" for each in scores]
     _draw_bars(axes, [each.task for each in scores], shares, labels, max(105, *(100 * share + 5 for share in shares)))
-    for row, each in enumerate(scores):
-        if (base := each.share_of_base) is not None:
-            label = None if axes.get_legend_handles_labels()[1] else "base"
-            axes.vlines(100 * base, row - 0.38, row + 0.38, linewidth=2, color=OTHER, label=label)
+    bases = [(row, 100 * base) for row, each in enumerate(scores) if (base := each.share_of_base) is not None]
+    if bases:
+        rows, values = zip(*bases, strict=True)
+        ends = [row - 0.38 for row in rows], [row + 0.38 for row in rows]
+        axes.vlines(values, *ends, linewidth=2, color=OTHER, label="base")
     axes.axvline(100, linewidth=1.2, color="black", linestyle=":", label="expert")
     axes.legend(fontsize=8, ncols=2, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.98), borderpad=0)
     axes.set_title("Score of the merged model, in % of the best expert's", fontsize=9, loc="left", pad=5)

@@ -50,7 +50,8 @@ def settings(card: MergeCard) -> str:
     values = {**spec.config.to_dict(), **{name: getattr(spec, name) for name in names}}
     unset = {each.name: each.shown for each in options_of(type(spec.config)) if each.shown}
     defaults = {**default.config.to_dict(), **{name: getattr(default, name) for name in names}}
-    chosen, at_default = [], []
+    chosen: list[list[str]] = []
+    at_default: list[list[str]] = []
     for name, value in values.items():
         given = card.report.settings.get(name)
         is_rule = isinstance(value, str) and isinstance(given, float)

@@ -9,17 +9,20 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from neuromerge_hf.access import Access
 from neuromerge_hf.config import FIRST_METHOD, MergeConfig, as_config, config_class, default_config
 from neuromerge_hf.errors import MergeError
+from neuromerge_hf.live import LiveModel, is_model
 from neuromerge_hf.options import check_names, option, pick
 from neuromerge_hf.typed import check_fields
 from neuromerge_hf.version import __version__
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 OWN_CHECKS = ("models", "names", "config", "dtype", "max_shard_size")
 """Fields of a `MergeSpec` whose types are checked with their values."""
@@ -35,7 +38,12 @@ MOST_THREADS = 1024
 ModelId = str | os.PathLike[str]
 """A folder, or an id on the Hub: ``owner/name`` or ``owner/name/subfolder``, optionally followed by ``@revision``."""
 
-Models = Sequence[ModelId] | Mapping[str, ModelId]
+if TYPE_CHECKING:
+    Model: TypeAlias = ModelId | PreTrainedModel | PeftModel
+else:
+    Model = ModelId  # neither library is imported for its class alone
+
+Models = Sequence[Model] | Mapping[str, Model]
 """The experts of a merge, or a dictionary of them by name."""
 
 
@@ -46,7 +54,8 @@ class MergeSpec:
     Paths are converted to strings, and dtypes to their names.
 
     Attributes:
-        models: the experts: full checkpoints and PEFT adapters, mixed freely; or a dictionary of them by name.
+        models: the experts: full checkpoints and PEFT adapters, mixed freely, in folders, on the Hub or in memory; or
+            a dictionary of them by name.
         base_model: the model that the experts were fine-tuned from; None takes the base that the adapters name.
         config: the method and its hyper-parameters: a configuration, the name of a method, or a dictionary of
             hyper-parameters with the name of the method under "method".
@@ -97,10 +106,11 @@ class MergeSpec:
             object.__setattr__(self, "models", tuple(self.models.values()))
         is_list = isinstance(self.models, Iterable) and not isinstance(self.models, str | os.PathLike)
         models = tuple(self.models) if is_list else ()
+        models = tuple(LiveModel(each) if is_model(each) else each for each in models)
         if not is_list or not all(isinstance(each, str | os.PathLike) for each in models):
             raise MergeError(
-                "models must be a list of at least one fine-tune or adapter (folders or ids on the Hub), or a "
-                f"dictionary of them by name, not {self.models!r:.200}."
+                "models must be a list of at least one fine-tune or adapter (folders, ids on the Hub, or models of "
+                f"transformers and PEFT in memory), or a dictionary of them by name, not {self.models!r:.200}."
             )
         if self.names is not None:
             object.__setattr__(self, "names", check_expert_names(self.names, len(models)))
@@ -109,6 +119,8 @@ class MergeSpec:
         object.__setattr__(self, "config", as_config(self.config))
         object.__setattr__(self, "models", tuple(os.fspath(each) for each in models))
         object.__setattr__(self, "dtype", _name_of_dtype(self.dtype))
+        if is_model(self.base_model):
+            object.__setattr__(self, "base_model", LiveModel(self.base_model))
         if isinstance(self.base_model, os.PathLike):
             object.__setattr__(self, "base_model", os.fspath(self.base_model))
         check_fields(self, without=OWN_CHECKS)
@@ -116,8 +128,8 @@ class MergeSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain Python objects, in the order of ``recipe.yaml``."""
         return {
-            "base_model": self.base_model,
-            "models": list(self.models),
+            "base_model": None if self.base_model is None else str(self.base_model),
+            "models": list(map(str, self.models)),
             "method": self.config.method,
             "config": self.config.to_dict(),
             **{name: getattr(self, name) for name in self._plain_names() if name != "tuned_on" or self.tuned_on},
@@ -213,7 +225,7 @@ class RuntimeOptions(TypedDict, total=False):
 class MergeOptions(RuntimeOptions, total=False):
     """The keywords that make a `Runtime` and, with the models, a `MergeSpec`."""
 
-    base_model: ModelId | None
+    base_model: Model | None
     config: "MergeConfig | str | Mapping[str, Any] | None"
     dtype: "str | torch.dtype"
     tokenizer: str

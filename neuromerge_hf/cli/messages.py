@@ -42,7 +42,7 @@ def show_messages(quiet: bool, verbose: bool) -> Callable[[], None]:
         logger.addHandler(handler)
         logger.setLevel(level)
     if quiet:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
 
@@ -51,7 +51,7 @@ def show_messages(quiet: bool, verbose: bool) -> Callable[[], None]:
             logger.removeHandler(handler)
             logger.setLevel(level)
         if quiet:
-            from huggingface_hub.utils import enable_progress_bars
+            from huggingface_hub.utils.tqdm import enable_progress_bars
 
             enable_progress_bars()
 

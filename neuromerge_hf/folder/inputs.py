@@ -17,6 +17,7 @@ from neuromerge_hf.storage.files import (
 )
 from neuromerge_hf.storage.hashing import remembered_hash
 from neuromerge_hf.storage.location import Location
+from neuromerge_hf.storage.memory import LiveLocation
 from neuromerge_hf.storage.sentence_modules import module_files
 from neuromerge_hf.storage.small_files import read_files
 
@@ -61,6 +62,8 @@ def identity_of(location: Location, *, is_base: bool = False) -> tuple[object, .
     """
     if location.commit:
         return location.id, location.commit
+    if isinstance(location, LiveLocation):
+        return location.id, *location.hashes().items()
     files = list(dict.fromkeys([*input_files(location, is_base=is_base), *read_files(location.folder)]))
     location.watch(files)
     try:
@@ -118,6 +121,8 @@ class InputHasher:
     def _record(self, location: Location, expected: ModelRecord | None, *, is_base: bool = False) -> ModelRecord:
         if location.commit:
             return ModelRecord(location.id, revision=location.commit)
+        if isinstance(location, LiveLocation):
+            return ModelRecord(location.id, blake3=location.hashes(), in_memory=True)
         files = input_files(location, is_base=is_base)
         location.watch(files)
         names = {path.relative_to(location.folder).as_posix(): path for path in files}

@@ -41,16 +41,20 @@ class ModelRecord:
         revision: the commit on the Hub; None for a local folder.
         blake3: for a local folder, the hash of each file that determines the merge, by its name.
         sha256: the same in recipes of earlier versions, which have no other.
+        in_memory: whether it was a model in memory, so that the recipe alone cannot make the merge again. All its
+            weights have one hash.
     """
 
     id: str
     revision: str | None = None
     blake3: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    in_memory: bool = False
 
     def __post_init__(self) -> None:
         hashes = fits(self.blake3, dict[str, str]) and fits(self.sha256, dict[str, str])
-        if not (isinstance(self.id, str) and fits(self.revision, str | None) and hashes):
+        flag = isinstance(self.in_memory, bool)
+        if not (isinstance(self.id, str) and fits(self.revision, str | None) and hashes and flag):
             raise TypeError(f"{vars(self)} describes no model")
         for name in (*self.blake3, *self.sha256):
             inside = PurePosixPath(name)  # only modules of a SentenceTransformer are in folders
@@ -100,7 +104,8 @@ class ModelRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain Python objects."""
-        return {"id": self.id, **({"revision": self.revision} if self.revision else {self.algorithm: self.hashes})}
+        where: dict[str, Any] = {"revision": self.revision} if self.revision else {self.algorithm: self.hashes}
+        return {"id": self.id, **({"in_memory": True} if self.in_memory else {}), **where}
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,11 @@ class Recipe:
         """Raise a `MergeError` if a local file is missing, or has changed since the recipe was written."""
         problems = []
         for model in (self.base_model, *self.models):
+            if model.in_memory:
+                problems.append(
+                    f"The recipe names {model.id}, which it cannot bring back. Load the models again and merge them."
+                )
+                continue
             paths = {name: user_path(model.id, "The model") / name for name in model.hashes}
             problems += model.differences(
                 {

@@ -238,8 +238,7 @@ class MergeReport(Summary):
         rows = [["expert", "kind", "change", "kept", "sigma", "own head"]]
         found = self.diagnostics.experts if self.diagnostics else [None] * len(self.experts)
         for expert, measured in zip(self.experts, found, strict=True):
-            change = measured and measured.relative_norm
-            kept = measured and measured.survival
+            change, kept = (measured.relative_norm, measured.survival) if measured else (None, None)
             rows.append(
                 [
                     expert.name,

@@ -22,9 +22,9 @@ from neuromerge_hf.planning.preflight import check_disk, check_inputs_stay
 from neuromerge_hf.planning.resolve import (
     Resolved,
     ResolvedExpert,
+    input_notes,
     load_config,
     quantised_base_notes,
-    repeated_notes,
 )
 from neuromerge_hf.planning.sentence_modules import choose_modules
 from neuromerge_hf.planning.units import for_method, make_units, resolve_dtype
@@ -158,7 +158,7 @@ def _make_plan(spec: MergeSpec, runtime: Runtime, resolved: Resolved, target: Pa
         tuple(downloaded),
         threads,
         modules,
-        (*repeated_notes(resolved.base, resolved.experts), *module_notes),
+        (*input_notes(resolved.base, resolved.experts), *module_notes),
         kernel,
     )
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from neuromerge_hf.access import PUBLIC, Access
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.folder.inputs import unchanged_inputs
+from neuromerge_hf.live import LiveModel
 from neuromerge_hf.planning.configs import check_config_file
 from neuromerge_hf.spec import MergeSpec
 from neuromerge_hf.storage.documents import load_json
 from neuromerge_hf.storage.files import ADAPTER_FILES
 from neuromerge_hf.storage.location import Location, locate
+from neuromerge_hf.storage.memory import LiveLocation, locate_live
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -98,7 +100,7 @@ def resolve(spec: MergeSpec, access: Access = PUBLIC, problems: Problems | None 
         raise problems.error
     logger.info("Reading the metadata of the models")
     experts: list[ResolvedExpert] = []
-    locations = [problems.attempt(partial(locate, model, access=access)) for model in spec.models]
+    locations = [problems.attempt(partial(_locate, model, access)) for model in spec.models]
     for location, name in zip(locations, spec.names or (None,) * len(locations), strict=True):
         if location:
             with problems:
@@ -157,6 +159,10 @@ def quantised_base_notes(expert: ResolvedExpert, base: Location) -> list[str]:
     ]
 
 
+def _locate(model: str, access: Access) -> Location:
+    return locate_live(model) if isinstance(model, LiveModel) else locate(model, access=access)
+
+
 def _resolve_expert(location: Location) -> ResolvedExpert:
     """Return the expert at a location, under the location's name.
 
@@ -172,9 +178,11 @@ def _resolve_expert(location: Location) -> ResolvedExpert:
         return ResolvedExpert(location.name, location, load_adapter_config(location))
 
 
-def repeated_notes(base: Location, experts: Sequence[ResolvedExpert]) -> list[str]:
-    """Return a note for each expert that is another one of them, or the base."""
+def input_notes(base: Location, experts: Sequence[ResolvedExpert]) -> list[str]:
+    """Return notes on a base in memory, and on each expert that is another one of them, or the base."""
     notes = []
+    if isinstance(base, LiveLocation):
+        notes.append("The base is a model in memory, which has no tokenizer: save one beside the merged weights.")
     for number, expert in enumerate(experts):
         identity = _identity(expert.location)
         if identity == _identity(base):
@@ -186,6 +194,8 @@ def repeated_notes(base: Location, experts: Sequence[ResolvedExpert]) -> list[st
 
 
 def _identity(location: Location) -> tuple[str, str | None]:
+    if isinstance(location, LiveLocation):
+        return f"{id(location.live and location.live.model)} in memory", None
     return (location.id, location.commit) if location.commit else (os.path.realpath(location.folder), None)
 
 
@@ -209,7 +219,7 @@ def _named_base(expert: ResolvedExpert) -> tuple[str, str | None] | None:
 
 def _find_base(base_model: str | None, experts: Sequence[ResolvedExpert], access: Access) -> Location:
     if base_model is not None:
-        return locate(base_model, access=access)
+        return _locate(base_model, access)
     named = {known: expert.location for expert in experts if (known := _named_base(expert))}
     if not named:
         raise MergeError(

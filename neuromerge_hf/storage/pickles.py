@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from neuromerge_hf.errors import MergeError
-from neuromerge_hf.storage.tensors import PickledTensor, SafetensorsFile, SafetensorsTensor, StoredTensor, StridedTensor
+from neuromerge_hf.storage.tensors import MemoryTensor, SafetensorsFile, SafetensorsTensor, StoredTensor, StridedTensor
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -75,7 +75,7 @@ def _no_state_dict(path: Path) -> MergeError:
     return MergeError(f"{path} is not a state dict of tensors. Save the model again, with save_pretrained.")
 
 
-def _read_old_file(path: Path) -> dict[str, PickledTensor]:
+def _read_old_file(path: Path) -> dict[str, MemoryTensor]:
     """Read a file of torch < 1.6 into memory."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -86,7 +86,7 @@ def _read_old_file(path: Path) -> dict[str, PickledTensor]:
                 f"{name} in {path} is no plain tensor, but sparse, quantised, nested or without data, which cannot be "
                 "merged. Save the model again as safetensors, with save_pretrained."
             )
-    return {name: PickledTensor(name, tensor.detach(), path) for name, tensor in state.items()}
+    return {name: MemoryTensor(name, tensor.detach(), path) for name, tensor in state.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- archives

@@ -221,8 +221,8 @@ class StridedTensor:
 
 
 @dataclass(frozen=True)
-class PickledTensor:
-    """A tensor in memory, from a ``.bin`` file of torch < 1.6."""
+class MemoryTensor:
+    """A tensor in memory: of a model there, or from a ``.bin`` file of torch < 1.6. `path` is for messages."""
 
     name: str
     tensor: Tensor

@@ -29,7 +29,20 @@ ROWS = (
     ("model_cards",),
     ("folder",),
     ("storage",),
-    ("spec", "config", "kernel", "compiled", "spectrum", "options", "typed", "text", "access", "errors", "version"),
+    (
+        "spec",
+        "config",
+        "kernel",
+        "compiled",
+        "spectrum",
+        "options",
+        "typed",
+        "text",
+        "access",
+        "live",
+        "errors",
+        "version",
+    ),
 )
 """The folders and files of the package, from the top down."""
 

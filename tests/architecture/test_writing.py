@@ -49,6 +49,7 @@ IN_TEMPORARY_FOLDERS = {
     "loading/heads.py": {"symlink_to", "write_text"},
     "sources/computed.py": {"open", "truncate"},
     "sources/heads.py": {"save_file", "to_json_file"},
+    "storage/memory.py": {"rename", "save_pretrained"},
     "storage/remote.py": {"truncate"},
     "tuning/compare.py": {"copytree"},
     "tuning/components.py": {"save_file"},

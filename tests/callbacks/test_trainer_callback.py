@@ -56,6 +56,14 @@ def test_the_merged_model_is_the_merge_of_what_was_trained_and_the_other_experts
     assert (trained / "adapter_config.json").exists() == adapter
 
 
+def test_another_expert_can_be_in_memory(models, tmp_path):
+    base, other = models
+    train(classifier(base), tmp_path / "run", NeuroMergeCallback({"other": classifier(other)}))
+    merge([tmp_path / "run" / TRAINED, other], tmp_path / "expected", base_model=base)
+    expected, found = contents(tmp_path / "expected"), contents(tmp_path / "run" / MERGED)
+    assert found["model.safetensors"] == expected["model.safetensors"]
+
+
 def test_settings_reach_the_merge(models, tmp_path):
     base, other = models
     config = NeuroMergingConfig(density=0.5, lambda_parallel=0.3)

@@ -17,7 +17,7 @@ from neuromerge_hf.engine import hashing
 from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block, Layout
-from neuromerge_hf.storage.tensors import PickledTensor
+from neuromerge_hf.storage.tensors import MemoryTensor
 from tiny_models import save_adapter, save_fine_tune, save_llama
 
 
@@ -39,7 +39,7 @@ def hashes_of(files: dict[str, bytes]) -> dict[str, str]:
 def copied(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Unit:
     """A unit that is copied from a tensor in memory."""
     layout = Layout(1, 1, tensor.numel(), 1)
-    return Unit(PickledTensor(name, tensor, Path("memory")), name, layout, False, (), dtype or tensor.dtype)
+    return Unit(MemoryTensor(name, tensor, Path("memory")), name, layout, False, (), dtype or tensor.dtype)
 
 
 def write(writer: CheckpointWriter, units: Iterable[Unit]) -> None:
