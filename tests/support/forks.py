@@ -31,6 +31,7 @@ class Forks:
         self._connection, theirs = processes.context.Pipe()
         server = processes.context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
         server.start()
+        theirs.close()  # so that the end of a server that fails is noticed here
         self._connection.recv()
 
     def start(self, work: Callable[..., object], *arguments: Any, output: Path) -> int:
