@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # type checkers do not run `__getattr__`; a test compares thi
     from neuromerge_hf.callbacks.transformers import NeuroMergeCallback as NeuroMergeCallback
     from neuromerge_hf.errors import MergeError as MergeError
     from neuromerge_hf.folder.report import MergeReport as MergeReport
+    from neuromerge_hf.inspection import Inspection as Inspection
+    from neuromerge_hf.inspection import inspect_models as inspect_models
     from neuromerge_hf.loading.auto import AutoMergedModel as AutoMergedModel
     from neuromerge_hf.methods.average import AverageConfig as AverageConfig
     from neuromerge_hf.methods.dare import DARETIESConfig as DARETIESConfig
@@ -50,6 +52,7 @@ PUBLIC = {
     "AverageConfig": "methods.average",
     "Comparison": "tuning.comparison",
     "DARETIESConfig": "methods.dare",
+    "Inspection": "inspection",
     "IsoCConfig": "methods.iso_c",
     "MergeError": "errors",
     "MergePlan": "planning.plan",
@@ -65,6 +68,7 @@ PUBLIC = {
     "TuningGrid": "tuning.search",
     "add_results": "api",
     "compare_methods": "tuning.compare",
+    "inspect_models": "inspection",
     "merge": "api",
     "merge_recipe": "api",
     "plan_merge": "api",

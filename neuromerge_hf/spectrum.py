@@ -34,6 +34,42 @@ PANEL = 256
 """How many rows of a symmetric product are computed at a time, from the diagonal on. Of n^2 entries, about half are."""
 
 
+RANGE_PROBES, PROBES = 16, 24
+"""The random vectors of `effective_rank`: how many find the largest singular directions, and how many there are."""
+
+
+def make_probes(width: int, device: torch.device) -> Tensor:
+    """Return the random vectors of `effective_rank`, always the same: (width, PROBES) float32."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(width, PROBES, generator=generator).to(device)
+
+
+def effective_rank(energy: float, probes: Tensor, products: Tensor) -> float | None:
+    """Estimate ``(sum s^2)^2 / sum s^4`` over the singular values s of a matrix M that is seen once, in parts.
+
+    The first probes give an approximation of ``M^T M`` that is exact up to their rank (Nystrom), and the others
+    estimate what it lacks, as in Persson, Cortinovis and Kressner, "Improved variants of the Hutch++ algorithm" (2022).
+
+    Args:
+        energy: ``sum s^2``, the squared norm of M.
+        probes: see `make_probes`.
+        products: (width, PROBES), ``M^T M @ probes``.
+
+    Returns:
+        The effective rank; None for M = 0.
+    """
+    if not energy > 0:
+        return None
+    z, y = probes.double().cpu(), products.double().cpu() / energy
+    core = z[:, :RANGE_PROBES].T @ y[:, :RANGE_PROBES]
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    kept = values > 1e-5 * values[-1]
+    root = y[:, :RANGE_PROBES] @ (vectors[:, kept] / values[kept].sqrt())
+    found = (root.T @ root).square().sum()
+    rest = y[:, RANGE_PROBES:].square().sum() - (root @ (root.T @ z[:, RANGE_PROBES:])).square().sum()
+    return max(1.0, 1 / (found + max(rest / (PROBES - RANGE_PROBES), 0.0)).item())
+
+
 @dataclass(frozen=True)
 class Factors:
     """A matrix in factors, ``left @ right``.

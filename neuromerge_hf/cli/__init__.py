@@ -13,6 +13,7 @@ from neuromerge_hf.cli.cache import app as cache_app
 from neuromerge_hf.cli.common import exit_on_signals
 from neuromerge_hf.cli.compare import compare_command
 from neuromerge_hf.cli.failures import FLAG, Commands
+from neuromerge_hf.cli.inspect import inspect_command
 from neuromerge_hf.cli.merge import merge_command
 from neuromerge_hf.cli.messages import show_messages
 from neuromerge_hf.cli.plan import plan_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 for name, command, example in (
     ("merge", merge_command, "merge me/math me/code-lora --base-model org/base -o merged"),
     ("plan", plan_command, "plan me/math me/code-lora --base-model org/base"),
+    ("inspect", inspect_command, "inspect me/math me/code-lora --base-model org/base --html page.html"),
     ("card", card_command, "card merged --results results.json"),
     ("push", push_command, "push merged me/merged"),
     ("compare", compare_command, "compare me/math me/code-lora --base-model org/base --eval score.py:score"),

@@ -9,6 +9,7 @@ vectors are orthogonal, so all T experts can have equal signs in at most one of 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,28 +65,50 @@ class BlockStatistics:
 def sum_neurons(election: Election) -> BlockStatistics:
     """Return the sums over the neurons of an election."""
     gram, coefficients = election.gram, election.coefficients
-    # (T, 1 + T, neurons): direction 0 is w_0, the others are the singular directions. Neurons come last for speed.
-    coordinates = torch.cat([election.alpha.T.unsqueeze(1), election.u.permute(1, 2, 0)], dim=1)
+    coordinates, energy = _coordinates(election)
     elected = torch.cat([election.elected_alpha.unsqueeze(0), election.elected.T])
-    squared_lengths = torch.cat([gram[:, 0, 0].unsqueeze(0), election.eigenvalues.T.clamp(min=0)])
-
-    energy = coordinates.square().mul_(squared_lengths)
     outvoted = energy * (coordinates * elected <= 0)
-    signs = coordinates.sign()
-    voters = signs.abs().sum(0)
-    by_direction = energy.sum(0)
-    shared = by_direction * (voters > 1)
+    shared, conflicting, by_chance = _conflicts(coordinates, energy)
     products = (gram @ coefficients.unsqueeze(2)).squeeze(2)
     return BlockStatistics(
         gram=gram.sum(0).cpu(),
         energy=_parts(energy.sum(2)),
         outvoted=_parts(outvoted.sum(2)),
         shared=_parts(shared.sum(1)),
-        conflicting=_parts((by_direction * (signs.sum(0).abs() < voters)).sum(1)),
-        by_chance=_parts(shared.mul_(1 - torch.exp2(1 - voters)).sum(1)),
+        conflicting=_parts(conflicting.sum(1)),
+        by_chance=_parts(by_chance.sum(1)),
         merged=(products * coefficients).sum().clamp(min=0).cpu(),
         kept=products[:, 1:].sum(0).cpu(),
     )
+
+
+def conflicts_of_neurons(election: Election) -> Tensor:
+    """Return the orthogonal energy of each neuron that is shared, conflicting, and conflicting by chance.
+
+    Returns:
+        (3, neurons) float64.
+    """
+    return torch.stack([each[1:].sum(0) for each in _conflicts(*_coordinates(election))])
+
+
+def _coordinates(election: Election) -> tuple[Tensor, Tensor]:
+    """Return the tasks' coordinates and their energy: (T, 1 + T, neurons). Neurons come last for speed.
+
+    Direction 0 is w_0, the others are the singular directions.
+    """
+    coordinates = torch.cat([election.alpha.T.unsqueeze(1), election.u.permute(1, 2, 0)], dim=1)
+    squared_lengths = torch.cat([election.gram[:, 0, 0].unsqueeze(0), election.eigenvalues.T.clamp(min=0)])
+    return coordinates, coordinates.square().mul_(squared_lengths)
+
+
+def _conflicts(coordinates: Tensor, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the energy that is shared, conflicting, and conflicting by chance: (1 + T, neurons) each."""
+    signs = coordinates.sign()
+    voters = signs.abs().sum(0)
+    by_direction = energy.sum(0)
+    shared = by_direction * (voters > 1)
+    conflicting = by_direction * (signs.sum(0).abs() < voters)
+    return shared, conflicting, shared * (1 - torch.exp2(1 - voters))
 
 
 def _parts(directions: Tensor) -> Tensor:
@@ -194,12 +217,13 @@ class StatisticsCollector:
         """Add the sums of a block of a unit."""
         self._totals[unit.parameter].add(sums, unit.changing, unit.layout.width)
 
-    def diagnostics(self, trimmings: Sequence[Trimming] | None) -> Diagnostics:
+    def diagnostics(self, trimmings: Sequence[Trimming] | None, merges: bool = True) -> Diagnostics:
         """Return the diagnostics of the merge. Call this once all blocks are added.
 
         Args:
             trimmings: how each expert's task vector was trimmed; None if the sums are those of untrimmed task vectors,
                 and nothing was elected.
+            merges: whether there is a merged task vector.
         """
         model = InterferenceTotals(len(self._experts))
         layers = {layer: InterferenceTotals(len(self._experts)) for layer in self._layers.values()}
@@ -208,12 +232,20 @@ class StatisticsCollector:
         for totals in layers.values():
             model += totals
         elects = trimmings is not None
+        experts = [self._expert(t, model, trimmings[t] if trimmings else None) for t in range(len(self._experts))]
+        if not merges:
+            experts = [replace(expert, survival=None) for expert in experts]
         return Diagnostics(
-            experts=[self._expert(t, model, trimmings[t] if trimmings else None) for t in range(len(self._experts))],
+            experts=experts,
             cosines=_cosines(model),
-            layers=[_layer(name, totals, elects) for name, totals in layers.items() if totals.energy.any()],
-            model=_layer("model", model, elects),
-            merged_norm=_rounded(model.merged.sqrt()),
+            layers=[_layer(name, totals, elects, merges) for name, totals in layers.items() if totals.energy.any()],
+            model=_layer("model", model, elects, merges),
+            merged_norm=_rounded(model.merged.sqrt()) if merges else 0.0,
+            parameters=[
+                _layer(name, totals, elects, merges, self._layers[name])
+                for name, totals in self._totals.items()
+                if totals.energy.any()
+            ],
         )
 
     def _expert(self, t: int, model: InterferenceTotals, trimming: Trimming | None) -> ExpertDiagnostics:
@@ -230,7 +262,7 @@ class StatisticsCollector:
         )
 
 
-def _layer(name: str, totals: InterferenceTotals, elects: bool) -> LayerDiagnostics:
+def _layer(name: str, totals: InterferenceTotals, elects: bool, merges: bool, layer: str = "") -> LayerDiagnostics:
     energy = totals.energy.sum(1)
     base = totals.base.sum()
     return LayerDiagnostics(
@@ -242,7 +274,9 @@ def _layer(name: str, totals: InterferenceTotals, elects: bool) -> LayerDiagnost
         **_named("outvoted", _shares(totals.outvoted.sum(1), energy), elects),
         **_named("conflicting_by_chance", _shares(totals.by_chance, totals.shared)),
         relative_norms=_ratios(totals.products.diagonal().sqrt(), totals.base.sqrt()),
-        survivals=_survivals(totals),
+        survivals=_survivals(totals) if merges else [],
+        cosines=_cosines(totals),
+        layer=layer,
     )
 
 
@@ -269,7 +303,7 @@ def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:
     return [None if share != share else round(share, 6) for share in shares]
 
 
-def _named(kind: str, shares: list[float | None], known: bool = True) -> dict[str, float | None]:
+def _named(kind: str, shares: list[float | None], known: bool = True) -> dict[str, Any]:
     parallel, orthogonal = shares if known else (None, None)
     return {f"{kind}_parallel": parallel, f"{kind}_orthogonal": orthogonal}
 

@@ -43,10 +43,10 @@ class ExpertDiagnostics:
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """Diagnostics of the neurons of one layer, over all experts. Shares are as in `ExpertDiagnostics`.
+    """Diagnostics of the neurons of one layer or parameter, over all experts. Shares are as in `ExpertDiagnostics`.
 
     Attributes:
-        name: the name of the layer, such as "model.layers.3".
+        name: the name of the layer, such as "model.layers.3", or of the parameter.
         relative_norm: the norm of all experts' trimmed task vectors divided by the base's, over the parameters that
             each expert may change.
         parallel: the share of the energy that is parallel to the base's neurons; the rest is orthogonal.
@@ -60,7 +60,12 @@ class LayerDiagnostics:
             sign: a direction in which m experts have energy conflicts with a probability of 1 - 2^(1 - m).
         conflicting_by_chance_orthogonal: likewise, of the orthogonal energy.
         relative_norms: the relative norm of each expert's trimmed task vector, as in `ExpertDiagnostics`.
-        survivals: what survives of each expert's, as in `ExpertDiagnostics`.
+        survivals: what survives of each expert's, as in `ExpertDiagnostics`; empty if nothing was merged.
+        cosines: the cosine between the trimmed task vectors of every two experts, as in `Diagnostics`.
+        layer: the layer of a parameter; "" for a layer.
+        effective_ranks: the effective rank of each expert's task vector, a matrix: ``(sum s^2)^2 / sum s^4`` over its
+            singular values s, which is r if r of them are equal and the others 0. It is estimated with random
+            vectors. Empty unless `inspect_models` measured it.
     """
 
     name: str
@@ -75,6 +80,34 @@ class LayerDiagnostics:
     conflicting_by_chance_orthogonal: float | None = None
     relative_norms: list[float | None] = field(default_factory=list)
     survivals: list[float | None] = field(default_factory=list)
+    cosines: list[list[float | None]] = field(default_factory=list)
+    layer: str = ""
+    effective_ranks: list[float | None] = field(default_factory=list)
+
+    @property
+    def excess(self) -> float | None:
+        """How much larger the conflicting share of the orthogonal energy is than by chance."""
+        found, chance = self.conflicting_orthogonal, self.conflicting_by_chance_orthogonal
+        return None if found is None or chance is None else found - chance
+
+
+@dataclass(frozen=True)
+class NeuronDiagnostics:
+    """A neuron in which the experts collide.
+
+    Attributes:
+        parameter: the name of its parameter.
+        neuron: its number in the parameter, counted over all batches.
+        conflicting: the share of the orthogonal energy that experts share where their signs differ.
+        by_chance: the same share if each task vector had a random sign.
+        energy: its shared orthogonal energy, as a share of the parameter's.
+    """
+
+    parameter: str
+    neuron: int
+    conflicting: float
+    by_chance: float
+    energy: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +121,8 @@ class Diagnostics:
         layers: the diagnostics of each layer that an expert changes, in the order of the model.
         model: the diagnostics of all layers together.
         merged_norm: the L2 norm of the merged task vector.
+        parameters: the diagnostics of each parameter with neurons that an expert changes, in the order of the model.
+        neurons: those with the most conflicting energy beyond chance. Empty unless `inspect_models` measured them.
     """
 
     experts: list[ExpertDiagnostics]
@@ -95,12 +130,26 @@ class Diagnostics:
     layers: list[LayerDiagnostics]
     model: LayerDiagnostics
     merged_norm: float
+    parameters: list[LayerDiagnostics] = field(default_factory=list)
+    neurons: list[NeuronDiagnostics] = field(default_factory=list)
 
     @property
     def elected(self) -> bool:
         """Whether the statistics are those of elections between trimmed task vectors."""
         parts = (self.model.outvoted_parallel, self.model.outvoted_orthogonal)
         return any(part is not None for part in parts)
+
+    @classmethod
+    def nothing(cls, names: list[str]) -> "Diagnostics":
+        """The diagnostics of a merge of an earlier version that measured nothing."""
+        experts = [ExpertDiagnostics(name, 0.0, None, 1.0, 1.0, None, None, None) for name in names]
+        return cls(experts, [], [], LayerDiagnostics("model", *(None,) * 7), 0.0)
+
+    @property
+    def colliding(self) -> list[LayerDiagnostics]:
+        """The parameters in which signs conflict more than by chance, those that do so most come first."""
+        found = [each for each in self.parameters if (each.excess or 0.0) > AT_CHANCE]
+        return sorted(found, key=lambda each: -(each.excess or 0.0))
 
     @property
     def merged_relative_norm(self) -> float | None:
@@ -175,6 +224,8 @@ def load_diagnostics(values: dict[str, Any]) -> Diagnostics:
         layers=[LayerDiagnostics(**layer) for layer in values["layers"]],
         model=LayerDiagnostics(**values["model"]),
         merged_norm=values["merged_norm"],
+        parameters=[LayerDiagnostics(**parameter) for parameter in values.get("parameters", ())],
+        neurons=[NeuronDiagnostics(**neuron) for neuron in values.get("neurons", ())],
     )
 
 

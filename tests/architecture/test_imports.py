@@ -18,7 +18,7 @@ ROWS = (
     ("tuning",),
     ("loading",),
     ("hub",),
-    ("api",),
+    ("api", "inspection"),
     ("assembly",),
     ("planning",),
     ("methods",),

@@ -224,6 +224,7 @@ def test_the_public_names_are_there():
     names |= {"IsoCConfig", "TSVConfig", "NeuroIsoConfig"}
     names |= {"merge", "merge_recipe", "plan_merge", "add_results", "NeuroMergeCallback"}
     names |= {"tune_lambdas", "Tuning", "TuningGrid", "compare_methods", "Comparison"}
+    names |= {"inspect_models", "Inspection"}
     assert set(neuromerge_hf.__all__) == names
     assert set(neuromerge_hf.__all__) <= set(dir(neuromerge_hf))
     for name in neuromerge_hf.__all__:

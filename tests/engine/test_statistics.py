@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -342,7 +343,8 @@ def test_the_order_of_the_experts_does_not_matter(
     want = diagnose(base, experts, tmp_path / "want", density=density)
     got = diagnose(base, experts[::-1], tmp_path / "got", density=density)
     for layer, other in zip([got.model, *got.layers], [want.model, *want.layers], strict=True):
-        turned = {"relative_norms": other.relative_norms[::-1], "survivals": other.survivals[::-1]}
+        turned: dict[str, Any] = {name: getattr(other, name)[::-1] for name in ("relative_norms", "survivals")}
+        turned["cosines"] = [row[::-1] for row in other.cosines[::-1]]
         assert layer == dataclasses.replace(other, **turned)
     assert got.experts == want.experts[::-1]
     assert got.cosines == [row[::-1] for row in want.cosines[::-1]]
