@@ -218,8 +218,8 @@ def test_candidates_are_evaluated_under_an_own_head(models, tmp_path):
     assert scores.tasks["math"] == pytest.approx(score(merged), rel=1e-5)
 
 
-def test_the_card_says_how_to_make_it_again(merged, tmp_path, monkeypatch):
-    block = (merged / "README.md").read_text().partition("## Make it again")[2].split("```")[1]
+def test_the_card_says_how_to_reproduce_it(merged, tmp_path, monkeypatch):
+    block = (merged / "README.md").read_text().partition("## Reproduce")[2].split("```")[1]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_bytes((merged / "recipe.yaml").read_bytes())
     command = block.strip().splitlines()[-1].split()

@@ -96,11 +96,11 @@ def test_recipe_report_and_card_tell_the_weights(base, checkpoints, tmp_path):
     report = merge(checkpoints, tmp_path / "merged", base_model=base, config=config, merge_heads=True, **CPU)
     assert report.settings == {"weights": [1, 2, 0.5], "exclude": []}
     assert "method average, weights [1, 2, 0.5]" in str(report)
-    assert "| `weights` | `1`, `2`, `0.5` | chosen |" in (tmp_path / "merged" / "README.md").read_text()
+    assert "| `weights` | `1`, `2`, `0.5` |" in (tmp_path / "merged" / "README.md").read_text()
     merge_recipe(tmp_path / "merged" / "recipe.yaml", tmp_path / "again", **CPU)
     assert contents(tmp_path / "again") == contents(tmp_path / "merged")
     merge(checkpoints, tmp_path / "plain", base_model=base, config=AverageConfig(), **CPU)
-    assert "| `weights` | equal weights | default |" in (tmp_path / "plain" / "README.md").read_text()
+    assert "| `weights` | equal weights |" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_weights_that_are_no_numbers_are_refused_by_the_command_line(base, checkpoints, tmp_path):

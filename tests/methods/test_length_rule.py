@@ -109,7 +109,7 @@ def test_recipe_report_and_card_name_the_rule_and_what_it_gave(models, tmp_path:
     assert report.settings["lambda_orthogonal"] == report.lambda_orthogonal
     card = (tmp_path / "merged" / "README.md").read_text()
     rule = "`length` (a rule of neuromerge_hf, not the paper's)"
-    assert f"| `lambda_orthogonal` | {rule}, which gave {report.lambda_orthogonal:.4g} | chosen |" in card
+    assert f"| `lambda_orthogonal` | {rule}, which gave {report.lambda_orthogonal:.4g} |" in card
     merge_recipe(recipe, tmp_path / "again", **CPU)
     assert contents(tmp_path / "again") == contents(tmp_path / "merged")
 

@@ -118,7 +118,7 @@ def test_what_is_reported_does_not_depend_on_the_name(base: Path, experts: list[
         plan = plan_merge(experts, base_model=base, config=config, **CPU)
         report = merge(experts, folder, base_model=base, config=config, **CPU)
         card = (folder / "README.md").read_text()
-        parameters = card[card.index("## What became of") : card.index("## Make it again")]
+        parameters = card[card.index("## Parameters") : card.index("## Reproduce")]
         found.append((plan.costs, report.diagnostics, report.sigma, report.settings, report.experts, parameters))
     assert found[0] == found[1]
     assert "## Citation\n\n```bibtex\n@misc{renamed}\n```\n" in card
