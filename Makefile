@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
+PAGES := $(wildcard *.md) LICENSE Makefile benchmarks callbacks docs examples model_cards neuromerge_hf .github
+
+SITE ?= $(CURDIR)/build
 SECONDS ?= 600
 SEED ?= 0
 
-.PHONY: demo test lint fuzz families card constraints clean
+.PHONY: demo test lint docs fuzz families card constraints clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -15,13 +18,22 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test $(SITE)/typed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-# mypy checks the package as it is installed, with callbacks and model_cards inside it, and the tests' shared code.
-	rm -rf build/typed && mkdir -p build/typed/neuromerge_hf
-	ln -s $(addprefix $(CURDIR)/,$(wildcard neuromerge_hf/*) callbacks model_cards) build/typed/neuromerge_hf
 	$(BIN)/mypy build/typed/neuromerge_hf tests/support tests/typing tests/conftest.py tests/*/conftest.py
+
+# The package as it is installed, with callbacks and model_cards inside it, for mypy and the documentation.
+.PHONY: $(SITE)/typed
+$(SITE)/typed:
+	rm -rf $@ && mkdir -p $@/neuromerge_hf
+	ln -s $(addprefix $(CURDIR)/,$(wildcard neuromerge_hf/*) callbacks model_cards) $@/neuromerge_hf
+
+# Builds the documentation site in build/site. A link that leads nowhere ends it.
+docs: $(VENV)/.docs $(SITE)/typed
+	rm -rf $(SITE)/pages && mkdir -p $(SITE)/pages
+	ln -s $(addprefix $(CURDIR)/,$(PAGES)) $(SITE)/pages
+	SITE_PAGES=$(SITE)/pages SITE_DIR=$(SITE)/site SITE_TYPED=$(SITE)/typed NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Tries mutated and hostile inputs, kills and full disks, for SECONDS in all, from the case SEED on.
 fuzz: $(VENV)/.test
@@ -56,6 +68,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,fast]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs,fast]'
+	touch $@
+
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo,fast,lightning]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo,docs,fast,lightning]'
 	touch $@

@@ -72,7 +72,7 @@ def merge_at_end(
         MergeError: before the block if the models cannot be merged, and after it if the merge fails, with the trained
             model's folder and the command to try again.
 
-    Example:
+    Examples:
         >>> accelerator = Accelerator(project_dir="loop")
         >>> with merge_at_end(accelerator, model, ["math"], base_model="base") as merging:
         ...     output = model(**batch).loss.backward()

@@ -24,7 +24,7 @@ class NeuroMergeCallback(MergingCallback, Callback):
     validation loop evaluates both. The merged model's metrics are logged as ``merged_...``; they are also in
     ``trainer.callback_metrics``.
 
-    Example:
+    Examples:
         >>> callback = NeuroMergeCallback(["math"], base_model="base")
         >>> trainer = Trainer(max_steps=1, callbacks=[callback])
         >>> trainer.fit(module, texts)

@@ -45,7 +45,7 @@ def merge(models: Models, output_dir: str | os.PathLike[str], **options: "Unpack
     Raises:
         MergeError: if the models cannot be merged. It lists all problems that were found. No files are left behind.
 
-    Example:
+    Examples:
         >>> report = merge(["math", "code-lora"], "merged", base_model="base")
         >>> [expert.name for expert in report.experts]
         ['math', 'code-lora']
@@ -72,7 +72,7 @@ def merge_recipe(
     Raises:
         MergeError: if an input has changed since the recipe was written.
 
-    Example:
+    Examples:
         >>> merge(["math"], "first", base_model="base").method
         'neuro_iso'
         >>> merge_recipe("first/recipe.yaml", "again").method
@@ -118,7 +118,7 @@ def plan_merge(
     Raises:
         MergeError: if the models cannot be merged. It lists all problems that were found, each with what to do.
 
-    Example:
+    Examples:
         >>> plan = plan_merge(["math", "code-lora"], base_model="base")
         >>> plan.bytes_to_download
         0
@@ -160,7 +160,7 @@ def add_results(folder: str | os.PathLike[str], results: Iterable[Result | Mappi
     Raises:
         MergeError: if an entry is incomplete, its value is not finite, or its model is not part of the merge.
 
-    Example:
+    Examples:
         >>> folder = merge(["math"], "measured", base_model="base").output_dir
         >>> report = add_results(folder, [{"model": "merged", "task": "sums", "metric": "accuracy", "value": 0.9}])
         >>> report.results[0].value

@@ -159,7 +159,7 @@ def config_class(method: object) -> type[MergeConfig]:
     Raises:
         MergeError: if there is no such method.
 
-    Example:
+    Examples:
         >>> config_class("ties")(density=0.5).to_dict()
         {'weights': None, 'density': 0.5, 'scale': 1.0, 'exclude': []}
     """
@@ -180,7 +180,7 @@ def as_config(value: object) -> MergeConfig:
     Raises:
         MergeError: if it is none of these, or a hyper-parameter is unknown or out of range.
 
-    Example:
+    Examples:
         >>> as_config({"method": "ties", "density": 0.5}).to_dict()
         {'weights': None, 'density': 0.5, 'scale': 1.0, 'exclude': []}
     """

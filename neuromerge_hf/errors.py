@@ -43,7 +43,7 @@ class MergeError(ValueError):
     Attributes:
         problems: all problems that were found, in one or two sentences each.
 
-    Example:
+    Examples:
         >>> try:
         ...     merge(["./missing", "math"], "merged")
         ... except MergeError as error:

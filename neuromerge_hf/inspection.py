@@ -44,7 +44,7 @@ class Inspection(Summary):
         method: the method of the merge; None if nothing was merged.
         rounding: what rounding left of the merged change; None if nothing was merged or rounded.
 
-    Example:
+    Examples:
         >>> inspect_models(["math", "code-lora"], base_model="base").save("page.html").name
         'page.html'
     """
@@ -114,7 +114,7 @@ def inspect_models(models: Models | ModelId, **options: "Unpack[MergeOptions]") 
     Raises:
         MergeError: if the experts cannot be merged, or the folder was not written by a merge.
 
-    Example:
+    Examples:
         >>> found = inspect_models(["math", "code-lora"], base_model="base")
         >>> [expert.name for expert in found.diagnostics.experts]
         ['math', 'code-lora']

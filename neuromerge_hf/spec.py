@@ -75,7 +75,7 @@ class MergeSpec:
     Raises:
         MergeError: if `models` is no list or dictionary of models, or `config` is no configuration.
 
-    Example:
+    Examples:
         >>> MergeSpec(models=["math", "code"], base_model="base").dtype
         'auto'
     """
@@ -170,7 +170,7 @@ class MergeSpec:
 class Runtime:
     """How to run a merge. No field changes a byte of the result.
 
-    Example:
+    Examples:
         >>> Runtime(device="cpu", threads=2).overwrite
         False
     """

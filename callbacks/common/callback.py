@@ -34,7 +34,7 @@ class MergingCallback:
         metrics: the metrics of its evaluation, by the names under which they are logged.
         merged_dir: the folder of the merged model.
 
-    Example:
+    Examples:
         >>> callback = NeuroMergeCallback(["math"], base_model="base")
         >>> trainer = Trainer(model, args, train_dataset=texts, callbacks=[callback])
         >>> output = trainer.train()

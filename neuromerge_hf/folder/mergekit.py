@@ -55,7 +55,7 @@ def spec_of_mergekit(content: Mapping[str, Any]) -> MergeSpec:
     Raises:
         MergeError: if it describes another one than our methods make. It lists all reasons.
 
-    Example:
+    Examples:
         >>> content = {"merge_method": "ties", "base_model": "base", "models": [{"model": "math"}, {"model": "code"}]}
         >>> spec_of_mergekit({**content, "parameters": {"density": 0.5}}).config.density
         0.5

@@ -135,7 +135,7 @@ class MergeReport(Summary):
         loaded_head: the expert whose head was saved in the weights of the folder; None if there is none.
         rounding: what rounding to the dtype of the output left of the merged change; None if it was not rounded.
 
-    Example:
+    Examples:
         >>> report = merge(["math", "code-lora"], "merged", base_model="base")
         >>> report.experts[1].kind
         'LoRA r=4'

@@ -86,7 +86,7 @@ class AutoMergedModel:
             TypeError: if an option of a merge is given with one model that is merged already, or one that concerns the
                 merged folder alone with several.
 
-        Example:
+        Examples:
             >>> model = AutoMergedModel.from_pretrained(["math", "code-lora"], base_model="base", merge_cache_dir="tmp")
             >>> type(model).__name__
             'LlamaForCausalLM'

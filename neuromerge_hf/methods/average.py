@@ -29,7 +29,7 @@ class AverageConfig(WeightedConfig):
             that are merged (`merge_heads`), and the rows of tokens that the base lacks, have the same weights.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> config = AverageConfig(weights=(1, 3))
         >>> merge(["math", "code-lora"], "merged", base_model="base", config=config).settings
         {'weights': [1, 3], 'exclude': []}

@@ -42,7 +42,7 @@ class DARETIESConfig(WeightedConfig):
         seed: the seed of the random numbers. They also depend on the expert, the parameter and the position.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> merge(["math"], "merged", base_model="base", config=DARETIESConfig(drop_rate=0.5, seed=1)).method
         'dare_ties'
     """

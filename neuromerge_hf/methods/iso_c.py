@@ -43,7 +43,7 @@ class IsoCConfig(MergeConfig):
         scale: the paper's alpha, the weight of the merged task vector.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> merge(["math", "code-lora"], "merged", base_model="base", config=IsoCConfig(scale=1.3)).method
         'iso_c'
     """

@@ -43,7 +43,7 @@ class NeuroIsoConfig(NeuroMergingConfig):
             largest singular value of an expert's change, on average over the experts that change the layer.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> merge(["math", "code-lora"], "merged", base_model="base", config=NeuroIsoConfig(scale=0.3)).method
         'neuro_iso'
     """

@@ -52,7 +52,7 @@ class NeuroMergingConfig(MergeConfig):
     Raises:
         MergeError: if a value is out of range.
 
-    Example:
+    Examples:
         >>> merge(["math"], "merged", base_model="base", config=NeuroMergingConfig(density=0.5)).density
         0.5
     """

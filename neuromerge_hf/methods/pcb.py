@@ -48,7 +48,7 @@ class PCBConfig(MergeConfig):
         scale: the paper's lambda, the weight of the merged task vector.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> merge(["math", "code-lora"], "merged", base_model="base", config=PCBConfig(density=0.2)).method
         'pcb'
     """

@@ -25,7 +25,7 @@ class TaskArithmeticConfig(WeightedConfig):
         weights: the weight of each expert's task vector in the sum, in their order; None for 1.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> merge(["math"], "merged", base_model="base", config=TaskArithmeticConfig(scale=0.3)).settings
         {'weights': None, 'scale': 0.3, 'exclude': []}
     """

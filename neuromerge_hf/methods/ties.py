@@ -37,7 +37,7 @@ class TIESConfig(WeightedConfig):
         weights: the weight of each expert's vote and of its entries in the mean, in their order; None for equal ones.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> merge(["math"], "merged", base_model="base", config=TIESConfig(density=0.3)).density
         0.3
     """

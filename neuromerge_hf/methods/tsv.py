@@ -43,7 +43,7 @@ class TSVConfig(MergeConfig):
             adapters, choose it on validation data.
         exclude: names of parameters to copy from the base, as shell patterns.
 
-    Example:
+    Examples:
         >>> merge(["math", "code-lora"], "merged", base_model="base", config=TSVConfig(scale=0.8)).method
         'tsv'
     """

@@ -40,7 +40,7 @@ class MergePlan(Summary):
         other_notes: remarks on repeated models, and on the modules of the models that do not give them.
         kernel: the library that computes the weights, "numba" or "torch".
 
-    Example:
+    Examples:
         >>> plan = plan_merge(["math", "code-lora"], base_model="base")
         >>> plan.model_names
         ['base', 'math', 'code-lora']

@@ -70,7 +70,7 @@ def compare_methods(
         MergeError: if the models cannot be merged, a file of theirs changes meanwhile, or the scores cannot be
             compared.
 
-    Example:
+    Examples:
         >>> def evaluate(model):
         ...     return {"size": [float(p.abs().mean()) for p in model.parameters()]}
         >>> found = compare_methods(["math", "code-lora"], evaluate, base_model="base", methods=[AverageConfig()])

@@ -40,7 +40,7 @@ class Comparison(Summary):
         winner: the method whose lead over all others is statistically significant; None if there is none.
         verdict: the result in words, with the reason.
 
-    Example:
+    Examples:
         >>> def evaluate(model):
         ...     return -float(model.lm_head.weight.norm())
         >>> found = compare_methods(["math"], evaluate, base_model="base", methods=[TIESConfig()])

@@ -30,7 +30,7 @@ class TuningGrid:
         orthogonal: values of lambda_2, as multiples of the automatic rule's 1 / (1 - sigma).
         rounds: how often the steps are halved around the best pair; each adds up to 8 candidates.
 
-    Example:
+    Examples:
         >>> TuningGrid(parallel=(0.0,), orthogonal=(0.8, 1.0, 1.2), rounds=0).rounds
         0
     """

@@ -52,7 +52,7 @@ class Tuning:
         seconds: the wall time in seconds.
         evaluating: the part of `seconds` that was spent in the user's function.
 
-    Example:
+    Examples:
         >>> def evaluate(model):
         ...     return -float(model.lm_head.weight.norm())
         >>> found = tune_lambdas(["math"], evaluate, base_model="base", grid=TuningGrid((0.0,), (1.0,), rounds=0))
@@ -117,7 +117,7 @@ def tune_lambdas(
         MergeError: if the models cannot be merged, a file of theirs changes meanwhile, or `evaluate` does not return a
             score.
 
-    Example:
+    Examples:
         >>> def evaluate(model):
         ...     return -float(model.lm_head.weight.norm())
         >>> found = tune_lambdas(["math", "code-lora"], evaluate, base_model="base", grid=TuningGrid(rounds=0))

@@ -93,4 +93,4 @@ def test_the_example_runs(name, models, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", [name for name, each in OBJECTS.items() if inspect.isroutine(each)])
 def test_a_function_says_what_it_takes_returns_and_raises(name):
     sections = set(inspect.getdoc(OBJECTS[name]).splitlines())
-    assert {"Args:", "Returns:", "Raises:", "Example:"} <= {line.strip() for line in sections}
+    assert {"Args:", "Returns:", "Raises:", "Examples:"} <= {line.strip() for line in sections}
