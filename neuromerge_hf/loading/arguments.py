@@ -84,6 +84,13 @@ def check_arguments(
             raise TypeError(_unknown_message(name, arguments[name], [*ours, *OF_TRANSFORMERS]))
 
 
+def check_spelling(arguments: Mapping[str, Any], ours: Collection[str]) -> None:
+    """Raise a `TypeError` for an argument whose nearest known name is ours, before the class of the model is known."""
+    for name in unknown_arguments(arguments):
+        if nearest(name, [*ours, *OF_TRANSFORMERS]) in ours:
+            raise TypeError(_unknown_message(name, arguments[name], [*ours, *OF_TRANSFORMERS]))
+
+
 def _unknown_message(name: str, value: object, known: Collection[str]) -> str:
     start = f"AutoMergedModel.from_pretrained has no argument {name!r}"
     methods = [method for method in METHODS if any(each.name == name for each in options_of(config_class(method)))]

@@ -16,7 +16,7 @@ from neuromerge_hf.config import MergeConfig
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.folder.inputs import identity_of
 from neuromerge_hf.folder.recipe import RECIPE_NAME
-from neuromerge_hf.loading.arguments import check_arguments, unknown_arguments
+from neuromerge_hf.loading.arguments import check_arguments, check_spelling, unknown_arguments
 from neuromerge_hf.loading.classes import class_of_files
 from neuromerge_hf.loading.heads import folder_with_head
 from neuromerge_hf.loading.loaded_merge import LoadedMerge, settings_of
@@ -190,8 +190,13 @@ def _find_or_merge(
     models: Models, options: Mapping[str, Any], cache: Path, auto_class: Any, loading: Mapping[str, Any]
 ) -> Path:
     spec, runtime = read_options("AutoMergedModel.from_pretrained", models, options)
-    resolved = resolve(spec, runtime.access)
+    try:
+        resolved = resolve(spec, runtime.access)
+    except MergeError:
+        check_spelling(loading, OURS)
+        raise
     if resolved.problems:
+        check_spelling(loading, OURS)
         make_plan(spec, runtime, resolved)  # raises these problems together with the plan's own
     _check_arguments(loading, resolved.base, auto_class, runtime.trust_remote_code)
     experts = [identity_of(expert.location) for expert in resolved.experts]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
@@ -14,11 +15,13 @@ from neuromerge_hf.engine.device import find_device
 from neuromerge_hf.errors import MergeError, Problems
 from neuromerge_hf.folder.output import check_unused
 from neuromerge_hf.folder.replaceable import check_replaceable, files_of_merge, previous_card
-from neuromerge_hf.planning.costs import Costs
 from neuromerge_hf.spec import MergeSpec, Runtime
 from neuromerge_hf.storage.location import Location
 from neuromerge_hf.storage.temporary import remove_leftovers
 from neuromerge_hf.text import readable_size
+
+if TYPE_CHECKING:
+    from neuromerge_hf.planning.costs import Costs  # imports transformers, which takes seconds
 
 SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 
@@ -92,7 +95,7 @@ def check_shard_size(max_shard_size: str | int) -> None:
         raise MergeError(f'max_shard_size must be a size such as "5GB", or a number of bytes, not {max_shard_size!r}.')
 
 
-def check_disk(costs: Costs, target: Path) -> None:
+def check_disk(costs: "Costs", target: Path) -> None:
     """Raise a `MergeError` if the merged model or the downloads do not fit on their disks."""
     output = costs.disk - costs.bytes_to_download
     needed: Counter[Path] = Counter()

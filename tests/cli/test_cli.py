@@ -198,13 +198,13 @@ dir(neuromerge_hf)
 heavy = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "lightning"}
 print(sorted(heavy & set(sys.modules)))
 neuromerge_hf.merge
-print(sorted({"peft"} & set(sys.modules)))
+print(sorted({"peft", "transformers", "matplotlib"} & set(sys.modules)))
 neuromerge_hf.NeuroMergeCallback
 print(sorted({"lightning", "pytorch_lightning", "trl"} & set(sys.modules)))
 """
 
 
-def test_importing_loads_no_framework_no_peft_without_an_adapter_and_no_trainer_of_others():
+def test_importing_loads_no_framework_no_model_library_before_it_is_needed_and_no_trainer_of_others():
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]"] * 3
 

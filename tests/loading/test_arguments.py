@@ -6,6 +6,7 @@ import pytest
 
 from neuromerge_hf import (
     AutoMergedModel,
+    MergeError,
     merge,
 )
 from tiny_models import save_adapter, save_bert, save_fine_tune, save_llama
@@ -54,6 +55,15 @@ def test_an_argument_that_nobody_takes_is_found_before_anything_is_merged(models
         AutoMergedModel.from_pretrained(experts, **options, **argument)
     assert message in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("problem", [{}, {"base_model": "./missing"}])
+@pytest.mark.usefixtures("no_merge")
+def test_a_misspelt_argument_comes_before_the_problem_that_it_may_have_caused(models, problem):
+    with pytest.raises(TypeError, match=r"has no argument 'base'\. Did you mean 'base_model'"):
+        AutoMergedModel.from_pretrained([models / "math"], base=models / "base", **problem)
+    with pytest.raises(MergeError, match="No base model"):
+        AutoMergedModel.from_pretrained([models / "math"], output_attentions=True)
 
 
 def test_arguments_of_the_class_and_the_configuration_are_passed_on(models, tmp_path):
