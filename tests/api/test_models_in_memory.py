@@ -18,18 +18,15 @@ from neuromerge_hf import AutoMergedModel, MergeError, compare_methods, merge, m
 from neuromerge_hf.engine import passes
 from neuromerge_hf.live import LiveModel
 from neuromerge_hf.storage.memory import locate_live
-from tiny_models import contents, load, load_adapted, save_adapter, save_bert, save_fine_tune, save_llama
+from tiny_models import contents, load, load_adapted, save_adapter, save_bert, save_fine_tune, save_llamas
 
 CPU: dict[str, Any] = {"device": "cpu", "threads": 1}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "chat"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    save_adapter(base, root / "code", seed=3)
+    root = save_llamas(tmp_path_factory.mktemp("models"))
+    save_fine_tune(root / "base", root / "chat", seed=3)
     return root
 
 

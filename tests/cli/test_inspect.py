@@ -7,16 +7,13 @@ import pytest
 
 from commands import run
 from neuromerge_hf import inspect_models, merge
-from tiny_models import contents, save_fine_tune, save_llama
+from tiny_models import contents, save_llamas
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "code"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    merge([root / "math", root / "code"], root / "merged", base_model=base)
+    root = save_llamas(tmp_path_factory.mktemp("models"))
+    merge([root / "math", root / "code"], root / "merged", base_model=root / "base")
     return root
 
 
@@ -41,7 +38,7 @@ def test_a_merge_is_inspected_from_its_report(models: Path, tmp_path: Path) -> N
     done = run("inspect", models / "merged")
     (tmp_path / "kept").rename(models / "merged" / "model.safetensors")
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("The merge of math, code into base:\n\n  expert  kind  change  kept\n")
+    assert done.stdout.startswith("The merge of math, code into base:\n\n  expert  kind       change  kept\n")
     assert contents(models / "merged") == before
 
 

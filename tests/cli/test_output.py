@@ -11,16 +11,12 @@ import pytest
 
 from commands import run
 from neuromerge_hf.cli.messages import fitted
-from tiny_models import save_adapter, save_llama
+from tiny_models import save_llamas
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "code"), start=1):
-        save_adapter(base, root / name, seed=seed)
-    return root
+    return save_llamas(tmp_path_factory.mktemp("models"))
 
 
 def merge_words(models: Path, output: Path, *options: str) -> list[str]:

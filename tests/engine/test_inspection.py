@@ -13,7 +13,7 @@ from neuromerge_hf import MergeError, NeuroMergingConfig, inspect_models, merge,
 from neuromerge_hf.engine.inspection import NEURONS, inspect_units
 from neuromerge_hf.engine.passes import Passes
 from neuromerge_hf.spectrum import effective_rank, make_probes
-from tiny_models import save_adapter, save_fine_tune, save_llama
+from tiny_models import save_fine_tune, save_llamas
 
 CPU: dict[str, Any] = {"device": "cpu", "threads": 1}
 WEIGHTS = "model.safetensors"
@@ -21,11 +21,8 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "chat"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    save_adapter(base, root / "code", seed=3)
+    root = save_llamas(tmp_path_factory.mktemp("models"))
+    save_fine_tune(root / "base", root / "chat", seed=3)
     return root
 
 

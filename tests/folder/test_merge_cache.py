@@ -12,18 +12,14 @@ from commands import run
 from neuromerge_hf import AutoMergedModel, MergeError
 from neuromerge_hf.cli import app
 from neuromerge_hf.folder.merge_cache import delete_merges, list_merges
-from tiny_models import save_bert, save_fine_tune, save_llama
+from tiny_models import save_bert, save_llamas
 
 CPU = {"device": "cpu", "threads": 1}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "code"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    return root
+    return save_llamas(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
