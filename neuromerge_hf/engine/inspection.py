@@ -7,15 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from neuromerge_hf.engine.block_statistics import BlockStatistics, conflicts_of_neurons, sum_entries, sum_neurons
 from neuromerge_hf.engine.blocks import load_block
 from neuromerge_hf.engine.passes import Passes
-from neuromerge_hf.engine.statistics import (
-    BlockStatistics,
-    StatisticsCollector,
-    conflicts_of_neurons,
-    sum_entries,
-    sum_neurons,
-)
+from neuromerge_hf.engine.statistics import StatisticsCollector
 from neuromerge_hf.folder.diagnostics import Diagnostics, NeuronDiagnostics
 from neuromerge_hf.kernel import gram_matrix, hold_election
 from neuromerge_hf.sources.unit import Unit

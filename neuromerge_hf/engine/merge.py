@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuromerge_hf.engine.block_statistics import BlockStatistics, inner_products, sum_neurons, sum_untrimmed
 from neuromerge_hf.engine.blocks import load_base, load_block
 from neuromerge_hf.engine.cpu_kernel import Combination
 from neuromerge_hf.engine.low_rank import find_factors
@@ -14,7 +15,6 @@ from neuromerge_hf.engine.measured import measured_blocks, measured_share, rows_
 from neuromerge_hf.engine.method import Method, is_elected, thresholds_of
 from neuromerge_hf.engine.passes import BLOCK_ENTRIES, Passes
 from neuromerge_hf.engine.rounding import is_rounded, measure
-from neuromerge_hf.engine.statistics import BlockStatistics, inner_products, sum_neurons, sum_untrimmed
 from neuromerge_hf.engine.writer import CheckpointWriter
 from neuromerge_hf.errors import MergeError
 from neuromerge_hf.kernel import hold_election

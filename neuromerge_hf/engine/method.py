@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from neuromerge_hf.engine.block_statistics import BlockStatistics
     from neuromerge_hf.engine.low_rank import StackedFactors
     from neuromerge_hf.engine.matrices import Matrix
     from neuromerge_hf.engine.passes import Passes
-    from neuromerge_hf.engine.statistics import BlockStatistics
     from neuromerge_hf.sources.unit import Unit
     from neuromerge_hf.spectrum import Factors
     from neuromerge_hf.storage.layout import Block

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuromerge_hf.engine.block_statistics import BlockStatistics
 from neuromerge_hf.engine.merge import UnitMerger
 from neuromerge_hf.engine.method import Method
 from neuromerge_hf.engine.passes import Passes
-from neuromerge_hf.engine.statistics import BlockStatistics, InterferenceTotals
+from neuromerge_hf.engine.statistics import InterferenceTotals
 from neuromerge_hf.sources.unit import Unit
 from neuromerge_hf.storage.layout import Block
 

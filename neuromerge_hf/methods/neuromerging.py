@@ -135,7 +135,7 @@ class NeuroMerging(Method[NeuroMergingConfig], config=NeuroMergingConfig):
         return {**super().settings(), "lambda_orthogonal": self.lambda_orthogonal}
 
     def merge_block(self, x: Tensor, unit: Unit, block: Block, record: Recorder) -> Tensor:
-        from neuromerge_hf.engine.statistics import sum_entries, sum_neurons
+        from neuromerge_hf.engine.block_statistics import sum_entries, sum_neurons
         from neuromerge_hf.kernel import merge_elementwise, merge_neurons
 
         trim_block(x, unit, self._thresholds)
@@ -146,7 +146,7 @@ class NeuroMerging(Method[NeuroMergingConfig], config=NeuroMergingConfig):
         return merged.unsqueeze(0)
 
     def coefficients(self, gram: Tensor, record: Recorder) -> Tensor:
-        from neuromerge_hf.engine.statistics import sum_neurons
+        from neuromerge_hf.engine.block_statistics import sum_neurons
         from neuromerge_hf.kernel import hold_election
 
         election = hold_election(gram, *self._lambdas)
@@ -159,7 +159,7 @@ class NeuroMerging(Method[NeuroMergingConfig], config=NeuroMergingConfig):
         return find_factors(unit, self._thresholds, device)
 
     def merge_factors(self, base: Tensor, left: Tensor, factors: StackedFactors, record: Recorder) -> Tensor:
-        from neuromerge_hf.engine.statistics import sum_neurons
+        from neuromerge_hf.engine.block_statistics import sum_neurons
         from neuromerge_hf.kernel import merge_low_rank
 
         def observe(election: Election) -> None:

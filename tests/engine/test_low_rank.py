@@ -11,8 +11,8 @@ from torch import Tensor
 
 import reference
 from neuromerge_hf import MergeError, plan_merge
+from neuromerge_hf.engine.block_statistics import BlockStatistics, sum_neurons
 from neuromerge_hf.engine.blocks import Memory, load_block
-from neuromerge_hf.engine.statistics import BlockStatistics, sum_neurons
 from neuromerge_hf.kernel import merge_low_rank, merge_neurons
 from neuromerge_hf.storage.layout import Block
 from tiny_models import save_adapter, save_llama
