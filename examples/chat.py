@@ -7,6 +7,7 @@ python examples/chat.py --method ties --prompts 150
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from chat_model import answer, load_tokenizer, save_base, share_right
@@ -17,10 +18,13 @@ from transformers import LlamaForCausalLM
 from neuromerge_hf import AutoMergedModel
 
 EXPERTS = Path(__file__).with_name("chat_experts")
+SETTINGS = {"method": "neuro_iso", "scale": 0.3}
+"""The scale was chosen on validation prompts. Adapters of such a high learning rate get in each other's way."""
+
 GENERAL = "What is the capital of France?"
 
 
-def load_models(cache: Path, method: str) -> Iterator[tuple[str, LlamaForCausalLM]]:
+def load_models(cache: Path, settings: dict[str, Any]) -> Iterator[tuple[str, LlamaForCausalLM]]:
     """Yield the base, the experts and the merged model, each with its name. One at a time is in memory."""
     base = save_base(cache)
     yield "base", LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -31,7 +35,7 @@ def load_models(cache: Path, method: str) -> Iterator[tuple[str, LlamaForCausalL
     yield (
         "merged",
         AutoMergedModel.from_pretrained(
-            experts, base_model=base, config=method, merge_cache_dir=cache / "merged", dtype=torch.float32
+            experts, base_model=base, config=settings, merge_cache_dir=cache / "merged", dtype=torch.float32
         ),
     )
 
@@ -39,7 +43,7 @@ def load_models(cache: Path, method: str) -> Iterator[tuple[str, LlamaForCausalL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".data/chat"), help="the folder of the base")
-    parser.add_argument("--method", default="neuro_iso")
+    parser.add_argument("--method", help="another method, at its defaults")
     parser.add_argument("--prompts", type=int, default=50, help="held-out prompts of each skill for the scores")
     options = parser.parse_args()
     tokenizer = load_tokenizer(save_base(options.cache).parent)
@@ -48,7 +52,8 @@ def main() -> None:
 
     answers: dict[str, list[str]] = {}
     scores: dict[str, list[float]] = {}
-    for name, model in load_models(options.cache, options.method):
+    settings = {"method": options.method} if options.method else SETTINGS
+    for name, model in load_models(options.cache, settings):
         answers[name] = [answer(model, tokenizer, prompt) for prompt, _ in prompts]
         scores[name] = [100 * share_right(model, tokenizer, examples[skill]) for skill in SKILLS]
 
