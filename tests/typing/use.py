@@ -6,6 +6,7 @@ A comment that ignores an error stands where a mistake must be seen: mypy compla
 from pathlib import Path
 
 import torch
+from transformers import AutoModel, PreTrainedModel
 
 from neuromerge_hf import (
     AutoMergedModel,
@@ -16,6 +17,7 @@ from neuromerge_hf import (
     TuningGrid,
     add_results,
     compare_methods,
+    inspect_models,
     merge,
     merge_recipe,
     plan_merge,
@@ -43,3 +45,10 @@ compare_methods(["me/math"], lambda model: [1.0], methods=[NeuroMergingConfig(),
 NeuroMergeCallback(["me/math"], when="save", tune=True, dtype="bfloat16")
 NeuroMergeCallback(["me/math"], when="never")  # type: ignore[arg-type]
 NeuroMergeCallback(["me/math"], overwrite="yes")  # type: ignore[arg-type]
+
+live: PreTrainedModel = AutoModel.from_pretrained("me/chat")
+merge([live, "me/math"], "merged", base_model=live)
+merge([torch.nn.Linear(2, 2)], "merged")  # type: ignore[list-item]
+inspect_models(["me/math", live], base_model="me/base", local_files_only=True).diagnostics.verdict.strip()
+inspect_models("merged").save(Path("page.html")).read_text()
+AutoMergedModel.from_pretrained(["me/math"], merge_cache_dir="merges", cache_dir=Path("hub")).eval()
