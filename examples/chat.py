@@ -44,10 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".data/chat"), help="the folder of the base")
     parser.add_argument("--method", help="another method, at its defaults")
+    parser.add_argument("--questions", type=int, default=2, help="prompts of each skill that are answered in full")
     parser.add_argument("--prompts", type=int, default=50, help="held-out prompts of each skill for the scores")
     options = parser.parse_args()
     tokenizer = load_tokenizer(save_base(options.cache).parent)
-    prompts = [*(example for skill in SKILLS for example in held_out(skill, 2)), (GENERAL, "Paris")]
+    prompts = [*(example for skill in SKILLS for example in held_out(skill, options.questions)), (GENERAL, "Paris")]
     examples = {skill: held_out(skill, options.prompts) for skill in SKILLS}
 
     answers: dict[str, list[str]] = {}

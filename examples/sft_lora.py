@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("sft"))
     parser.add_argument("--cache", type=Path, default=Path(".data/chat"), help="the folder of the base")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
 
     set_seed(0)
@@ -39,7 +39,7 @@ def main() -> None:
             SFTConfig(
                 str(options.output / skill),
                 max_steps=options.steps,
-                per_device_train_batch_size=8,
+                per_device_train_batch_size=4,
                 learning_rate=3e-3,
                 bf16=False,
                 save_strategy="no",

@@ -17,7 +17,7 @@ def test_the_merged_model_answers_what_the_base_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", ["chat.py", "--cache", str(tmp_path), "--prompts", "10"])
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--cache", str(tmp_path), "--prompts", "10", "--questions", "0"])
     runpy.run_path(str(EXAMPLES / "chat.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "What is the capital of France?" in said
