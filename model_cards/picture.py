@@ -26,9 +26,9 @@ NAME = "neuromerge.png"
 MERGED, OTHER = "#0072B2", "#D55E00"
 """Two colours that people with colour blindness can tell apart (Okabe and Ito)."""
 
-WIDTH = 8.0
 UNCHANGED = "#F6F2EA"
 
+WIDTH = 8.0
 LEFT = 2.3  # the column of names
 RIGHT = 0.75  # the key of the colours
 ROW = 0.34
@@ -144,7 +144,7 @@ def _draw_heat(
     norms: Sequence[Sequence[float | None]],
     positions: Sequence[float],
 ) -> None:
-    """Draw the relative norm of each expert's change of each layer. What an expert does not change stays grey."""
+    """Draw the relative norm of each expert's change of each layer. What an expert does not change stays beige."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuromerge_hf.errors import printable
+from neuromerge_hf.errors import MergeError, printable
 from neuromerge_hf.folder.diagnostics import Diagnostics
-from neuromerge_hf.folder.report import load_report
+from neuromerge_hf.folder.report import REPORT_NAME, load_report
 from neuromerge_hf.folder.rounding import Rounding
 from neuromerge_hf.model_cards.page import render_page
 from neuromerge_hf.options import with_options
@@ -112,7 +112,7 @@ def inspect_models(models: Models | ModelId, **options: "Unpack[MergeOptions]") 
         and the neurons that collide most; for a merge how much it holds of each expert.
 
     Raises:
-        MergeError: if the experts cannot be merged, or the folder was not written by a merge.
+        MergeError: if the experts cannot be merged, or the folder was not written by a merge that measured them.
 
     Examples:
         >>> found = inspect_models(["math", "code-lora"], base_model="base")
@@ -133,7 +133,10 @@ def _of_merge(folder: Path) -> Inspection:
     title = f"The merge of {', '.join(names)} into {base}"
     found = report.diagnostics
     if found is None:
-        found = Diagnostics.nothing(names)
+        raise MergeError(
+            f"{folder / REPORT_NAME} has no measurements: an earlier version wrote it. Inspect the experts themselves, "
+            "or merge again."
+        )
     return Inspection(title, base, [expert.kind for expert in report.experts], found, report.method, report.rounding)
 
 

@@ -139,12 +139,6 @@ class Diagnostics:
         parts = (self.model.outvoted_parallel, self.model.outvoted_orthogonal)
         return any(part is not None for part in parts)
 
-    @classmethod
-    def nothing(cls, names: list[str]) -> "Diagnostics":
-        """The diagnostics of a merge of an earlier version that measured nothing."""
-        experts = [ExpertDiagnostics(name, 0.0, None, 1.0, 1.0, None, None, None) for name in names]
-        return cls(experts, [], [], LayerDiagnostics("model", *(None,) * 7), 0.0)
-
     @property
     def colliding(self) -> list[LayerDiagnostics]:
         """The parameters in which signs conflict more than by chance, those that do so most come first."""
@@ -165,8 +159,10 @@ class Diagnostics:
         if len(self.experts) == 1:
             return "There is one expert, so nothing interferes with it."
         found, chance = self.model.conflicting_orthogonal, self.model.conflicting_by_chance_orthogonal
-        if found is None or chance is None:
+        if found is None:
             return "No two experts change the same weights, so they do not interfere."
+        if chance is None:  # a report of an earlier version
+            return f"Signs differ in {percent(found)} of the energy that the experts share."
         shares = f"signs differ in {percent(found)} of the energy that they share, by chance it would be"
         if found > chance + AT_CHANCE:
             return f"The experts pull in opposite directions, so expect interference: {shares} {percent(chance)}."

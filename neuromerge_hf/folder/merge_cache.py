@@ -71,6 +71,8 @@ def delete_merges(cache: Path, ids: Iterable[str]) -> list[Path]:
     if problems:
         raise MergeError(problems)
     remove_leftovers(cache)
+    for path in cache.glob(f"{DELETED}*"):  # first: the same merge may have been made again
+        shutil.rmtree(path)
     for name in dict.fromkeys(chosen):
         (cache / name).rename(cache / f"{DELETED}{name}")
     for path in [*cache.glob(f"{DELETED}*"), *_dangling(cache)]:

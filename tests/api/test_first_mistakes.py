@@ -20,19 +20,14 @@ from neuromerge_hf import (
     plan_merge,
     tune_lambdas,
 )
-from tiny_models import contents, save_adapter, save_fine_tune, save_llama
+from tiny_models import contents, save_mixed
 
 CPU = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("first")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "code"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    save_adapter(base, root / "lora", seed=3)
-    return root
+    return save_mixed(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize(

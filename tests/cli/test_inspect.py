@@ -1,12 +1,15 @@
 """``neuromerge inspect``, before a merge and after it."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from commands import run
 from neuromerge_hf import inspect_models, merge
+from neuromerge_hf.folder.report import load_report
 from tiny_models import contents, save_llamas
 
 
@@ -63,3 +66,11 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(models: Path, tmp_pat
 def test_a_merged_model_takes_no_options(models: Path) -> None:
     with pytest.raises(TypeError, match="A merged model has all settings itself: leave dtype out"):
         inspect_models(models / "merged", dtype="float32")
+
+
+def test_a_report_without_measurements_is_refused(models: Path, tmp_path: Path) -> None:
+    merged = Path(shutil.copytree(models / "merged", tmp_path / "merged"))
+    dataclasses.replace(load_report(merged), diagnostics=None).save(merged)
+    done = run("inspect", merged)
+    assert done.exit_code == 1
+    assert "merge_report.json has no measurements" in done.stderr

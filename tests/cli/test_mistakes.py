@@ -6,40 +6,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+from merge_files import mergekit, write
 from neuromerge_hf import (
     NeuroMergingConfig,
     plan_merge,
     tune_lambdas,
 )
 from neuromerge_hf.folder.report import load_report
-from tiny_models import save_adapter, save_fine_tune, save_llama
+from tiny_models import save_mixed
 
 CPU = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("first")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "code"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    save_adapter(base, root / "lora", seed=3)
-    return root
-
-
-def write(path: Path, content: object) -> Path:
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
-
-
-def mergekit(models: Path, method: str, *parameters: dict, **content: object) -> dict:
-    entries = [
-        {"model": str(models / name), "parameters": each}
-        for name, each in zip(("math", "code"), parameters or ({}, {}), strict=True)
-    ]
-    return {"merge_method": method, "base_model": str(models / "base"), "models": entries, **content}
+    return save_mixed(tmp_path_factory.mktemp("models"))
 
 
 def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

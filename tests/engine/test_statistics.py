@@ -418,6 +418,7 @@ def test_what_is_at_chance_is_called_no_conflict() -> None:
     assert "pull in opposite directions" in told(0.53, 0.5).verdict
     assert "signs differ in 53% of the energy that they share, by chance it would be 50%" in told(0.53, 0.5).verdict
     assert told(None, None).verdict == "No two experts change the same weights, so they do not interfere."
+    assert told(0.53, None).verdict == "Signs differ in 53% of the energy that the experts share."  # an older report
     assert told(0.5, 0.5, ("math",)).verdict == "There is one expert, so nothing interferes with it."
 
 

@@ -105,6 +105,7 @@ def test_links_to_a_deleted_merge_go_with_it(tmp_path: Path) -> None:
 def test_what_an_interrupted_deletion_left_is_no_merge_and_goes_next_time(cache: Path) -> None:
     first, second = list_merges(cache)
     first.folder.rename(cache / f".deleted-{first.id}")
+    shutil.copytree(second.folder, cache / f".deleted-{second.id}")
     assert [each.id for each in list_merges(cache)] == [second.id]
     delete_merges(cache, [second.id])
     assert list(cache.iterdir()) == []

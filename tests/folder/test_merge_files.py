@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
+from merge_files import mergekit, write
 from neuromerge_hf import (
     AverageConfig,
     DARETIESConfig,
@@ -15,24 +15,14 @@ from neuromerge_hf import (
     TIESConfig,
     merge_recipe,
 )
-from tiny_models import save_adapter, save_fine_tune, save_llama
+from tiny_models import save_mixed
 
 CPU = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("first")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "code"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    save_adapter(base, root / "lora", seed=3)
-    return root
-
-
-def write(path: Path, content: object) -> Path:
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return save_mixed(tmp_path_factory.mktemp("models"))
 
 
 def test_a_file_by_hand_describes_a_merge(models, tmp_path):
@@ -66,14 +56,6 @@ def test_a_file_by_hand_with_a_mistake_is_refused_with_its_name(models, tmp_path
         merge_recipe(path, tmp_path / "merged")
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
-
-
-def mergekit(models: Path, method: str, *parameters: dict, **content: object) -> dict:
-    entries = [
-        {"model": str(models / name), "parameters": each}
-        for name, each in zip(("math", "code"), parameters or ({}, {}), strict=True)
-    ]
-    return {"merge_method": method, "base_model": str(models / "base"), "models": entries, **content}
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,14 @@ from neuromerge_hf import (
     MergeError,
     merge,
 )
-from tiny_models import save_adapter, save_bert, save_fine_tune, save_llama
+from tiny_models import save_bert, save_fine_tune, save_mixed
 
 CPU = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("first")
-    base = save_llama(root / "base")
-    for seed, name in enumerate(("math", "code"), start=1):
-        save_fine_tune(base, root / name, seed=seed)
-    save_adapter(base, root / "lora", seed=3)
-    return root
+    return save_mixed(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -104,6 +104,15 @@ def save_llamas(root: Path, *, shard: str = "1GB") -> Path:
     return root
 
 
+def save_mixed(root: Path) -> Path:
+    """Save a Llama as "base", its full fine-tunes "math" and "code" and an adapter "lora" of it, in a folder."""
+    base = save_llama(root / "base")
+    for seed, name in enumerate(("math", "code"), start=1):
+        save_fine_tune(base, root / name, seed=seed)
+    save_adapter(base, root / "lora", seed=3)
+    return root
+
+
 def save_classifiers(root: Path) -> Path:
     """Save a BERT as "encoder", and its classifiers "topics" (3 labels) and "moods" (5 labels), in a folder."""
     base = save_bert(root / "encoder")
